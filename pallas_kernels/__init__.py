@@ -1,0 +1,35 @@
+"""Kernels of SPT: product quantization, sparse attention, routed FFN. Arrays in, arrays out."""
+
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.pq import (
+    Selection,
+    TileSelection,
+    TokenSelection,
+    pq_encode,
+    pq_select,
+    scoring_codewords,
+)
+from pallas_kernels.routed_ffn import (
+    Activation,
+    RoutedFFNLoRA,
+    RoutedFFNWeights,
+    activation_function,
+    routed_ffn,
+)
+from pallas_kernels.sparse_attention import sparse_attention
+
+__all__ = [
+    "Activation",
+    "Implementation",
+    "RoutedFFNLoRA",
+    "RoutedFFNWeights",
+    "Selection",
+    "TileSelection",
+    "TokenSelection",
+    "activation_function",
+    "pq_encode",
+    "pq_select",
+    "routed_ffn",
+    "scoring_codewords",
+    "sparse_attention",
+]

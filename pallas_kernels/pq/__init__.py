@@ -1,0 +1,13 @@
+"""Product quantization: encode vectors, then choose keys from codes alone."""
+
+from pallas_kernels.pq.api import pq_encode, pq_select, scoring_codewords
+from pallas_kernels.pq.types import Selection, TileSelection, TokenSelection
+
+__all__ = [
+    "Selection",
+    "TileSelection",
+    "TokenSelection",
+    "pq_encode",
+    "pq_select",
+    "scoring_codewords",
+]

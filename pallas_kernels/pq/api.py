@@ -1,0 +1,206 @@
+"""Public functions of product quantization: validate, dispatch, delegate."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Int8, UInt8
+
+from pallas_kernels.dispatch import Implementation, resolve
+from pallas_kernels.pq import reference, xla
+from pallas_kernels.pq.types import Selection
+
+Granularity = Literal["token", "tile"]
+Rule = Literal["inner_product", "match_count"]
+
+_ENCODE = {"xla": xla.encode, "reference": reference.encode}
+_SELECT = {"xla": xla.select, "reference": reference.select}
+
+MAX_SCORE = 2**13 - 1  # of one query and one key
+
+
+def pq_encode(
+    x: Float[Array, "B S N H"],
+    codebooks: Float[Array, "K M E C"],
+    *,
+    implementation: Implementation | None = None,
+) -> UInt8[Array, "B S N M"]:
+    """Codes of vectors: for each subspace, the index of the nearest codeword.
+
+    code[b, s, n, m] = argmin_e |x[b, s, n, m C : (m + 1) C] - codebooks[n // (N // K), m, e]|^2,
+    the lowest index among equals. Distances are accumulated in float32. Not differentiated.
+
+    Args:
+      x: Queries or keys.
+      codebooks: Codewords, E at most 256 and M C = H; N is a multiple of K.
+      implementation: The kernel; None for the best supported one.
+
+    Returns:
+      Codes.
+
+    Raises:
+      ValueError: The shapes do not fit together.
+      NotImplementedError: The implementation does not exist for this op.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> codebooks = jnp.array([0.0, 1.0]).reshape(1, 1, 2, 1)
+      >>> pq_encode(jnp.array([0.2, 0.9]).reshape(1, 2, 1, 1), codebooks).ravel().tolist()
+      [0, 1]
+    """
+    heads, width = x.shape[2:]
+    kv_heads, spaces, num_codewords, codeword_width = codebooks.shape
+    if heads % kv_heads:
+        raise ValueError(
+            f"pq_encode: {heads} heads are not a multiple of the {kv_heads} of the codebooks."
+        )
+    if spaces * codeword_width != width:
+        raise ValueError(
+            f"pq_encode: {spaces} subspaces of width {codeword_width} do not cover the head width "
+            f"{width}."
+        )
+    if not 1 <= num_codewords <= 256:
+        raise ValueError(f"pq_encode: codes are uint8, so E must be 1..256, got {num_codewords}.")
+    run = resolve("pq_encode", implementation, _ENCODE)
+    return run(*jax.lax.stop_gradient((x, codebooks)))
+
+
+def scoring_codewords(
+    query_codebooks: Float[Array, "K M E C"],
+    key_codebooks: Float[Array, "K M E C"],
+    rule: Rule = "inner_product",
+) -> tuple[Int8[Array, "K M E W"], Int8[Array, "K M E W"]]:
+    """Integer codewords, whose inner products score a key for a query alike on every device.
+
+    `inner_product`: W = C. Dimension j of a head has a_j = max_e |query codeword|, b_j likewise of
+    the keys; both sides are brought to r_j = sqrt(a_j b_j), which changes no product, then scaled
+    by one factor s a head and rounded, where s sqrt(sum_j r_j^2) = sqrt(8191) - sqrt(H) / 2. By the
+    triangle inequality no score then exceeds 8191, so sums over 512 queries are exact in float32.
+    `match_count`: W = E, one-hot rows; the score is the number of subspaces whose codes agree.
+
+    Args:
+      query_codebooks: Codewords of the queries.
+      key_codebooks: Codewords of the keys; of the same shape.
+      rule: How codes score a key.
+
+    Returns:
+      Query and key codewords for `pq_select`.
+
+    Raises:
+      ValueError: The shapes differ, or the rule is unknown.
+    """
+    if query_codebooks.shape != key_codebooks.shape:
+        raise ValueError(
+            f"scoring_codewords: query codebooks {query_codebooks.shape} and key codebooks "
+            f"{key_codebooks.shape} differ in shape."
+        )
+    if rule not in get_args(Rule):
+        raise ValueError(
+            f"scoring_codewords: unknown rule {rule!r}; choose one of {', '.join(get_args(Rule))}."
+        )
+    kv_heads, spaces, num_codewords, width = query_codebooks.shape
+    if rule == "match_count":
+        rows = jnp.broadcast_to(
+            jnp.eye(num_codewords, dtype=jnp.int8),
+            (kv_heads, spaces, num_codewords, num_codewords),
+        )
+        return rows, rows
+    books = jax.lax.stop_gradient((query_codebooks, key_codebooks))
+    books = [book.astype(jnp.float32) for book in books]
+    a, b = (jnp.max(jnp.abs(book), 2, keepdims=True) + 1e-30 for book in books)
+    norm = jnp.sqrt(jnp.sum(a * b, (1, 3), keepdims=True))
+    factor = (MAX_SCORE**0.5 - (spaces * width) ** 0.5 / 2) / norm
+    balance = jnp.sqrt(b / a)
+    scaled = books[0] * (factor * balance), books[1] * (factor / balance)
+    query, key = (jnp.clip(jnp.round(book), -127, 127).astype(jnp.int8) for book in scaled)
+    return query, key
+
+
+def pq_select(
+    query_codes: UInt8[Array, "B S N M"],
+    key_codes: UInt8[Array, "B S K M"],
+    query_codewords: Int8[Array, "K M E W"],
+    key_codewords: Int8[Array, "K M E W"],
+    *,
+    num_keys: int,
+    granularity: Granularity,
+    causal: bool = False,
+    key_mask: Bool[Array, "B S"] | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
+    block_q: int = 64,
+    key_group: int = 16,
+    implementation: Implementation | None = None,
+) -> Selection:
+    """Chooses the keys that each query keeps, from codes alone.
+
+    score(q, k) = sum_m <query_codewords[m, code_q[m]], key_codewords[m, code_k[m]]>, an integer.
+    A key is valid for a query if `key_mask` holds there, both have one segment id and, with
+    `causal`, it does not come later. Query head n reads key head n // (N // K).
+
+    `token`: each query keeps its min(num_keys, valid) valid keys of highest score; among equals
+    those of least tie distance 2 |d| - (d < 0), d = key position - query position. Memory O(S).
+
+    `tile`: tile t of queries t block_q, ... keeps groups of `key_group` consecutive keys. With
+    u(k) = sum of score(q, k) over the tile's queries (those that `key_mask` hides left out),
+    score(g) = max u(k) over the group's keys that are valid for any query of the tile; a group
+    without such a key is never kept. Groups that overlap the tile come first, then those of highest
+    score, among equals those of least 2 |d| - (d < 0), d = g - t block_q // key_group. The first
+    max(ceil(num_keys / key_group), groups that overlap a tile) are kept. All sums are exact.
+
+    Not differentiated.
+
+    Args:
+      query_codes: Codes of the queries.
+      key_codes: Codes of the keys.
+      query_codewords: As `scoring_codewords` returns them.
+      key_codewords: As `scoring_codewords` returns them.
+      num_keys: Keys L that a query keeps; at least 1.
+      granularity: "token" or "tile".
+      causal: Whether a query sees only itself and earlier keys.
+      key_mask: False where a key is padding.
+      segment_ids: Tokens see only tokens with their own id.
+      block_q: Queries of a tile, at most 512; unused with "token".
+      key_group: Keys of a group; unused with "token".
+      implementation: The kernel; None for the best supported one.
+
+    Returns:
+      A `TokenSelection` or a `TileSelection`.
+
+    Raises:
+      ValueError: The shapes do not fit together, or an option is out of range.
+      NotImplementedError: The implementation does not exist for this op.
+    """
+    heads, kv_heads = query_codes.shape[2], key_codes.shape[2]
+    if heads % kv_heads:
+        raise ValueError(
+            f"pq_select: {heads} query heads are not a multiple of {kv_heads} key heads."
+        )
+    if query_codewords.shape != key_codewords.shape or query_codewords.shape[0] != kv_heads:
+        raise ValueError(
+            f"pq_select: codewords {query_codewords.shape} and {key_codewords.shape} must have one "
+            f"shape, with the {kv_heads} key heads first."
+        )
+    if granularity not in get_args(Granularity):
+        raise ValueError(
+            f"pq_select: unknown granularity {granularity!r}; choose one of "
+            f"{', '.join(get_args(Granularity))}."
+        )
+    if num_keys < 1:
+        raise ValueError(f"pq_select: num_keys must be at least 1, got {num_keys}.")
+    if granularity == "tile" and not 1 <= block_q <= 512:
+        raise ValueError(f"pq_select: block_q must be 1..512, got {block_q}.")
+    if granularity == "tile" and key_group < 1:
+        raise ValueError(f"pq_select: key_group must be at least 1, got {key_group}.")
+    codes = jax.lax.stop_gradient((query_codes, key_codes, query_codewords, key_codewords))
+    return resolve("pq_select", implementation, _SELECT)(
+        *codes,
+        num_keys=num_keys,
+        granularity=granularity,
+        causal=causal,
+        key_mask=key_mask,
+        segment_ids=segment_ids,
+        block_q=block_q,
+        key_group=key_group,
+    )

@@ -1,0 +1,63 @@
+"""What `pq_select` returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+# Leaves of a PyTree node may be anything while JAX rebuilds it (axes, tangents, placeholders), so
+# fields are not annotated with shapes; the attribute lists give them.
+Leaf = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TokenSelection:
+    """The keys that every query keeps for itself, as a rule in memory linear in S.
+
+    With the score and the tie distance of `pq_select`, a query keeps a valid key if
+    score > threshold, or score == threshold and tie distance <= tie_radius. The threshold is the
+    lowest score kept; a query without a valid key has threshold 0 and radius -1, and keeps nothing.
+
+    Attributes:
+        query_codes: uint8 `[B, S, N, M]`.
+        key_codes: uint8 `[B, S, K, M]`.
+        query_codewords: int8 `[K, M, E, W]`.
+        key_codewords: int8 `[K, M, E, W]`.
+        threshold: int32 `[B, N, S]`, lowest score kept.
+        tie_radius: int32 `[B, N, S]`, largest tie distance kept at that score.
+        kept: bool, the same selection restricted to valid keys, as a mask in the layout of the
+            implementation that made it; None unless that takes no more memory than the queries.
+    """
+
+    query_codes: Leaf
+    key_codes: Leaf
+    query_codewords: Leaf
+    key_codewords: Leaf
+    threshold: Leaf
+    tie_radius: Leaf
+    kept: Leaf = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TileSelection:
+    """One list of key groups for each tile of consecutive queries.
+
+    Attributes:
+        groups: int32 `[B, N, Q, P]`, ascending group indices; past the count the last one repeats
+            (0 where the count is 0) and is to be ignored.
+        counts: int32 `[B, N, Q]`, groups in each list.
+        block_q: queries of a tile.
+        key_group: consecutive keys of a group.
+    """
+
+    groups: Leaf
+    counts: Leaf
+    block_q: int = field(metadata={"static": True})
+    key_group: int = field(metadata={"static": True})
+
+
+Selection = TokenSelection | TileSelection

@@ -1,0 +1,352 @@
+"""Product-quantized key selection in plain XLA, by blocks that stay in cache.
+
+The n-th highest score of a row is found by bisection on the integers: each step counts the scores
+above a few middles of the interval, so nothing is sorted. Scores lie keys first, queries last,
+which makes those counts sums of vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Int8, Int32, UInt8
+
+from pallas_kernels.pq.reference import tile_groups
+from pallas_kernels.pq.types import Selection, TileSelection, TokenSelection
+
+BLOCK_ELEMENTS = 2**19  # float32 elements of a block of scores
+ENCODE_TOKENS = 512  # tokens of a block when encoding
+ENCODE_UNROLL = 16  # codewords compared in one pass over a block
+
+
+def encode(
+    x: Float[Array, "B S N H"], codebooks: Float[Array, "K M E C"]
+) -> UInt8[Array, "B S N M"]:
+    """As `pq_encode`."""
+    batch, length, heads, _ = x.shape
+    kv_heads, spaces, num_codewords, width = codebooks.shape
+    tokens, rows = batch * length, heads // kv_heads
+    block = min(tokens, ENCODE_TOKENS)
+    blocks = -(-tokens // block)
+    passes = -(-num_codewords // ENCODE_UNROLL)
+    books = codebooks.astype(jnp.float32)
+    norms = _pad(jnp.sum(books**2, -1), passes * ENCODE_UNROLL, 2, jnp.inf)
+    doubles = _pad(-2 * books, passes * ENCODE_UNROLL, 2)
+    stacked = [
+        jnp.moveaxis(a.reshape(kv_heads, spaces, passes, ENCODE_UNROLL, -1), 2, 0)
+        for a in (norms, doubles)
+    ]
+    parts = _pad(x.reshape(tokens, kv_heads, rows, spaces, width), blocks * block, 0)
+
+    def run(part: jax.Array) -> jax.Array:
+        # Tokens last, so that a vector instruction serves several of them.
+        part = part.astype(jnp.float32).transpose(1, 3, 4, 2, 0)
+        part = jax.lax.optimization_barrier(part.reshape(kv_heads, spaces, width, -1))
+
+        def step(best: tuple[jax.Array, jax.Array], codewords: Any) -> tuple[Any, None]:
+            (lowest, code), (norm, double, first) = best, codewords
+            for e in range(ENCODE_UNROLL):
+                distance = norm[:, :, e]
+                for c in range(width):
+                    distance = distance + double[:, :, e, c, None] * part[:, :, c]
+                code = jnp.where(distance < lowest, first + e, code)
+                lowest = jnp.minimum(distance, lowest)
+            return (lowest, code), None
+
+        shape = (kv_heads, spaces, part.shape[-1])
+        start = jnp.full(shape, jnp.inf), jnp.zeros(shape, jnp.int32)
+        firsts = jnp.arange(passes) * ENCODE_UNROLL
+        code = jax.lax.scan(step, start, (*stacked, firsts))[0][1].astype(jnp.uint8)
+        return code.reshape(kv_heads, spaces, rows, -1).transpose(3, 0, 2, 1)
+
+    codes = jax.lax.map(run, parts.reshape(blocks, block, *parts.shape[1:]))
+    return codes.reshape(-1, heads, spaces)[:tokens].reshape(batch, length, heads, spaces)
+
+
+def _pad(a: jax.Array, size: int, axis: int, value: float = 0) -> jax.Array:
+    """Pads one axis at its end to a size."""
+    widths = [(0, 0)] * a.ndim
+    widths[axis] = (0, size - a.shape[axis])
+    return jnp.pad(a, widths, constant_values=value)
+
+
+def decode(
+    codes: UInt8[Array, "B S N M"], codewords: Int8[Array, "K M E W"]
+) -> Float[Array, "BK R S MW"]:
+    """Rows of codewords, float32, the heads of a key head side by side."""
+    batch, length, heads, spaces = codes.shape
+    kv_heads = codewords.shape[0]
+    codes = codes.reshape(batch, length, kv_heads, -1, spaces).astype(jnp.int32)
+    books = codewords.astype(jnp.float32)
+    rows = books[jnp.arange(kv_heads)[:, None, None], jnp.arange(spaces), codes]
+    rows = jnp.moveaxis(rows.reshape(batch, length, kv_heads, heads // kv_heads, -1), 1, 3)
+    return rows.reshape(batch * kv_heads, heads // kv_heads, length, -1)
+
+
+def block_shape(pairs: int, rows: int, length: int, limit: int = BLOCK_ELEMENTS) -> tuple[int, int]:
+    """Key heads and queries of a block whose scores have at most about `limit` elements.
+
+    Args:
+      pairs: Sequences times key heads.
+      rows: Query heads of a key head.
+      length: Positions.
+      limit: Elements.
+    """
+    block_q = min(length, max(1, limit // (rows * length)))
+    if block_q < length:
+        return 1, max(8, block_q // 8 * 8)
+    most = max(1, limit // (rows * length * length))
+    return max(c for c in range(1, min(most, pairs) + 1) if pairs % c == 0), length
+
+
+def valid_block(
+    query_position: Int32[Array, "q"],
+    length: int,
+    causal: bool,
+    key_mask: Bool[Array, "g S"] | None,
+    query_segments: Int[Array, "g q"] | None,
+    segment_ids: Int[Array, "g S"] | None,
+) -> Bool[Array, "_ S 1 _"] | None:
+    """Whether queries may see keys, keys first, ready to broadcast; None where all may."""
+    valid = None
+    if causal:
+        valid = (jnp.arange(length)[:, None] <= query_position)[None]
+    if key_mask is not None:
+        valid = key_mask[:, :, None] if valid is None else valid & key_mask[:, :, None]
+    if segment_ids is not None:
+        same = segment_ids[:, :, None] == query_segments[:, None, :]
+        valid = same if valid is None else valid & same
+    return None if valid is None else valid[:, :, None]
+
+
+def _search(
+    enough: Callable[[jax.Array], jax.Array],
+    values: Float[Array, "g S r q"],
+    low: Float[Array, "g r q"],
+    high: Float[Array, "g r q"],
+) -> Float[Array, "g r q"]:
+    """The largest integer t in [low, high] at which enough(number of values >= t) holds.
+
+    It must hold at `low`. A pass over the values counts for three integers at once: the counts are
+    the digits, to the base S + 1, of one float32 sum, as long as that is exact, and else for one.
+    """
+    base = values.shape[1] + 1.0
+    digits = 3 if base**3 <= 2**24 else 1
+    widths = np.float32(2) ** np.arange(0, 24, digits // 2 + 1)
+    passes = jnp.sum(widths <= jnp.max(high - low))
+
+    def counts(marks: list[jax.Array]) -> list[jax.Array]:
+        first, *more = [values >= mark[:, None] for mark in marks]
+        if not more:
+            return [jnp.sum(jnp.where(first, 1.0, 0.0), 1)]
+        top = jnp.where(more[1], 1 + base + base**2, 1 + base)
+        total = jnp.sum(jnp.where(more[0], top, jnp.where(first, 1.0, 0.0)), 1)
+        third = jnp.floor(total / base**2)
+        second = jnp.floor((total - third * base**2) / base)
+        return [total - third * base**2 - second * base, second, third]
+
+    def step(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, width = state
+        found = counts([low + i * width for i in range(1, digits + 1)])
+        rise = sum(jnp.where(enough(count), 1.0, 0.0) for count in found)
+        return low + rise * width, width / (digits + 1)
+
+    start = jnp.where(passes > 0, jnp.asarray(widths)[passes - 1], 0)
+    return jax.lax.while_loop(lambda state: state[1] >= 1, step, (low, start))[0]
+
+
+def threshold(
+    score: Float[Array, "g S r q"], distance: Int[Array, "S q"], count: int
+) -> tuple[Float[Array, "g r q"], Float[Array, "g r q"]]:
+    """Threshold and tie radius of the `count` highest scores; invalid keys score -inf."""
+    valid = score > -jnp.inf
+    number = jnp.sum(jnp.where(valid, 1.0, 0.0), 1)
+    kept = jnp.minimum(number, count)
+    some = number > 0
+    high = jnp.where(some, score.max(1), 0)
+    low = jnp.where(some, jnp.where(valid, score, jnp.inf).min(1), 0)
+    level = _search(lambda n: n >= kept, score, low, high)
+    missing = kept - jnp.sum(jnp.where(score > level[:, None], 1.0, 0.0), 1)
+    near = -distance[:, None, :].astype(jnp.float32)
+    ties = jnp.where(score == level[:, None], near, -jnp.inf)
+    furthest = jnp.full_like(level, -2.0 * distance.max())
+    radius = -_search(lambda n: n >= missing, ties, furthest, jnp.zeros_like(level))
+    return jnp.where(some, level, 0), jnp.where(some, radius, -1)
+
+
+def tie_distance(query_position: Int32[Array, "q"], length: int) -> Int32[Array, "S q"]:
+    """2 |d| - (d < 0) for d = key - query."""
+    d = jnp.arange(length)[:, None] - query_position
+    return 2 * jnp.abs(d) - (d < 0)
+
+
+def select(
+    query_codes: UInt8[Array, "B S N M"],
+    key_codes: UInt8[Array, "B S K M"],
+    query_codewords: Int8[Array, "K M E W"],
+    key_codewords: Int8[Array, "K M E W"],
+    *,
+    num_keys: int,
+    granularity: str,
+    causal: bool,
+    key_mask: Bool[Array, "B S"] | None,
+    segment_ids: Int[Array, "B S"] | None,
+    block_q: int,
+    key_group: int,
+) -> Selection:
+    """As `pq_select`."""
+    batch, length, heads, _ = query_codes.shape
+    queries, keys = decode(query_codes, query_codewords), decode(key_codes, key_codewords)[:, 0]
+    masks = {"causal": causal, "key_mask": key_mask, "segment_ids": segment_ids}
+    if granularity == "tile":
+        groups, counts = _select_tiles(queries, keys, num_keys, block_q, key_group, **masks)
+        return TileSelection(
+            groups=groups.reshape(batch, heads, *groups.shape[2:]),
+            counts=counts.reshape(batch, heads, -1),
+            block_q=block_q,
+            key_group=key_group,
+        )
+    threshold, radius, kept = _select_tokens(queries, keys, num_keys, **masks)
+    return TokenSelection(
+        query_codes=query_codes,
+        key_codes=key_codes,
+        query_codewords=query_codewords,
+        key_codewords=key_codewords,
+        threshold=threshold.reshape(batch, heads, length),
+        tie_radius=radius.reshape(batch, heads, length),
+        kept=kept,
+    )
+
+
+def _select_tokens(
+    queries: Float[Array, "g r S w"],
+    keys: Float[Array, "g S w"],
+    num_keys: int,
+    causal: bool,
+    key_mask: Bool[Array, "B S"] | None,
+    segment_ids: Int[Array, "B S"] | None,
+) -> tuple[Int32[Array, "g r S"], Int32[Array, "g r S"], Bool[Array, "g S r S"] | None]:
+    """Thresholds, tie radii and, of short sequences, the mask, keys first."""
+    pairs, rows, length, width = queries.shape
+    chunk, block = block_shape(pairs, rows, length)
+    blocks = -(-length // block)
+    per_pair = lambda a: None if a is None else jnp.repeat(a, pairs // a.shape[0], 0)  # noqa: E731
+    key_mask, segments = per_pair(key_mask), per_pair(segment_ids)
+    pad = blocks * block - length
+    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, pad), (0, 0)))
+    query_segments = None if segments is None else jnp.pad(segments, ((0, 0), (0, pad)))
+
+    short = blocks == 1 and length <= 4 * width  # a byte a key, against a float32 query
+
+    def run(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        pair, first = index // blocks * chunk, index % blocks * block
+
+        def take(a: jax.Array | None) -> jax.Array | None:
+            return None if a is None else jax.lax.dynamic_slice_in_dim(a, pair, chunk)
+
+        q = jax.lax.dynamic_slice_in_dim(take(queries), first, block, 2)
+        position = first + jnp.arange(block)
+        mine = take(query_segments)
+        if mine is not None:
+            mine = jax.lax.dynamic_slice_in_dim(mine, first, block, 1)
+        valid = valid_block(position, length, causal, take(key_mask), mine, take(segments))
+        score = jnp.einsum("gkw,grqw->gkrq", take(keys), q, precision="highest")
+        if valid is not None:
+            score = jnp.where(valid, score, -jnp.inf)
+        distance = tie_distance(position, length)
+        level, radius = threshold(score, distance, num_keys)
+        kept = _kept(score, distance, level, radius) if short else None
+        return level.astype(jnp.int32), radius.astype(jnp.int32), kept
+
+    *found, kept = jax.lax.map(run, jnp.arange(pairs // chunk * blocks))
+
+    def join(a: jax.Array) -> jax.Array:
+        a = a.reshape(pairs // chunk, blocks, chunk, rows, block).transpose(0, 2, 3, 1, 4)
+        return a.reshape(pairs, rows, -1)[..., :length]
+
+    kept = kept.reshape(pairs, length, rows, length) if short else None
+    return join(found[0]), join(found[1]), kept
+
+
+def _kept(
+    score: Float[Array, "g S r q"],
+    distance: Int[Array, "S q"],
+    level: Float[Array, "g r q"],
+    radius: Float[Array, "g r q"],
+) -> Bool[Array, "g S r q"]:
+    """The keys that a threshold and a tie radius keep; invalid ones score -inf."""
+    near = distance[:, None].astype(jnp.float32) <= radius[:, None]
+    return (score > level[:, None]) | (score == level[:, None]) & near
+
+
+def _select_tiles(
+    queries: Float[Array, "g r S w"],
+    keys: Float[Array, "g S w"],
+    num_keys: int,
+    block_q: int,
+    key_group: int,
+    causal: bool,
+    key_mask: Bool[Array, "B S"] | None,
+    segment_ids: Int[Array, "B S"] | None,
+) -> tuple[Int32[Array, "g r Q P"], Int32[Array, "g r Q"]]:
+    """Lists of key groups and their lengths."""
+    pairs, rows, length, width = queries.shape
+    own, distance = tile_groups(length, block_q, key_group)
+    (tiles, count), overlap = own.shape, int(own.sum(-1).max())
+    own, distance = jnp.asarray(own), jnp.asarray(distance.T)
+    size = min(count, max(-(-num_keys // key_group), overlap))
+    visible = _visible(length, block_q, causal, key_mask, segment_ids)
+    batch = visible.shape[0]
+    if key_mask is not None:
+        queries = jnp.where(jnp.repeat(key_mask, pairs // batch, 0)[:, None, :, None], queries, 0)
+    tail = count * key_group - length
+    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, tiles * block_q - length), (0, 0)))
+    totals = queries.reshape(pairs, rows, tiles, block_q, width).sum(3)
+    keys = jnp.pad(keys, ((0, 0), (0, tail), (0, 0)))
+    visible = jnp.pad(visible, ((0, 0), (0, 0), (0, tail)))
+
+    def run(pair: jax.Array) -> tuple[jax.Array, jax.Array]:
+        seen = visible[pair // (pairs // batch)]
+        score = jnp.einsum("kw,rtw->krt", keys[pair], totals[pair], precision="highest")
+        score = jnp.where(seen.T[:, None], score, -jnp.inf)
+        score = score.reshape(count, key_group, rows, tiles).max(1)
+        first = score.max() + 1  # above every other score
+        score = jnp.where(own.T[:, None] & (score > -jnp.inf), first, score)
+        level, radius = threshold(score[None], distance, size)
+        kept = _kept(score[None], distance, level, radius)[0]
+        rank = jnp.cumsum(kept, 0)
+        counts = rank[-1]
+        place = jnp.arange(1, size + 1)[:, None, None]
+        nth = jnp.minimum(place, counts)
+        groups = jnp.sum(rank[None] < nth[:, None], 1)
+        return jnp.moveaxis(groups, 0, -1).astype(jnp.int32), counts.astype(jnp.int32)
+
+    return jax.lax.map(run, jnp.arange(pairs))
+
+
+def _visible(
+    length: int,
+    block_q: int,
+    causal: bool,
+    key_mask: Bool[Array, "B S"] | None,
+    segment_ids: Int[Array, "B S"] | None,
+) -> Bool[Array, "b Q S"]:
+    """Whether any query of a tile may see a key; b is 1 without mask and segments."""
+    position = jnp.arange(length)
+    first = jnp.arange(0, length, block_q)
+    visible = jnp.ones((1, len(first), length), bool)
+    if segment_ids is not None:
+
+        def see(first: jax.Array) -> jax.Array:
+            query = jnp.minimum(first + jnp.arange(block_q), length - 1)
+            same = segment_ids[:, query, None] == segment_ids[:, None, :]
+            return jnp.any(same & (position <= query[:, None]) if causal else same, 1)
+
+        visible = jnp.moveaxis(jax.lax.map(see, first), 0, 1)
+    elif causal:
+        visible = visible & (position < first[:, None] + block_q)
+    return visible if key_mask is None else visible & key_mask[:, None, :]

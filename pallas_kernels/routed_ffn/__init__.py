@@ -1,0 +1,17 @@
+"""Feed-forward network that computes only some blocks of hidden units for each token."""
+
+from pallas_kernels.routed_ffn.api import routed_ffn
+from pallas_kernels.routed_ffn.types import (
+    Activation,
+    RoutedFFNLoRA,
+    RoutedFFNWeights,
+    activation_function,
+)
+
+__all__ = [
+    "Activation",
+    "RoutedFFNLoRA",
+    "RoutedFFNWeights",
+    "activation_function",
+    "routed_ffn",
+]

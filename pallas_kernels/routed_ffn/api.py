@@ -1,0 +1,164 @@
+"""Public function of the routed FFN: checks its arguments and chooses an implementation."""
+
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import Implementation, resolve
+from pallas_kernels.routed_ffn.reference import routed_ffn_reference
+from pallas_kernels.routed_ffn.types import Activation, RoutedFFNLoRA, RoutedFFNWeights
+from pallas_kernels.routed_ffn.xla import routed_ffn_xla
+
+_BACKENDS = {"xla": routed_ffn_xla, "reference": routed_ffn_reference}
+
+
+def routed_ffn(
+    x: Float[Array, "T D"],
+    block_index: Int[Array, "T A"],
+    coefficients: Float[Array, "T A"],
+    weights: RoutedFFNWeights,
+    *,
+    lora: RoutedFFNLoRA | None = None,
+    activation: Activation = "gelu",
+    implementation: Implementation | None = None,
+) -> Float[Array, "T D"]:
+    """Feed-forward network that computes only `A` of its `G` blocks for each token.
+
+    `y[t] = b_out + sum_a coefficients[t, a] * FFN_{block_index[t, a]}(x[t])`, where
+    `FFN_g(x) = act(x w_in[g] + b_in[g]) w_out[g]`, or, with a gate,
+    `FFN_g(x) = (act(x w_gate[g] + b_gate[g]) * (x w_in[g] + b_in[g])) w_out[g]`.
+
+    No token is ever dropped, however uneven the choice of blocks. Products accumulate in float32.
+    With `xla`, forward and backward multiply the active blocks only, and arrays that want no
+    gradient cost none; what is kept for the backward pass grows as `T * A * Fb`. Differentiable
+    once, in reverse mode.
+
+    Args:
+      x: Tokens, `[T, D]`.
+      block_index: The blocks of each token, `[T, A]`, distinct for each token and in `[0, G)`.
+      coefficients: Weight of each chosen block, `[T, A]`, any floating type.
+      weights: Weights, of the type of `x`.
+      lora: Low-rank additions to the weights, of the type of `x`.
+      activation: "relu", "gelu" (exact), "gelu_tanh", "silu" or "identity".
+      implementation: Name of an implementation, or None for the best supported one.
+
+    Returns:
+      `[T, D]`, of the type of `x`.
+
+    Raises:
+      ValueError: Shapes, types or names do not fit.
+      NotImplementedError: The named implementation does not exist for this op.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> weights = RoutedFFNWeights(w_in=jnp.ones((2, 3, 4)), w_out=jnp.ones((2, 4, 3)))
+      >>> index = jnp.array([[0], [1]], jnp.int32)
+      >>> routed_ffn(jnp.ones((2, 3)), index, jnp.ones((2, 1)), weights, activation="relu").shape
+      (2, 3)
+
+    References:
+      Gui et al., "SPT: Fine-Tuning Transformer-based Language Models Efficiently with
+      Sparsification", arXiv 2312.10365, section 4.2.
+    """
+    run = resolve("routed_ffn", implementation, _BACKENDS)
+    _check(x, block_index, coefficients, weights, lora, activation)
+    return run(x, block_index, coefficients, weights, lora, activation)
+
+
+def _check(
+    x: Array,
+    block_index: Array,
+    coefficients: Array,
+    weights: RoutedFFNWeights,
+    lora: RoutedFFNLoRA | None,
+    activation: str,
+) -> None:
+    if activation not in get_args(Activation):
+        raise ValueError(
+            f"routed_ffn: unknown activation {activation!r}; choose one of "
+            f"{', '.join(get_args(Activation))}."
+        )
+    if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"routed_ffn: x is {x.dtype}{list(x.shape)}; expected floating [T, D], so flatten "
+            "batch and sequence first."
+        )
+    if weights.w_in.ndim != 3:
+        raise ValueError(f"routed_ffn: w_in is {list(weights.w_in.shape)}; expected [G, D, Fb].")
+    if block_index.ndim != 2 or not jnp.issubdtype(block_index.dtype, jnp.integer):
+        raise ValueError(
+            f"routed_ffn: block_index is {block_index.dtype}{list(block_index.shape)}; expected "
+            "integers [T, A]."
+        )
+    (tokens, width), (blocks, _, units) = x.shape, weights.w_in.shape
+    active = block_index.shape[1]
+    if not 1 <= active <= blocks:
+        raise ValueError(
+            f"routed_ffn: block_index chooses {active} blocks a token; w_in has {blocks} blocks, "
+            f"so choose 1 to {blocks}."
+        )
+    if not jnp.issubdtype(coefficients.dtype, jnp.floating):
+        raise ValueError(f"routed_ffn: coefficients are {coefficients.dtype}; expected floats.")
+    expected = {
+        "block_index": (block_index, (tokens, active)),
+        "coefficients": (coefficients, (tokens, active)),
+        "w_in": (weights.w_in, (blocks, width, units)),
+        "b_in": (weights.b_in, (blocks, units)),
+        "w_gate": (weights.w_gate, (blocks, width, units)),
+        "b_gate": (weights.b_gate, (blocks, units)),
+        "w_out": (weights.w_out, (blocks, units, width)),
+        "b_out": (weights.b_out, (width,)),
+    }
+    if weights.w_gate is None and weights.b_gate is not None:
+        raise ValueError("routed_ffn: b_gate is given without w_gate; give both or neither.")
+    if lora is not None:
+        for name in ("in", "gate", "out"):
+            a, b = getattr(lora, f"a_{name}"), getattr(lora, f"b_{name}")
+            if (a is None) != (b is None):
+                raise ValueError(
+                    f"routed_ffn: lora has only one of a_{name} and b_{name}; give both or neither."
+                )
+            if a is None:
+                continue
+            rank = a.shape[-1]
+            first, second = (
+                ((blocks, units, rank), (rank, width))
+                if name == "out"
+                else ((width, rank), (blocks, rank, units))
+            )
+            expected |= {f"lora.a_{name}": (a, first), f"lora.b_{name}": (b, second)}
+        if lora.a_gate is not None and weights.w_gate is None:
+            raise ValueError("routed_ffn: lora has a_gate, but the weights have no w_gate.")
+    for name, (array, shape) in expected.items():
+        if array is None:
+            continue
+        if array.shape != shape:
+            raise ValueError(
+                f"routed_ffn: {name} is {list(array.shape)}; expected {list(shape)} for x "
+                f"{list(x.shape)}, {active} active of {blocks} blocks and {units} units a block."
+            )
+        if name not in ("block_index", "coefficients") and array.dtype != x.dtype:
+            raise ValueError(
+                f"routed_ffn: {name} is {array.dtype} and x is {x.dtype}; cast one to the other."
+            )
+    if not isinstance(block_index, jax.core.Tracer):
+        _check_index(np.asarray(block_index), blocks)
+
+
+def _check_index(block_index: np.ndarray, blocks: int) -> None:
+    if block_index.size and not 0 <= block_index.min() <= block_index.max() < blocks:
+        raise ValueError(
+            f"routed_ffn: block_index runs from {block_index.min()} to {block_index.max()}; "
+            f"expected 0 to {blocks - 1}."
+        )
+    ordered = np.sort(block_index, axis=1)
+    repeated = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
+    if repeated.any():
+        token = int(repeated.argmax())
+        raise ValueError(
+            f"routed_ffn: token {token} chooses blocks {block_index[token].tolist()}; the blocks "
+            "of a token must be distinct."
+        )

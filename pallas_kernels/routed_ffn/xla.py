@@ -1,0 +1,301 @@
+"""Routed FFN in plain JAX: rows sorted by block, and tiles of them multiplied.
+
+Every pair of a token and one of its blocks is a row. Rows are sorted by block, so the rows of a
+block are contiguous, and each block multiplies only as many tiles of rows as it was given: the
+trip count of the loop is data, which reverse mode cannot differentiate, hence the hand-written
+backward pass. A block's last tile may reach into the rows of the next block: forward, what it
+wrote there is overwritten by the next block; backward, such rows also count for nothing in sums.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, Int32
+
+from pallas_kernels.routed_ffn.types import (
+    Activation,
+    RoutedFFNLoRA,
+    RoutedFFNWeights,
+    activation_function,
+)
+
+Arrays = dict[str, Array]
+
+# Arrays with a leading axis of blocks, by their names in `_named`.
+_BY_BLOCK = frozenset(
+    ("w_in", "b_in", "w_gate", "b_gate", "w_out", "lora_b_in", "lora_b_gate", "lora_a_out")
+)
+
+
+def _tile_rows(rows: int, num_blocks: int) -> tuple[int, ...]:
+    """Returns the rows of a tile, large ones first and then those that end a block."""
+    share = rows // num_blocks
+    return (512, 64) if share >= 512 else (min(64, 8 << (share // 32).bit_length()),)
+
+
+class _Plan(NamedTuple):
+    order: Int32[Array, " R"]  # Entry of block_index.ravel() in each row; padded by a tail tile.
+    rank: Int32[Array, "T A"]  # Row of each entry.
+    start: Int32[Array, " G"]
+    stop: Int32[Array, " G"]
+
+
+def _plan(block_index: Array, num_blocks: int, pad: int) -> _Plan:
+    flat = block_index.ravel()
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    rank = jnp.zeros_like(order).at[order].set(jnp.arange(flat.size, dtype=jnp.int32))
+    counts = (flat[:, None] == jnp.arange(num_blocks)).sum(axis=0, dtype=jnp.int32)
+    stop = jnp.cumsum(counts, dtype=jnp.int32)
+    return _Plan(jnp.pad(order, (0, pad)), rank.reshape(block_index.shape), stop - counts, stop)
+
+
+def _for_tiles(
+    tiles: tuple[int, ...],
+    start: Array,
+    stop: Array,
+    body: Callable[[Any, Array, int], Any],
+    carry: Any,
+) -> Any:
+    """Runs `body(carry, row, size)` over tiles that cover the rows from start to stop."""
+    for size in tiles:
+        rounding = size - 1 if size == tiles[-1] else 0
+        count = (stop - start + rounding) // size
+        step = functools.partial(
+            lambda i, carry, start, size: body(carry, start + i * size, size),
+            start=start,
+            size=size,
+        )
+        carry = lax.fori_loop(0, count, step, carry)
+        start = start + count * size
+    return carry
+
+
+def _dot(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def _put(buffer: Array, tile: Array, row: Array) -> Array:
+    return lax.dynamic_update_slice_in_dim(buffer, tile.astype(buffer.dtype), row, axis=0)
+
+
+def _weight(p: Arrays, name: str) -> Array:
+    """The effective weight of one block."""
+    w, a, b = p[f"w_{name}"], p.get(f"lora_a_{name}"), p.get(f"lora_b_{name}")
+    return w if a is None or b is None else (w + _dot(a, b)).astype(w.dtype)
+
+
+def _scan_blocks(
+    step: Callable[[Arrays, Arrays, Array, Array], tuple[Arrays, Any]],
+    buffers: Arrays,
+    p: Arrays,
+    plan: _Plan,
+) -> tuple[Arrays, Any]:
+    """Runs `step(buffers, arrays of one block, start, stop)` over the blocks."""
+    blocks = {name: array for name, array in p.items() if name in _BY_BLOCK}
+    return lax.scan(
+        lambda carry, item: step(carry, p | item[0], item[1], item[2]),
+        buffers,
+        (blocks, plan.start, plan.stop),
+    )
+
+
+def _forward(
+    activation: Activation, p: Arrays, block_index: Array
+) -> tuple[Array, tuple[_Plan, Arrays]]:
+    x, (num_blocks, width, units) = p["x"], p["w_in"].shape
+    active = block_index.shape[1]
+    tiles = _tile_rows(block_index.size, num_blocks)
+    plan = _plan(block_index, num_blocks, tiles[-1])
+    act = activation_function(activation)
+    ups = ("in", "gate") if "w_gate" in p else ("in",)
+    rows = plan.order.size
+    xs = x[plan.order // active]
+
+    def step(buffers: Arrays, q: Arrays, start: Array, stop: Array) -> tuple[Arrays, Any]:
+        weight = {name: _weight(q, name) for name in (*ups, "out")}
+
+        def body(buffers: Arrays, row: Array, size: int) -> Arrays:
+            x_tile = lax.dynamic_slice_in_dim(xs, row, size)
+            hidden = {name: _dot(x_tile, weight[name]) + q.get(f"b_{name}", 0) for name in ups}
+            inner = act(hidden["gate"]) * hidden["in"] if "gate" in ups else act(hidden["in"])
+            hidden["out"] = _dot(inner.astype(x.dtype), weight["out"])
+            return {name: _put(buffers[name], hidden[name], row) for name in buffers}
+
+        return _for_tiles(tiles, start, stop, body, buffers), None
+
+    buffers = {name: jnp.zeros((rows, units), x.dtype) for name in ups}
+    buffers["out"] = jnp.zeros((rows, width), x.dtype)
+    hidden, _ = _scan_blocks(step, buffers, p, plan)
+    ys = hidden.pop("out")[plan.rank].astype(jnp.float32)
+    y = (p["coefficients"].astype(jnp.float32)[:, :, None] * ys).sum(axis=1)
+    return (y + p.get("b_out", 0)).astype(x.dtype), (plan, hidden)
+
+
+def _backward(
+    activation: Activation,
+    wanted: frozenset[str],
+    p: Arrays,
+    plan: _Plan,
+    hidden: Arrays,
+    dy: Array,
+) -> Arrays:
+    """Gradients of the arrays named in `wanted`; nothing else is computed."""
+    x, coefficients = p["x"], p["coefficients"]
+    num_blocks, width, _ = p["w_in"].shape
+    active = plan.rank.shape[1]
+    tiles = _tile_rows(plan.rank.size, num_blocks)
+    act = activation_function(activation)
+    ups = ("in", "gate") if "w_gate" in p else ("in",)
+    token = plan.order // active
+    rows = plan.order.size
+
+    def rank_of(name: str) -> int:
+        return p[f"lora_a_{name}"].shape[-1]
+
+    into_hidden = {"x"} | {
+        f"{kind}_{name}" for name in ups for kind in ("w", "b", "lora_a", "lora_b")
+    }
+    needs_dh = bool(wanted & into_hidden)
+    # Inputs of the loops, by row.
+    inputs = {"dy": dy[token], "c": coefficients.ravel()[plan.order].astype(jnp.float32), **hidden}
+    if wanted & {"w_in", "w_gate"}:
+        inputs["x"] = x[token]
+    for name in ups:
+        if f"lora_b_{name}" in wanted:
+            inputs[f"xa_{name}"] = _dot(x, p[f"lora_a_{name}"]).astype(x.dtype)[token]
+    if "lora_a_out" in wanted:
+        inputs["dyb"] = _dot(dy, p["lora_b_out"], (1, 1)).astype(x.dtype)[token]
+    # Results by row, summed over the rows of a token afterwards.
+    buffers = {}
+    if "x" in wanted:
+        buffers["x"] = jnp.zeros((rows, width), x.dtype)
+    if "coefficients" in wanted:
+        buffers["coefficients"] = jnp.zeros(rows, jnp.float32)
+    for name in ups:
+        if f"lora_a_{name}" in wanted:
+            buffers[f"dhb_{name}"] = jnp.zeros((rows, rank_of(name)), x.dtype)
+    if "lora_b_out" in wanted:
+        buffers["ha"] = jnp.zeros((rows, rank_of("out")), x.dtype)
+
+    def step(buffers: Arrays, q: Arrays, start: Array, stop: Array) -> tuple[Arrays, Any]:
+        weight = {name: _weight(q, name) for name in (*ups, "out")}
+
+        def body(carry: tuple[Arrays, Arrays], row: Array, size: int) -> tuple[Arrays, Arrays]:
+            buffers, sums = carry
+            tile = {k: lax.dynamic_slice_in_dim(v, row, size) for k, v in inputs.items()}
+            c = jnp.where(row + jnp.arange(size) < stop, tile["c"], 0)[:, None]
+            pre = tile["gate" if "gate" in ups else "in"].astype(jnp.float32)
+            inner, slope = jax.jvp(act, (pre,), (jnp.ones_like(pre),))
+            by_row, by_block = {}, {}
+            if "gate" in ups:
+                linear = tile["in"].astype(jnp.float32)
+                slopes = {"in": inner, "gate": slope * linear}
+                inner = inner * linear
+            else:
+                slopes = {"in": slope}
+            if needs_dh or "coefficients" in wanted:
+                d_inner = _dot(tile["dy"], weight["out"], (1, 1))
+                by_row["coefficients"] = (inner * d_inner).sum(axis=1)
+            if needs_dh:
+                dh = {k: (c * d_inner * slopes[k]).astype(x.dtype) for k in ups}
+                if "x" in wanted:
+                    by_row["x"] = sum(_dot(dh[k], weight[k], (1, 1)) for k in ups)
+                for k in ups:
+                    by_block[f"b_{k}"] = dh[k].astype(jnp.float32).sum(axis=0)
+                    if f"w_{k}" in wanted:
+                        by_block[f"w_{k}"] = _dot(tile["x"], dh[k], (0, 0))
+                    if f"lora_a_{k}" in wanted:
+                        by_row[f"dhb_{k}"] = _dot(dh[k], q[f"lora_b_{k}"], (1, 1))
+                    if f"lora_b_{k}" in wanted:
+                        by_block[f"lora_b_{k}"] = _dot(tile[f"xa_{k}"], dh[k], (0, 0))
+            inner = (c * inner).astype(x.dtype)
+            if "w_out" in wanted:
+                by_block["w_out"] = _dot(inner, tile["dy"], (0, 0))
+            if "lora_a_out" in wanted:
+                by_block["lora_a_out"] = _dot(inner, tile["dyb"], (0, 0))
+            if "lora_b_out" in wanted:
+                by_row["ha"] = _dot(inner, q["lora_a_out"])
+            buffers = {k: _put(v, by_row[k], row) for k, v in buffers.items()}
+            sums = {k: v + by_block[k] for k, v in sums.items()}
+            return buffers, sums
+
+        sums = {k: jnp.zeros(q[k].shape, jnp.float32) for k in wanted & _BY_BLOCK}
+        buffers, sums = _for_tiles(tiles, start, stop, body, (buffers, sums))
+        return buffers, {k: v.astype(p[k].dtype) for k, v in sums.items()}
+
+    buffers, grads = _scan_blocks(step, buffers, p, plan)
+    by_token = {k: v[plan.rank].astype(jnp.float32) for k, v in buffers.items()}
+    if "coefficients" in wanted:
+        grads["coefficients"] = by_token.pop("coefficients")
+    by_token = {k: v.sum(axis=1).astype(x.dtype) for k, v in by_token.items()}
+    if "x" in wanted:
+        grads["x"] = by_token["x"]
+    for k in ups:
+        if f"lora_a_{k}" in wanted:
+            grads[f"lora_a_{k}"] = _dot(x, by_token[f"dhb_{k}"], (0, 0))
+    if "lora_b_out" in wanted:
+        grads["lora_b_out"] = _dot(by_token["ha"], dy, (0, 0))
+    if "b_out" in wanted:
+        grads["b_out"] = dy.astype(jnp.float32).sum(axis=0)
+    return {k: v.astype(p[k].dtype) for k, v in grads.items()}
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """Names of the arrays that are differentiated: part of the residuals' structure."""
+
+    names: frozenset[str]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _routed_ffn(activation: Activation, p: Arrays, block_index: Array) -> Array:
+    return _forward(activation, p, block_index)[0]
+
+
+def _vjp_forward(activation: Activation, p: dict[str, Any], block_index: Any) -> tuple[Array, Any]:
+    wanted = _Wanted(frozenset(name for name, primal in p.items() if primal.perturbed))
+    p = {name: primal.value for name, primal in p.items()}
+    y, saved = _forward(activation, p, block_index.value)
+    return y, (wanted, p, *saved)
+
+
+def _vjp_backward(activation: Activation, residuals: Any, dy: Any) -> tuple[Any, None]:
+    wanted, p, plan, hidden = residuals
+    if isinstance(dy, jax.custom_derivatives.SymbolicZero):
+        return None, None
+    grads = _backward(activation, wanted.names, p, plan, hidden, dy)
+    return {name: grads.get(name) for name in p}, None
+
+
+_routed_ffn.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)
+
+
+def _named(
+    x: Array, coefficients: Array, weights: RoutedFFNWeights, lora: RoutedFFNLoRA | None
+) -> Arrays:
+    """The arrays that may have gradients, by name."""
+    arrays = {"x": x, "coefficients": coefficients, **vars(weights)}
+    if lora is not None:
+        arrays |= {f"lora_{name}": array for name, array in vars(lora).items()}
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def routed_ffn_xla(
+    x: Float[Array, "T D"],
+    block_index: Int[Array, "T A"],
+    coefficients: Float[Array, "T A"],
+    weights: RoutedFFNWeights,
+    lora: RoutedFFNLoRA | None = None,
+    activation: Activation = "gelu",
+) -> Float[Array, "T D"]:
+    """See `routed_ffn`. Keeps the rows' hidden pre-activations, `T * A * Fb`, for the backward."""
+    if not x.shape[0]:
+        return x
+    return _routed_ffn(activation, _named(x, coefficients, weights, lora), block_index)

@@ -1,0 +1,23 @@
+"""SPT for JAX: fine-tune Transformers with LoRA, sparse attention and routed FFNs."""
+
+from spt_jax.adapt import adapt
+from spt_jax.config import (
+    LoRAConfig,
+    RoutedFFNConfig,
+    SparseAttentionConfig,
+    SPTConfig,
+    TrainConfig,
+)
+from spt_jax.models import load_pretrained, load_tokenizer
+
+__all__ = [
+    "LoRAConfig",
+    "RoutedFFNConfig",
+    "SPTConfig",
+    "SparseAttentionConfig",
+    "TrainConfig",
+    "adapt",
+    "load_pretrained",
+    "load_tokenizer",
+]
+__version__ = "0.1.0"

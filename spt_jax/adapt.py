@@ -1,0 +1,169 @@
+"""Turn a dense model into the SPT one, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from spt_jax.calibration import fit_routing, fit_sparse_attention, spread
+from spt_jax.config import LoRAConfig, SPTConfig
+from spt_jax.layers import (
+    Attention,
+    Embedding,
+    FeedForward,
+    Linear,
+    LoRA,
+    RoutedFFN,
+    SparseAttention,
+    recording,
+)
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "segment_ids")
+
+
+def adapt(
+    model: Model,
+    config: SPTConfig,
+    *,
+    calibration_batch: Mapping[str, jax.Array | np.ndarray] | None = None,
+    rngs: nnx.Rngs | None = None,
+) -> Model:
+    """Add LoRA factors, sparse attention and routed FFNs to every layer of `model`.
+
+    Codebooks, blocks of hidden units and routers are fitted to the activations of
+    `calibration_batch`. LoRA factors start at zero and permuting hidden units changes no output, so
+    before training the model differs from the dense one only by what its sparse parts leave out.
+
+    Args:
+        model: a model of `load_pretrained`, or any module made of `spt_jax.layers`.
+        config: the parts to add; a part that is None stays dense.
+        calibration_batch: `input_ids` int `[B, S]` and, optionally, `attention_mask`,
+            `token_type_ids` and `segment_ids`; some thousand tokens of the task at hand. Needed for
+            the sparse parts only.
+        rngs: seeds LoRA factors and k-means; None stands for `nnx.Rngs(0)`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the model is adapted already, has no layer to adapt, the calibration batch is
+            missing or too small, or a size does not divide. The model is then unchanged.
+
+    Example:
+        >>> model = spt_jax.load_pretrained("bert-base-uncased")  # doctest: +SKIP
+        >>> batch = {"input_ids": ids, "attention_mask": mask}  # doctest: +SKIP
+        >>> model = spt_jax.adapt(model, SPTConfig(), calibration_batch=batch)  # doctest: +SKIP
+    """
+    rngs = rngs or nnx.Rngs(0)
+    modules = dict(nnx.iter_modules(model))
+    attentions = {path: m for path, m in modules.items() if isinstance(m, Attention)}
+    ffns = {path: m for path, m in modules.items() if isinstance(m, FeedForward)}
+    _check(modules, config, calibration_batch)
+
+    sparse, routings = {}, {}
+    if config.attention is not None or config.ffn is not None:
+        activations = _activations(model, calibration_batch)
+        if config.attention is not None:
+            for path, attention in attentions.items():
+                sparse[path] = fit_sparse_attention(
+                    **activations[path],
+                    config=config.attention,
+                    causal=attention.causal,
+                    key=rngs.params(),
+                )
+        if config.ffn is not None:
+            for path, ffn in ffns.items():
+                routings[path] = fit_routing(**activations[path], ffn=ffn, config=config.ffn)
+
+    # nothing was changed so far, and nothing fails from here on
+    if config.lora is not None:
+        _add_lora(modules, config.lora, rngs)
+    for path, module in sparse.items():
+        attentions[path].sparse = module
+    for path, routing in routings.items():
+        *owner, name = path
+        setattr(
+            modules[tuple(owner)],
+            name,
+            RoutedFFN(ffns[path], **routing._asdict(), config=config.ffn),
+        )
+    return model
+
+
+def _check(
+    modules: Mapping[tuple[Any, ...], nnx.Module],
+    config: SPTConfig,
+    batch: Mapping[str, jax.Array | np.ndarray] | None,
+) -> None:
+    if any(isinstance(m, LoRA | SparseAttention | RoutedFFN) for m in modules.values()):
+        raise ValueError("the model is adapted already; load it again to adapt it anew")
+    if not any(isinstance(m, Attention | FeedForward) for m in modules.values()):
+        raise ValueError(
+            f"{type(modules[()]).__name__} has neither Attention nor FeedForward layers to adapt"
+        )
+    if config.attention is None and config.ffn is None:
+        return
+    if batch is None:
+        raise ValueError(
+            "sparse attention and routed FFNs are fitted to activations: give calibration_batch, "
+            "or set SPTConfig(attention=None, ffn=None) for LoRA alone"
+        )
+    if "input_ids" not in batch:
+        raise ValueError(f"calibration_batch needs input_ids; it has {sorted(batch)}")
+    if config.ffn is not None:
+        for module in modules.values():
+            if isinstance(module, FeedForward) and module.up.out_features % config.ffn.num_blocks:
+                raise ValueError(
+                    f"{module.up.out_features} hidden units do not split into "
+                    f"num_blocks={config.ffn.num_blocks} blocks"
+                )
+
+
+def _activations(
+    model: nnx.Module, batch: Mapping[str, jax.Array | np.ndarray]
+) -> dict[tuple[Any, ...], dict[str, jax.Array]]:
+    """What each layer recorded, at valid tokens of the batch: `{path: {name: [T, ...]}}`."""
+    inputs = {name: jnp.asarray(batch[name]) for name in _INPUTS if batch.get(name) is not None}
+    mask = inputs.get("attention_mask", jnp.ones_like(inputs["input_ids"]))
+    tokens = spread(np.flatnonzero(np.asarray(mask)))
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def run(state: nnx.State) -> dict[tuple[Any, ...], dict[str, jax.Array]]:
+        copy = nnx.merge(graphdef, state)
+        with recording() as records:
+            copy(**inputs)
+        return {
+            path: {
+                name: array.reshape(-1, *array.shape[2:])[tokens]
+                for name, array in records[id(module)].items()
+            }
+            for path, module in nnx.iter_modules(copy)
+            if id(module) in records
+        }
+
+    return run(state)
+
+
+def _add_lora(
+    modules: Mapping[tuple[Any, ...], nnx.Module], config: LoRAConfig, rngs: nnx.Rngs
+) -> None:
+    targets: list[Linear | Embedding] = []
+    for module in modules.values():
+        match module:
+            case Attention() if "attention" in config.targets:
+                targets += [module.q_proj, module.k_proj, module.v_proj, module.o_proj]
+            case FeedForward() if "ffn" in config.targets:
+                targets += [m for m in (module.up, module.gate, module.down) if m is not None]
+            case Embedding() if "embeddings" in config.targets:
+                targets.append(module)
+    for target in targets:
+        shape = target.kernel.shape if isinstance(target, Linear) else target.embedding.shape
+        target.lora = LoRA(*shape, config=config, rngs=rngs)

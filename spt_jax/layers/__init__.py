@@ -1,0 +1,38 @@
+"""NNX layers that models are made of, dense and sparse."""
+
+from spt_jax.layers.attention import Attention, AuxLosses, SparseAttention, dense_attention
+from spt_jax.layers.feed_forward import FeedForward, RoutedFFN
+from spt_jax.layers.linear import Embedding, Linear, dropout, split_key
+from spt_jax.layers.lora import LoRA, lora_dot
+from spt_jax.layers.recording import record, recording
+from spt_jax.layers.variables import (
+    ADAPTER,
+    CalibrationStat,
+    CodebookParam,
+    HeadParam,
+    LoRAParam,
+    RouterParam,
+)
+
+__all__ = [
+    "ADAPTER",
+    "Attention",
+    "AuxLosses",
+    "CalibrationStat",
+    "CodebookParam",
+    "Embedding",
+    "FeedForward",
+    "HeadParam",
+    "Linear",
+    "LoRA",
+    "LoRAParam",
+    "RoutedFFN",
+    "RouterParam",
+    "SparseAttention",
+    "dense_attention",
+    "dropout",
+    "lora_dot",
+    "record",
+    "recording",
+    "split_key",
+]

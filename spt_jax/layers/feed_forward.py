@@ -1,0 +1,227 @@
+"""Position-wise FFN: dense, or routed over blocks of hidden units."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.typing import Dtype
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels import (
+    Activation,
+    RoutedFFNLoRA,
+    RoutedFFNWeights,
+    activation_function,
+    routed_ffn,
+)
+from spt_jax.config import RoutedFFNConfig
+from spt_jax.layers.attention import AuxLosses
+from spt_jax.layers.linear import Linear, split_key
+from spt_jax.layers.lora import LoRA
+from spt_jax.layers.recording import record
+from spt_jax.layers.variables import CalibrationStat, RouterParam
+
+class FeedForward(nnx.Module):
+    """`down(act(up(x)))`, or gated `down(act(gate(x)) * up(x))`.
+
+    Args:
+        width: model width D.
+        hidden: hidden units F.
+        activation: "relu", "gelu" (exact), "gelu_tanh", "silu" or "identity".
+        gated: whether there is a gate.
+        use_bias: whether the linear maps have biases.
+        dtype: compute dtype.
+        param_dtype: dtype of the weights.
+        rngs: source of the initial values.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        activation: Activation = "gelu",
+        gated: bool = False,
+        use_bias: bool = True,
+        dtype: Dtype = jnp.float32,
+        param_dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        options = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.up = Linear(width, hidden, **options)
+        self.gate: Linear | None = nnx.data(Linear(width, hidden, **options) if gated else None)
+        self.down = Linear(hidden, width, **options)
+        self.activation: Activation = activation
+
+    def hidden(
+        self, x: Float[Array, "... D"], *, dropout_key: jax.Array | None = None
+    ) -> Float[Array, "... F"]:
+        """Hidden units' outputs, before the down projection."""
+        keys = split_key(dropout_key, 2)
+        act = activation_function(self.activation)
+        up = self.up(x, dropout_key=keys[0])
+        return act(up) if self.gate is None else act(self.gate(x, dropout_key=keys[1])) * up
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        *,
+        mask: Bool[Array, "B S"] | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "B S D"], AuxLosses]:
+        """Apply the FFN. `mask` marks valid tokens; the dense FFN has no use for it."""
+        del mask
+        record(self, x=x)
+        keys = split_key(dropout_key, 2)
+        return self.down(self.hidden(x, dropout_key=keys[0]), dropout_key=keys[1]), {}
+
+
+class RoutedFFN(nnx.Module):
+    """FFN whose hidden units form G blocks, of which a token computes the A its router ranks first.
+
+    `p = sigmoid(x Wr + br)`, `y = sum over active g of 2 p_g FFN_g(x) + bias` (Gui et al.,
+    arXiv 2312.10365, section 4.2): at A = G and p = 1/2 exactly the dense FFN.
+
+    Args:
+        dense: FFN whose weights are taken over; its LoRA factors too.
+        permutation: hidden unit `permutation[i]` of `dense` becomes unit i; consecutive runs of
+            F / G units form the blocks.
+        router_kernel: `[D, G]`.
+        router_bias: `[G]`.
+        config: number of blocks and of active ones.
+    """
+
+    def __init__(
+        self,
+        dense: FeedForward,
+        *,
+        permutation: Int[Array, "F"],
+        router_kernel: Float[Array, "D G"],
+        router_bias: Float[Array, "G"],
+        config: RoutedFFNConfig,
+    ) -> None:
+        hidden, blocks = dense.up.out_features, config.num_blocks
+        if hidden % blocks:
+            raise ValueError(f"{hidden} hidden units do not split into num_blocks={blocks} blocks")
+        order = jnp.asarray(permutation)
+        self.up, self.gate, self.down = dense.up, nnx.data(dense.gate), dense.down
+        self.permutation = CalibrationStat(order)
+        for linear in (self.up, self.gate):
+            if linear is not None:
+                linear.kernel[...] = linear.kernel[...][:, order]
+                if linear.bias is not None:
+                    linear.bias[...] = linear.bias[...][order]
+                if linear.lora is not None:
+                    linear.lora.b[...] = linear.lora.b[...][:, order]
+        self.down.kernel[...] = self.down.kernel[...][order]
+        if self.down.lora is not None:
+            self.down.lora.a[...] = self.down.lora.a[...][order]
+        self.router_kernel = RouterParam(router_kernel)
+        self.router_bias = RouterParam(router_bias)
+        self.activation: Activation = dense.activation
+        self.config = config
+
+    def probabilities(self, x: Float[Array, "T D"]) -> Float[Array, "T G"]:
+        """The router's `p`, in float32."""
+        kernel = self.router_kernel[...]
+        logits = jnp.dot(x.astype(jnp.float32), kernel, precision="highest")
+        return jax.nn.sigmoid(logits + self.router_bias[...])
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        *,
+        mask: Bool[Array, "B S"] | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "B S D"], AuxLosses]:
+        """Apply the active blocks; aux holds the load-balancing loss where it has a weight."""
+        rows = x.reshape(-1, x.shape[-1]).astype(self.up.dtype)
+        probabilities = self.probabilities(rows)
+        top, index = jax.lax.top_k(probabilities, self.config.active_blocks)
+        y = routed_ffn(
+            rows,
+            index.astype(jnp.int32),
+            (2 * top).astype(rows.dtype),
+            self._weights(),
+            lora=self._lora(dropout_key),
+            activation=self.activation,
+            implementation=self.config.implementation,
+        )
+        aux: AuxLosses = {}
+        if self.config.load_balance_weight > 0:
+            valid = jnp.ones(rows.shape[0], bool) if mask is None else mask.reshape(-1)
+            aux["load_balance_loss"] = self.config.load_balance_weight * _load_balance_loss(
+                probabilities, index, valid
+            )
+        return y.reshape(x.shape), aux
+
+    def _blocks_of_columns(self, kernel: jax.Array) -> jax.Array:
+        rows, hidden = kernel.shape
+        blocks = self.config.num_blocks
+        return kernel.reshape(rows, blocks, hidden // blocks).transpose(1, 0, 2)
+
+    def _blocks_of_rows(self, kernel: jax.Array) -> jax.Array:
+        return kernel.reshape(self.config.num_blocks, -1, kernel.shape[-1])
+
+    def _weights(self) -> RoutedFFNWeights:
+        dtype = self.up.dtype
+
+        def columns(linear: Linear | None) -> tuple[jax.Array | None, jax.Array | None]:
+            if linear is None:
+                return None, None
+            bias = None if linear.bias is None else linear.bias[...].astype(dtype)
+            return (
+                self._blocks_of_columns(linear.kernel[...].astype(dtype)),
+                None if bias is None else bias.reshape(self.config.num_blocks, -1),
+            )
+
+        w_in, b_in = columns(self.up)
+        w_gate, b_gate = columns(self.gate)
+        down = self.down
+        return RoutedFFNWeights(
+            w_in=w_in,
+            b_in=b_in,
+            w_gate=w_gate,
+            b_gate=b_gate,
+            w_out=self._blocks_of_rows(down.kernel[...].astype(dtype)),
+            b_out=None if down.bias is None else down.bias[...].astype(dtype),
+        )
+
+    def _lora(self, dropout_key: jax.Array | None) -> RoutedFFNLoRA | None:
+        linears = (self.up, self.gate, self.down)
+
+        def factors(lora: LoRA, key: jax.Array | None) -> tuple[jax.Array, ...]:
+            return tuple(factor.astype(self.up.dtype) for factor in lora.factors(key))
+
+        if all(linear is None or linear.lora is None for linear in linears):
+            return None
+        pairs = [
+            (None, None) if linear is None or linear.lora is None else factors(linear.lora, key)
+            for linear, key in zip(linears, split_key(dropout_key, 3), strict=True)
+        ]
+        (a_in, b_in), (a_gate, b_gate), (a_out, b_out) = pairs
+        return RoutedFFNLoRA(
+            a_in=a_in,
+            b_in=None if b_in is None else self._blocks_of_columns(b_in),
+            a_gate=a_gate,
+            b_gate=None if b_gate is None else self._blocks_of_columns(b_gate),
+            a_out=None if a_out is None else self._blocks_of_rows(a_out),
+            b_out=b_out,
+        )
+
+
+def _load_balance_loss(
+    probabilities: Float[Array, "T G"], index: Int[Array, "T A"], valid: Bool[Array, "T"]
+) -> Float[Array, ""]:
+    """Switch Transformer's loss (Fedus et al., arXiv 2101.03961, eq. 4) times the valid tokens.
+
+    It is 1 a token when every block is chosen equally often.
+    """
+    blocks, active = probabilities.shape[1], index.shape[1]
+    count = jnp.maximum(valid.sum(), 1)
+    chosen = jax.nn.one_hot(index, blocks).sum(1) * valid[:, None]
+    share = chosen.sum(0) / (count * active)
+    normalised = probabilities / probabilities.sum(-1, keepdims=True)
+    mean = (normalised * valid[:, None]).sum(0) / count
+    return blocks * jnp.dot(share, mean) * count

@@ -1,0 +1,125 @@
+"""LoRA factors, and the product of a batch with a weight that carries them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from spt_jax.config import LoRAConfig
+from spt_jax.layers.variables import LoRAParam
+
+LoRAForm = Literal["merged", "factored"]
+
+
+class LoRA(nnx.Module):
+    """Two factors A `[in, r]` and B `[r, out]`, kept in float32.
+
+    B starts at zero, so fresh factors change nothing. A starts uniform in +-1/sqrt(in).
+
+    Args:
+        in_features: rows of the weight that the factors adapt.
+        out_features: its columns.
+        config: rank, scaling and dropout.
+        rngs: source of the initial values.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, config: LoRAConfig, rngs: nnx.Rngs
+    ) -> None:
+        bound = in_features**-0.5
+        shape = (in_features, config.rank)
+        self.a = LoRAParam(
+            jax.random.uniform(rngs.params(), shape, jnp.float32, minval=-bound, maxval=bound)
+        )
+        self.b = LoRAParam(jnp.zeros((config.rank, out_features), jnp.float32))
+        self.scaling = config.scaling
+        self.dropout = config.dropout
+
+    def factors(
+        self, dropout_key: jax.Array | None = None
+    ) -> tuple[Float[Array, "in r"], Float[Array, "r out"]]:
+        """A with this step's dropout, and B with the scaling folded in."""
+        a = self.a[...]
+        if dropout_key is not None and self.dropout > 0:
+            kept = jax.random.bernoulli(dropout_key, 1 - self.dropout, (a.shape[0], 1))
+            a = jnp.where(kept, a / (1 - self.dropout), 0)
+        return a, self.b[...] * self.scaling
+
+
+def cheaper_form(tokens: int, in_features: int, out_features: int) -> LoRAForm:
+    """The form with fewer multiply-adds; both cost `tokens * in * out` for the weight itself.
+
+    Forming W + A B takes `in * out * r`; two skinny products take `tokens * (in + out) * r`.
+    """
+    merged = in_features * out_features
+    return "merged" if merged < tokens * (in_features + out_features) else "factored"
+
+
+def lora_dot(
+    x: Float[Array, "... in"],
+    w: Float[Array, "in out"],
+    a: Float[Array, "in r"],
+    b: Float[Array, "r out"],
+    *,
+    form: LoRAForm | None = None,
+) -> Float[Array, "... out"]:
+    """`x (w + a b)`, accumulated in float32 and returned in x's dtype.
+
+    Neither form computes or stores a gradient of w's size for a and b: both take
+    `da = x' (dy b')` and `db = (x a)' dy`.
+
+    Args:
+        x: inputs; all but the last axis are tokens.
+        w: weight, in x's dtype.
+        a: first factor, any float dtype.
+        b: second factor, scaling included.
+        form: "merged" (the sum formed once for all tokens), "factored" (two skinny products
+            beside the dense one), or None for whichever needs fewer operations here.
+
+    Returns:
+        The product, `[..., out]`.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    form = form or cheaper_form(rows.shape[0], *w.shape)
+    product = _merged_dot if form == "merged" else _factored_dot
+    return product(rows, w, a, b).reshape(*x.shape[:-1], w.shape[-1])
+
+
+_dot = partial(jnp.dot, preferred_element_type=jnp.float32)
+
+
+def _factored_dot(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    narrow = _dot(x, a.astype(x.dtype)).astype(x.dtype)
+    return (_dot(x, w) + _dot(narrow, b.astype(x.dtype))).astype(x.dtype)
+
+
+def _merge(w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    return (w.astype(jnp.float32) + _dot(a, b)).astype(w.dtype)
+
+
+@jax.custom_vjp
+def _merged_dot(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    return _dot(x, _merge(w, a, b)).astype(x.dtype)
+
+
+def _merged_forward(
+    x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _merged_dot(x, w, a, b), (x, w, a, b)
+
+
+def _merged_backward(residuals: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, ...]:
+    x, w, a, b = residuals
+    dx = _dot(dy, _merge(w, a, b).T).astype(x.dtype)
+    da = _dot(x.T, _dot(dy, b.astype(dy.dtype).T).astype(x.dtype)).astype(a.dtype)
+    db = _dot(_dot(x, a.astype(x.dtype)).astype(x.dtype).T, dy).astype(b.dtype)
+    dw = _dot(x.T, dy).astype(w.dtype)  # dropped by the compiler where w is frozen
+    return dx, dw, da, db
+
+
+_merged_dot.defvjp(_merged_forward, _merged_backward)

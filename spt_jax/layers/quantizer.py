@@ -1,0 +1,173 @@
+"""Product-quantization codebooks: k-means initialisation and two ways to keep them trained."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
+
+
+@partial(jax.jit, static_argnames=("num_codewords", "codeword_width", "steps"))
+def kmeans(
+    x: Float[Array, "n K H"],
+    *,
+    num_codewords: int,
+    codeword_width: int,
+    steps: int = 20,
+    key: PRNGKeyArray,
+) -> Float[Array, "K M E C"]:
+    """Codebooks by Lloyd's algorithm from k-means++ seeds, for each head and subspace apart.
+
+    A cluster that loses all its points restarts at one of the points farthest from their codewords.
+    Equal inputs and keys give equal codebooks. Accumulates in float32; memory grows with n E.
+
+    Args:
+      x: Sample of activations.
+      num_codewords: Codewords E of a subspace.
+      codeword_width: Width C of a codeword; divides H.
+      steps: Lloyd iterations.
+      key: Random key of the seeding.
+
+    Returns:
+      Codebooks, M = H / C.
+
+    Raises:
+      ValueError: C does not divide H, or there are no samples.
+
+    References:
+      Arthur and Vassilvitskii, "k-means++: The Advantages of Careful Seeding", SODA 2007.
+    """
+    number, heads, width = x.shape
+    if width % codeword_width:
+        raise ValueError(f"codeword_width {codeword_width} does not divide the head width {width}.")
+    if number == 0:
+        raise ValueError("kmeans needs at least one sample, got none.")
+    spaces = width // codeword_width
+    points = jnp.moveaxis(x.astype(jnp.float32).reshape(number, -1, codeword_width), 0, 1)
+    keys = jax.random.split(key, heads * spaces)
+    books = jax.lax.map(lambda args: _kmeans(*args, num_codewords, steps), (points, keys))
+    return books.reshape(heads, spaces, num_codewords, codeword_width)
+
+
+def _kmeans(
+    x: Float[Array, "n C"], key: PRNGKeyArray, num_codewords: int, steps: int
+) -> Float[Array, "E C"]:
+    """k-means of one subspace."""
+
+    def seed(distance: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        chosen = x[jax.random.categorical(key, jnp.log(distance + 1e-30))]
+        return jnp.minimum(distance, jnp.sum((x - chosen) ** 2, -1)), chosen
+
+    def step(book: jax.Array, _: None) -> tuple[jax.Array, None]:
+        distances = _squared_distances(x, book)
+        nearest = jnp.argmin(distances, -1)
+        members = jax.nn.one_hot(nearest, num_codewords)
+        sizes = members.sum(0)
+        means = (members.T @ x) / jnp.maximum(sizes, 1)[:, None]
+        farthest = jax.lax.top_k(distances.min(-1), min(num_codewords, len(x)))[1]
+        empty = sizes == 0
+        restart = x[farthest[(jnp.cumsum(empty) - 1) % len(farthest)]]
+        return jnp.where(empty[:, None], restart, means), None
+
+    _, book = jax.lax.scan(seed, jnp.ones(len(x)), jax.random.split(key, num_codewords))
+    return jax.lax.scan(step, book, length=steps)[0]
+
+
+def _squared_distances(
+    x: Float[Array, "*n C"], codewords: Float[Array, "*e E C"]
+) -> Float[Array, "*n E"]:
+    """Squared Euclidean distances, by the expanded square, without its negative roundings."""
+    products = jnp.einsum("...c,...ec->...e", x, codewords, preferred_element_type=jnp.float32)
+    norms = jnp.sum(jnp.square(x), -1, keepdims=True) + jnp.sum(jnp.square(codewords), -1)
+    return jnp.maximum(norms - 2 * products, 0)
+
+
+def codebook_loss(
+    x: Float[Array, "B S N H"],
+    codebooks: Float[Array, "K M E C"],
+    codes: UInt8[Array, "B S N M"],
+    mask: Bool[Array, "B S"] | None = None,
+) -> Float[Array, ""]:
+    """Quantization loss of SPT, summed over valid tokens.
+
+    For a vector x with nearest codeword c and soft assignment
+    s = sum_e softmax_e(-|x - c_e|^2) c_e, a token's loss is MSE(s, c) + MSE(x, c), each the
+    mean over heads and width. Gradients reach the codebooks alone. Computed in float32.
+
+    Args:
+      x: Vectors; head n uses codebook n // (N // K).
+      codebooks: Codewords.
+      codes: Nearest codewords, as `pq_encode` returns them.
+      mask: False where a token is padding; None for none.
+
+    Returns:
+      The sum over valid tokens.
+
+    References:
+      Gui et al., "SPT: Fine-Tuning Transformer-based Language Models Efficiently with
+      Sparsification", arXiv 2312.10365, section 4.
+    """
+    batch, length, heads, width = x.shape
+    kv_heads, spaces, _, codeword_width = codebooks.shape
+    vectors = jax.lax.stop_gradient(x).astype(jnp.float32)
+    vectors = vectors.reshape(batch, length, heads, spaces, codeword_width)
+    books = jnp.repeat(codebooks.astype(jnp.float32), heads // kv_heads, axis=0)
+    members = jax.nn.one_hot(codes, books.shape[2])
+    nearest = jnp.einsum("bsnme,nmec->bsnmc", members, books)
+    soft = jnp.einsum(
+        "bsnme,nmec->bsnmc", jax.nn.softmax(-_squared_distances(vectors, books)), books
+    )
+    errors = jnp.square(soft - nearest) + jnp.square(vectors - nearest)
+    losses = errors.sum((2, 3, 4)) / (heads * width)
+    return jnp.sum(losses if mask is None else jnp.where(mask, losses, 0))
+
+
+def ema_update(
+    codebooks: Float[Array, "K M E C"],
+    counts: Float[Array, "K M E"],
+    x: Float[Array, "B S N H"],
+    codes: UInt8[Array, "B S N M"],
+    mask: Bool[Array, "B S"] | None = None,
+    *,
+    decay: float = 0.99,
+) -> tuple[Float[Array, "K M E C"], Float[Array, "K M E"]]:
+    """One exponential-moving-average k-means step.
+
+    With n_e vectors of sum s_e assigned to codeword e: counts' = decay counts + (1 - decay) n,
+    codebooks' = (decay counts codebooks + (1 - decay) s) / counts'. A codeword that has never had a
+    vector stays where it is.
+
+    Args:
+      codebooks: Codewords.
+      counts: Running number of vectors of each codeword.
+      x: Vectors; head n uses codebook n // (N // K).
+      codes: Their codes, as `pq_encode` returns them.
+      mask: False where a token is padding; None for none.
+      decay: Share of the old averages that stays, in [0, 1).
+
+    Returns:
+      New codebooks and counts.
+
+    Raises:
+      ValueError: decay lies outside [0, 1).
+
+    References:
+      van den Oord et al., "Neural Discrete Representation Learning", arXiv 1711.00937, appendix A.
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay must lie in [0, 1), got {decay}.")
+    batch, length, heads, _ = x.shape
+    kv_heads, spaces, num_codewords, codeword_width = codebooks.shape
+    groups = (batch, length, kv_heads, heads // kv_heads, spaces)
+    members = jax.nn.one_hot(codes.reshape(groups), num_codewords)
+    if mask is not None:
+        members = jnp.where(mask[:, :, None, None, None, None], members, 0)
+    vectors = jax.lax.stop_gradient(x).astype(jnp.float32).reshape(*groups, codeword_width)
+    sums = jnp.einsum("bskrme,bskrmc->kmec", members, vectors)
+    new_counts = decay * counts + (1 - decay) * members.sum((0, 1, 3))
+    totals = (decay * counts)[..., None] * codebooks + (1 - decay) * sums
+    seen = new_counts > 0
+    means = totals / jnp.where(seen, new_counts, 1)[..., None]
+    return jnp.where(seen[..., None], means, codebooks).astype(codebooks.dtype), new_counts

@@ -1,0 +1,27 @@
+"""Variable types. What trains is chosen by type: a filter over these, never a path string."""
+
+from flax import nnx
+
+
+class LoRAParam(nnx.Param):
+    """A low-rank factor added to a frozen weight."""
+
+
+class RouterParam(nnx.Param):
+    """Weight or bias of an FFN router."""
+
+
+class CodebookParam(nnx.Param):
+    """Codewords of a product quantizer."""
+
+
+class HeadParam(nnx.Param):
+    """Weight of a task head, trained whatever the method."""
+
+
+class CalibrationStat(nnx.Variable):
+    """A constant measured on the calibration batch; saved with the adapter, never trained."""
+
+
+#: Filter for everything that an adapted model trains.
+ADAPTER = nnx.Any(LoRAParam, RouterParam, CodebookParam, HeadParam)

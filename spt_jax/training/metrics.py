@@ -1,0 +1,157 @@
+"""Evaluation metrics, and the files that hold results."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Num
+from scipy import stats
+from sklearn import metrics as sk
+
+
+def _correlation(
+    measure: Callable[..., Any],
+) -> Callable[[np.ndarray, np.ndarray], float]:
+    def correlation(labels: np.ndarray, predictions: np.ndarray) -> float:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", stats.ConstantInputWarning)
+            value = float(measure(labels, predictions).statistic)
+        # undefined for constant input, which shows no correlation
+        return 0.0 if math.isnan(value) and np.isfinite(predictions).all() else value
+
+    return correlation
+
+
+_CLASSIFICATION: dict[str, Callable[..., float]] = {
+    "accuracy": sk.accuracy_score,
+    "f1": sk.f1_score,
+    "matthews": sk.matthews_corrcoef,
+}
+_REGRESSION = {
+    "pearson": _correlation(stats.pearsonr),
+    "spearman": _correlation(stats.spearmanr),
+}
+
+
+def glue_metrics(
+    names: Sequence[str], outputs: Float[np.ndarray, "n C"], labels: Num[np.ndarray, " n"]
+) -> dict[str, float]:
+    """GLUE's official metrics.
+
+    Args:
+        names: among accuracy, f1 (of class 1), matthews, pearson, spearman.
+        outputs: class scores; one column of predictions for pearson and spearman.
+        labels: classes or scores.
+
+    Returns:
+        The metrics in the order of `names`, as fractions of 1. A correlation with a constant
+        prediction is undefined and given as 0.
+
+    Example:
+        >>> glue_metrics(["accuracy"], np.array([[0.0, 1.0], [1.0, 0.0]]), np.array([1, 1]))
+        {'accuracy': 0.5}
+    """
+    unknown = set(names) - _CLASSIFICATION.keys() - _REGRESSION.keys()
+    if unknown:
+        known = sorted(_CLASSIFICATION | _REGRESSION)
+        raise ValueError(f"unknown metrics {sorted(unknown)}; choose from {known}")
+    values = {}
+    for name in names:
+        if name in _CLASSIFICATION:
+            values[name] = float(_CLASSIFICATION[name](labels, outputs.argmax(-1)))
+        else:
+            values[name] = _REGRESSION[name](labels, outputs[:, 0])
+    return values
+
+
+def evaluation_metrics(
+    names: Sequence[str], loss: float, outputs: np.ndarray | None, labels: np.ndarray
+) -> dict[str, float]:
+    """GLUE's metrics and `perplexity = exp(loss)`, in the order of `names`, then `eval_loss`.
+
+    Args:
+        names: what to compute.
+        loss: mean loss; in nats a token for perplexity.
+        outputs: of all examples; may be None for perplexity alone.
+        labels: of all examples.
+    """
+    values = {}
+    for name in names:
+        if name == "perplexity":
+            values[name] = math.exp(loss)
+        elif outputs is None:
+            raise ValueError(f"{name} needs the outputs of the model")
+        else:
+            values |= glue_metrics([name], outputs, labels)
+    return values | {"eval_loss": loss}
+
+
+def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:
+    """Write `obj` so that `path` holds either its former content or all of the new one.
+
+    Raises:
+        ValueError: `obj` holds a NaN or an infinity, which JSON cannot.
+    """
+    path = Path(path)
+    try:
+        text = json.dumps(obj, indent=2, allow_nan=False) + "\n"
+    except ValueError as error:
+        names = ", ".join(_non_finite(obj, "")) or str(error)
+        raise ValueError(f"cannot write {path}: not a finite number: {names}") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _non_finite(obj: Any, name: str) -> list[str]:
+    if isinstance(obj, Mapping):
+        return [n for key, value in obj.items() for n in _non_finite(value, f"{name}.{key}")]
+    if isinstance(obj, list | tuple):
+        return [n for i, value in enumerate(obj) for n in _non_finite(value, f"{name}[{i}]")]
+    return (
+        [f"{name.lstrip('.')} = {obj}"] if isinstance(obj, float) and not math.isfinite(obj) else []
+    )
+
+
+def environment() -> dict[str, Any]:
+    """Versions and device, for the record of a result."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    device = jax.devices()[0]
+    return {
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in packages},
+        "device": {
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "count": jax.device_count(),
+            "cpu_cores": os.cpu_count(),
+            "machine": platform.machine(),
+            "system": platform.system(),
+        },
+    }

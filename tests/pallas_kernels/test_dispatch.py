@@ -1,0 +1,29 @@
+"""The dispatcher never runs anything but what was asked for."""
+
+import pytest
+
+from pallas_kernels.dispatch import resolve
+
+BACKENDS = {"xla": len, "reference": max}
+
+
+@pytest.mark.parametrize(("name", "expected"), [(None, len), ("xla", len), ("reference", max)])
+def test_resolves(name, expected):
+    assert resolve("op", name, BACKENDS) is expected
+
+
+@pytest.mark.parametrize("name", ["cuda", "", "XLA"])
+def test_unknown_name(name):
+    with pytest.raises(ValueError, match=r"op: unknown implementation.*mosaic, triton, xla, ref"):
+        resolve("op", name, BACKENDS)
+
+
+@pytest.mark.parametrize("name", ["mosaic", "triton"])
+def test_missing_backend(name):
+    with pytest.raises(NotImplementedError, match=f"op: .*'{name}'.*available: xla, reference"):
+        resolve("op", name, BACKENDS)
+
+
+def test_default_does_not_fall_back():
+    with pytest.raises(NotImplementedError, match=r"'xla'.*available: reference"):
+        resolve("op", None, {"reference": max})

@@ -1,0 +1,253 @@
+"""Encoding and key selection: implementations against the specification, bit for bit."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import TokenSelection, pq_encode, pq_select, scoring_codewords
+from pallas_kernels.pq import reference
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    length: int
+    heads: int = 2
+    kv_heads: int = 2
+    num_keys: int = 5
+    causal: bool = False
+    key_mask: bool = False
+    segments: bool = False
+    rule: str = "inner_product"
+    block_q: int = 8
+    key_group: int = 4
+    batch: int = 2
+
+
+CASES = {
+    "one_position": Case(1, causal=True),
+    "grouped_heads": Case(17, heads=4, causal=True, key_mask=True, segments=True),
+    "ties": Case(130, num_keys=16, key_mask=True, rule="match_count", block_q=64, key_group=16),
+    "plain": Case(130, heads=3, kv_heads=1, num_keys=17, block_q=64, key_group=32),
+    "groups_across_tiles": Case(70, num_keys=9, causal=True, block_q=24, key_group=16),
+    "packed": Case(70, segments=True, block_q=16, key_group=1),
+    "several_blocks": Case(300, 4, 2, 40, causal=True, key_mask=True, batch=1),
+    "everything": Case(33, num_keys=40, key_mask=True),
+}
+
+
+def inputs(case, seed=0):
+    """Random codes and codewords, and masks: positions at random and a sequence's tail hidden."""
+    keys = jax.random.split(jax.random.key(seed), 6)
+    shape = case.batch, case.length
+    codes = [
+        jax.random.randint(key, (*shape, heads, 3), 0, 6).astype(jnp.uint8)
+        for key, heads in zip(keys, (case.heads, case.kv_heads), strict=False)
+    ]
+    books = [jax.random.normal(key, (case.kv_heads, 3, 6, 2)) for key in keys[2:4]]
+    mask = segments = None
+    if case.key_mask:
+        mask = jax.random.bernoulli(keys[4], 0.7, shape).at[-1, case.length // 4 :].set(False)
+    if case.segments:
+        segments = jnp.sort(jax.random.randint(keys[5], shape, 0, 3), -1)
+    masks = {"causal": case.causal, "key_mask": mask, "segment_ids": segments}
+    return (*codes, *scoring_codewords(*books, case.rule)), masks
+
+
+def select(case, arrays, masks, granularity, implementation):
+    """The selection, compiled."""
+    options = {
+        "num_keys": case.num_keys,
+        "granularity": granularity,
+        "block_q": case.block_q,
+        "key_group": case.key_group,
+        "implementation": implementation,
+    }
+    causal = masks["causal"]
+    run = jax.jit(
+        lambda arrays, mask, segments: pq_select(
+            *arrays, causal=causal, key_mask=mask, segment_ids=segments, **options
+        )
+    )
+    return run(arrays, masks["key_mask"], masks["segment_ids"])
+
+
+@pytest.mark.parametrize("granularity", ["token", "tile"])
+@pytest.mark.parametrize("name", CASES)
+def test_xla_selects_what_the_reference_selects(name, granularity):
+    case = CASES[name]
+    arrays, masks = inputs(case)
+    expected, actual = (
+        select(case, arrays, masks, granularity, implementation)
+        for implementation in ("reference", "xla")
+    )
+    if granularity == "token":
+        valid = reference.valid_keys(case.length, *masks.values())[:, None]
+        kept = reference.kept_keys(expected, case.length) & valid
+        assert (actual.kept is None) == (case.length > 4 * 3 * arrays[2].shape[-1])
+        if actual.kept is not None:
+            mask = jnp.moveaxis(actual.kept, 1, 3).reshape(kept.shape)
+            np.testing.assert_array_equal(mask, kept)
+        actual = dataclasses.replace(actual, kept=None)
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_token_keeps_exactly_the_best_keys(name):
+    case = CASES[name]
+    arrays, masks = inputs(case)
+    selection = select(case, arrays, masks, "token", "xla")
+    assert isinstance(selection, TokenSelection)
+    valid = np.broadcast_to(
+        reference.valid_keys(case.length, *masks.values())[:, None],
+        (case.batch, case.heads, case.length, case.length),
+    )
+    kept = np.asarray(reference.kept_keys(selection, case.length)) & valid
+    np.testing.assert_array_equal(kept.sum(-1), np.minimum(case.num_keys, valid.sum(-1)))
+    scores = np.asarray(reference.scores(*arrays))
+    lowest_kept = np.where(kept, scores, np.iinfo(np.int32).max).min(-1)
+    highest_dropped = np.where(valid & ~kept, scores, np.iinfo(np.int32).min).max(-1)
+    assert (lowest_kept >= highest_dropped).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tile_lists_are_ascending_valid_and_hold_the_own_tile(name):
+    case = CASES[name]
+    arrays, masks = inputs(case)
+    selection = select(case, arrays, masks, "tile", "xla")
+    valid = np.asarray(reference.valid_keys(case.length, *masks.values()))
+    valid = np.broadcast_to(valid, (case.batch, case.length, case.length))
+    groups, counts = np.asarray(selection.groups), np.asarray(selection.counts)
+    for (b, n, t), count in np.ndenumerate(counts):
+        first, last = t * case.block_q, min((t + 1) * case.block_q, case.length)
+        seen = np.flatnonzero(valid[b, first:last].any(0)) // case.key_group
+        own = {g for g in seen if g in np.arange(first, last) // case.key_group}
+        listed = groups[b, n, t, :count]
+        assert (np.diff(listed) > 0).all()
+        assert own <= set(listed) <= set(seen)
+        assert count == min(groups.shape[-1], len(set(seen)))
+
+
+def test_ties_go_to_the_nearest_key_the_earlier_first():
+    codes = jnp.zeros((1, 7, 1, 1), jnp.uint8)
+    codewords = jnp.ones((1, 1, 2, 1), jnp.int8)
+    for count, kept in ((1, [3]), (2, [2, 3]), (3, [2, 3, 4]), (4, [1, 2, 3, 4])):
+        for implementation in ("reference", "xla"):
+            selection = pq_select(
+                codes, codes, codewords, codewords,
+                num_keys=count, granularity="token", implementation=implementation,
+            )  # fmt: skip
+            row = reference.kept_keys(selection, 7)[0, 0, 3]
+            assert np.flatnonzero(row).tolist() == kept
+
+
+@pytest.mark.parametrize("granularity", ["token", "tile"])
+def test_selection_under_vmap_and_scan(granularity):
+    case = CASES["groups_across_tiles"]
+    batches = [inputs(case, seed)[0] for seed in (1, 2)]
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *batches)
+    run = functools.partial(
+        pq_select, num_keys=9, granularity=granularity, causal=True, block_q=24, key_group=16
+    )
+    mapped = jax.jit(jax.vmap(lambda a: run(*a)))(stacked)
+    scanned = jax.jit(lambda s: jax.lax.scan(lambda _, a: (None, run(*a)), None, s)[1])(stacked)
+    masks = {"causal": True, "key_mask": None, "segment_ids": None}
+    for i, arrays in enumerate(batches):
+        expected = select(case, arrays, masks, granularity, "reference")
+        for found in (mapped, scanned):
+            for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=False):
+                np.testing.assert_array_equal(a[i], b)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "num_codewords"), [(2, 2, 16), (6, 3, 5), (2, 1, 40)]
+)
+def test_encode_finds_the_nearest_and_lowest(heads, kv_heads, num_codewords, dtype):
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.randint(keys[0], (2, 37, heads, 6), -4, 5).astype(dtype)
+    books = jax.random.randint(keys[1], (kv_heads, 3, num_codewords, 2), -4, 5).astype(dtype)
+    parts = np.asarray(x, np.int64).reshape(2, 37, heads, 3, 1, 2)
+    repeated = np.repeat(np.asarray(books, np.int64), heads // kv_heads, 0)
+    expected = ((parts - repeated) ** 2).sum(-1).argmin(-1)
+    for implementation in ("reference", "xla"):
+        codes = jax.jit(functools.partial(pq_encode, implementation=implementation))(x, books)
+        assert codes.dtype == jnp.uint8
+        np.testing.assert_array_equal(codes, expected)
+
+
+def test_encode_with_256_codewords():
+    books = jnp.arange(256.0).reshape(1, 1, 256, 1)
+    x = jnp.arange(255, -1, -1.0).reshape(1, 256, 1, 1)
+    np.testing.assert_array_equal(pq_encode(x, books).ravel(), np.arange(255, -1, -1))
+
+
+def test_scores_rank_as_the_codebooks_do_and_stay_in_range():
+    keys = jax.random.split(jax.random.key(0), 4)
+    books = [jax.random.normal(key, (2, 8, 16, 4)) for key in keys[:2]]
+    books[1] = books[1].at[:, 3, :, 1].mul(100.0)  # an outlier channel, as real keys have
+    codewords = scoring_codewords(*books)
+    codes = [jax.random.randint(key, (1, 64, 2, 8), 0, 16).astype(jnp.uint8) for key in keys[2:]]
+    scores = np.asarray(reference.scores(*codes, *codewords))
+    assert np.abs(scores).max() <= 8191
+    exact = [
+        np.asarray(book)[np.arange(2)[:, None], np.arange(8), code].reshape(64, 2, -1)
+        for book, code in zip(books, np.asarray(codes)[:, 0], strict=True)
+    ]
+    exact = np.einsum("qnw,knw->nqk", *exact)
+    for head in range(2):
+        found = np.corrcoef(scores[0, head].ravel(), exact[head].ravel())[0, 1]
+        assert found > 0.999
+
+
+def test_match_count_counts_matches():
+    keys = jax.random.split(jax.random.key(1), 2)
+    codes = [jax.random.randint(key, (1, 20, 1, 4), 0, 3).astype(jnp.uint8) for key in keys]
+    books = jnp.zeros((1, 4, 3, 2))
+    scores = reference.scores(*codes, *scoring_codewords(books, books, "match_count"))
+    expected = (codes[0][0, :, None, 0] == codes[1][0, None, :, 0]).sum(-1)
+    np.testing.assert_array_equal(scores[0, 0], expected)
+
+
+def test_selection_is_not_differentiated():
+    case = CASES["plain"]
+    x = jnp.ones((1, 9, 3, 6))
+    books = jax.random.normal(jax.random.key(0), (1, 3, 6, 2))
+
+    def loss(x, books):
+        codes = pq_encode(x, books)
+        picked = pq_select(
+            codes, codes[:, :, :1], *scoring_codewords(books, books),
+            num_keys=case.num_keys, granularity="token",
+        )  # fmt: skip
+        return picked.threshold.sum().astype(jnp.float32) + x.sum() + books.sum()
+
+    for gradient in jax.grad(loss, (0, 1))(x, books):
+        np.testing.assert_array_equal(gradient, 1)
+
+
+def test_errors_name_the_value():
+    case = CASES["plain"]
+    arrays, _ = inputs(case)
+    books = jnp.zeros((2, 3, 6, 2))
+    pick = functools.partial(pq_select, *arrays, num_keys=4, granularity="token")
+    with pytest.raises(ValueError, match="num_keys must be at least 1, got 0"):
+        pick(num_keys=0)
+    with pytest.raises(ValueError, match=r"block_q must be 1\.\.512, got 1024"):
+        pick(granularity="tile", block_q=1024)
+    with pytest.raises(ValueError, match="key_group must be at least 1, got 0"):
+        pick(granularity="tile", key_group=0)
+    with pytest.raises(NotImplementedError, match="'triton' is not available"):
+        pick(implementation="triton")
+    with pytest.raises(ValueError, match="3 heads are not a multiple of the 2"):
+        pq_encode(jnp.zeros((1, 4, 3, 6)), books)
+    with pytest.raises(ValueError, match="do not cover the head width 8"):
+        pq_encode(jnp.zeros((1, 4, 2, 8)), books)
+    with pytest.raises(ValueError, match=r"E must be 1\.\.256, got 257"):
+        pq_encode(jnp.zeros((1, 4, 1, 1)), jnp.zeros((1, 1, 257, 1)))

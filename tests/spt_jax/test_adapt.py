@@ -1,0 +1,254 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import spt_jax
+from spt_jax import LoRAConfig, RoutedFFNConfig, SparseAttentionConfig, SPTConfig
+from spt_jax.calibration import balanced_kmeans
+from spt_jax.layers import (
+    ADAPTER,
+    Attention,
+    CodebookParam,
+    HeadParam,
+    LoRAParam,
+    RoutedFFN,
+    RouterParam,
+)
+from tests.spt_jax.toy import HEADS, HIDDEN, WIDTH, ToyModel, toy_batch
+
+SPARSE = SparseAttentionConfig(min_keys=8, num_codewords=8)
+
+
+def _adapted(config, **options):
+    model = ToyModel(rngs=nnx.Rngs(0), **options)
+    return spt_jax.adapt(model, config, calibration_batch=toy_batch(), rngs=nnx.Rngs(1))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_keeping_everything_is_the_dense_model(gated):
+    batch = toy_batch()
+    dense = ToyModel(rngs=nnx.Rngs(0), gated=gated)(**batch)
+    config = SPTConfig(
+        attention=SparseAttentionConfig(density=1.0),
+        ffn=RoutedFFNConfig(num_blocks=4, active_blocks=4),
+    )
+    model = _adapted(config, gated=gated)
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, RoutedFFN):  # p = 1/2
+            module.router_kernel[...] = jnp.zeros_like(module.router_kernel[...])
+            module.router_bias[...] = jnp.zeros_like(module.router_bias[...])
+    np.testing.assert_allclose(model(**batch), dense, atol=2e-5 * float(jnp.abs(dense).max()))
+
+
+@pytest.mark.parametrize("targets", [("attention",), ("ffn",), ("attention", "ffn", "embeddings")])
+def test_lora_alone_changes_nothing_before_training(targets):
+    batch = toy_batch()
+    dense = ToyModel(rngs=nnx.Rngs(0))(**batch)
+    model = _adapted(SPTConfig(lora=LoRAConfig(targets=targets), attention=None, ffn=None))
+    np.testing.assert_allclose(model(**batch), dense, atol=1e-5 * float(jnp.abs(dense).max()))
+
+
+def test_the_permutation_is_one_and_regroups_the_same_units():
+    dense = ToyModel(rngs=nnx.Rngs(0), gated=True)
+    model = _adapted(SPTConfig(attention=None), gated=True)
+    for before, after in zip(dense.layers, model.layers, strict=True):
+        order = after.ffn.permutation[...]
+        assert sorted(order.tolist()) == list(range(HIDDEN))
+        for name in ("up", "gate"):
+            np.testing.assert_array_equal(
+                getattr(before.ffn, name).kernel[...][:, order],
+                getattr(after.ffn, name).kernel[...],
+            )
+        np.testing.assert_array_equal(
+            before.ffn.down.kernel[...][order], after.ffn.down.kernel[...]
+        )
+
+
+def _parts(model):
+    return {
+        "lora": bool(nnx.state(model, LoRAParam)),
+        "attention": bool(nnx.state(model, CodebookParam)),
+        "ffn": bool(nnx.state(model, RouterParam)),
+    }
+
+
+@pytest.mark.parametrize("left_out", ["lora", "attention", "ffn"])
+def test_each_part_is_optional(left_out):
+    config = SPTConfig(**({"attention": SPARSE} | {left_out: None}))
+    model = _adapted(config)
+    assert _parts(model) == {n: n != left_out for n in ("lora", "attention", "ffn")}
+    assert np.isfinite(model(**toy_batch())).all()
+
+
+def test_only_lora_routers_codebooks_and_head_train():
+    model = _adapted(SPTConfig(attention=SPARSE, ffn=RoutedFFNConfig(load_balance_weight=0.01)))
+    batch = toy_batch(seed=5)
+    label = jnp.arange(len(batch["input_ids"])) % 2
+    graph, params, frozen = nnx.split(model, ADAPTER, ...)
+    optimizer = optax.adam(1e-2)
+    before = jax.tree.map(np.asarray, nnx.state(model))
+
+    @jax.jit
+    def step(params, opt_state):
+        def loss(params):
+            logits, aux = nnx.merge(graph, params, frozen).forward(**batch)
+            task = optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
+            return task + sum(aux.values()) / batch["attention_mask"].sum()
+
+        gradients = jax.grad(loss)(params)
+        updates, opt_state = optimizer.update(gradients, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    opt_state = optimizer.init(params)
+    for _ in range(3):
+        params, opt_state = step(params, opt_state)
+    nnx.update(model, params)
+    kinds = set()
+    after = nnx.state(model)
+    flat_before = dict(nnx.to_flat_state(before))
+    for path, variable in nnx.to_flat_state(after):
+        same = np.array_equal(np.asarray(flat_before[path][...]), np.asarray(variable[...]))
+        trained = isinstance(variable, LoRAParam | RouterParam | CodebookParam | HeadParam)
+        assert same != trained, path
+        kinds.add(type(variable))
+    assert {LoRAParam, RouterParam, CodebookParam, HeadParam, nnx.Param} <= kinds
+
+
+def test_same_seed_same_model():
+    config = SPTConfig(attention=SPARSE)
+    first, second = (nnx.state(_adapted(config)) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.mark.parametrize("rule", ["inner_product", "match_count"])
+@pytest.mark.parametrize("granularity", ["token", "tile"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_forward_and_gradients_are_finite(rule, granularity, causal):
+    config = SPTConfig(
+        attention=SparseAttentionConfig(
+            min_keys=16,
+            num_codewords=8,
+            rule=rule,
+            granularity=granularity,
+            block_q=16,
+            key_group=8,
+        )
+    )
+    model = _adapted(config, causal=causal)
+    batch = toy_batch(seed=3)
+    batch["attention_mask"] = batch["attention_mask"].at[0].set(0)  # a row with no valid token
+    graph, params, frozen = nnx.split(model, ADAPTER, ...)
+
+    def loss(params):
+        logits, aux = nnx.merge(graph, params, frozen).forward(**batch)
+        assert "codebook_loss" in aux
+        return (logits**2).sum() + sum(aux.values())
+
+    gradients = jax.tree.leaves(jax.jit(jax.grad(loss))(params))
+    assert all(np.isfinite(g).all() for g in gradients)
+    assert all(np.abs(g).max() > 0 for g in gradients if g.ndim == 4)  # codebooks
+
+
+def test_dropout_needs_a_key_and_follows_it():
+    config = SPTConfig(lora=LoRAConfig(dropout=0.5), attention=SPARSE)
+    model = _adapted(config)
+    for _, module in nnx.iter_modules(model):
+        if type(module).__name__ == "LoRA":
+            module.b[...] = jnp.ones_like(module.b[...]) * 0.05
+    batch = toy_batch()
+    plain, again = model(**batch), model(**batch)
+    first, same, other = (
+        model(**batch, dropout_key=jax.random.key(seed)) for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(plain, again)
+    np.testing.assert_array_equal(first, same)
+    assert not np.allclose(first, other)
+    assert not np.allclose(first, plain)
+
+
+def test_routing_follows_the_blocks_that_matter():
+    """Blocks fitted to the activations leave less of the output out than random ones do."""
+    model = ToyModel(rngs=nnx.Rngs(0), layers=1)
+    ffn = model.layers[0].ffn
+    x = jax.random.normal(jax.random.key(0), (1, 600, WIDTH))
+    # units come in four kinds that fire on different directions of the input
+    directions = jax.random.normal(jax.random.key(1), (WIDTH, 4))
+    kinds = jnp.arange(HIDDEN) % 4
+    ffn.up.kernel[...] = directions[:, kinds] + 0.1 * ffn.up.kernel[...]
+    dense, _ = ffn(x)
+    routing = spt_jax.calibration.fit_routing(x[0], ffn, RoutedFFNConfig())
+    blocks = np.asarray(kinds[routing.permutation]).reshape(4, -1)
+    assert all(len(set(block.tolist())) == 1 for block in blocks)
+    rng = np.random.default_rng(0)
+
+    def error(routing):
+        graph, state = nnx.split(ffn)
+        routed = RoutedFFN(nnx.merge(graph, state), config=RoutedFFNConfig(), **routing._asdict())
+        return float(jnp.linalg.norm(routed(x)[0] - dense) / jnp.linalg.norm(dense))
+
+    noise = jnp.asarray(rng.normal(size=routing.router_kernel.shape), jnp.float32)
+    random = routing._replace(permutation=jnp.asarray(rng.permutation(HIDDEN)), router_kernel=0.01 * noise)
+    assert error(routing) < 0.6 * error(random)
+
+
+def test_balanced_kmeans_is_balanced_and_finds_clusters():
+    rng = np.random.default_rng(0)
+    centers = rng.normal(size=(4, 50))
+    truth = np.repeat(np.arange(4), 8)[rng.permutation(32)]
+    labels = balanced_kmeans(centers[truth] + 0.1 * rng.normal(size=(32, 50)), 4)
+    assert np.bincount(labels).tolist() == [8] * 4
+    assert len({(a, b) for a, b in zip(truth, labels, strict=True)}) == 4
+    ones = balanced_kmeans(np.ones((12, 3)), 3)  # nothing to tell them apart
+    assert np.bincount(ones).tolist() == [4] * 3
+
+
+def test_mistakes_are_named_and_leave_the_model_alone():
+    batch = toy_batch()
+    model = ToyModel(rngs=nnx.Rngs(0))
+    before = jax.tree.map(np.asarray, nnx.state(model))
+    few = {"input_ids": batch["input_ids"][:1, :4]}
+    for config, calibration, message in [
+        (SPTConfig(), None, "give calibration_batch"),
+        (SPTConfig(), {"tokens": batch["input_ids"]}, "needs input_ids; it has .'tokens'."),
+        (SPTConfig(), few, "4 tokens, fewer than num_codewords=16"),
+        (SPTConfig(ffn=RoutedFFNConfig(num_blocks=5)), batch, "64 hidden units .* num_blocks=5"),
+        (
+            SPTConfig(attention=SparseAttentionConfig(codeword_width=3)),
+            batch,
+            f"codeword_width=3 does not divide the head width {WIDTH // HEADS}",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            spt_jax.adapt(model, config, calibration_batch=calibration)
+        jax.tree.map(np.testing.assert_array_equal, before, nnx.state(model))
+    spt_jax.adapt(model, SPTConfig(), calibration_batch=batch)
+    with pytest.raises(ValueError, match="adapted already"):
+        spt_jax.adapt(model, SPTConfig(), calibration_batch=batch)
+    with pytest.raises(ValueError, match="Linear has neither Attention nor FeedForward"):
+        spt_jax.adapt(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), SPTConfig(), calibration_batch=batch)
+
+
+def test_heads_must_divide():
+    with pytest.raises(ValueError, match="width 30 does not split into 4 heads"):
+        Attention(30, 4, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="4 query heads cannot be shared evenly by 3"):
+        Attention(32, 4, num_kv_heads=3, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SparseAttentionConfig(density=0), r"density must lie in \(0, 1\], got 0"),
+        (lambda: SparseAttentionConfig(min_keys=0), "min_keys must be at least 1, got 0"),
+        (lambda: SparseAttentionConfig(num_codewords=257), "num_codewords .* got 257"),
+        (lambda: SparseAttentionConfig(rule="cosine"), "got 'cosine'"),
+        (lambda: SparseAttentionConfig(granularity="row"), "got 'row'"),
+        (lambda: RoutedFFNConfig(num_blocks=4, active_blocks=5), "got 5 of 4"),
+    ],
+)
+def test_bad_configurations_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from spt_jax.training import Examples, check_labels, eval_batches, tokenize, train_batches
+from tests.spt_jax.training.toy import examples
+
+WORDS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "b", "c", "d")
+
+
+@pytest.fixture
+def tokenizer():
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
+    )
+    tokenizer.enable_truncation(3)  # as some published files have it; must be ignored
+    tokenizer.enable_padding(length=64)
+    return tokenizer
+
+
+def test_single_sentences(tokenizer):
+    before = tokenizer.to_str()
+    labels = np.array([0, 1], np.int32)
+    found = tokenize([["a b", "c"]], labels, tokenizer, name="x", max_length=128)
+    assert found.length == 16
+    assert found.num_truncated == 0
+    np.testing.assert_array_equal(
+        found.columns["input_ids"][:, :5], [[1, 4, 5, 2, 0], [1, 6, 2, 0, 0]]
+    )
+    np.testing.assert_array_equal(found.columns["attention_mask"].sum(1), [4, 3])
+    assert not found.columns["token_type_ids"].any()
+    assert {x.dtype for x in found.columns.values()} == {np.dtype("int32")}
+    assert tokenizer.to_str() == before
+
+
+def test_pairs_have_types_and_the_longer_sentence_is_cut(tokenizer):
+    texts = [["a a a a a a", "a"], ["b b", "b"]]
+    found = tokenize(texts, np.zeros(2, np.int32), tokenizer, name="x", max_length=8)
+    assert found.length == 8
+    assert found.num_truncated == 1
+    np.testing.assert_array_equal(found.columns["input_ids"][0], [1, 4, 4, 4, 2, 5, 5, 2])
+    np.testing.assert_array_equal(found.columns["token_type_ids"][0], [0, 0, 0, 0, 0, 1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "length"),
+    [
+        (14, {}, 16),
+        (15, {}, 32),
+        (15, {"multiple_of": 8}, 24),
+        (90, {}, 40),
+        (1, {"pad_to_max_length": True}, 40),
+    ],
+)
+def test_length_is_the_smallest_that_holds_all(tokenizer, words, options, length):
+    texts = [["a " * words, "b"]]
+    found = tokenize(texts, np.zeros(2, np.int32), tokenizer, name="x", max_length=40, **options)
+    assert found.length == length
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        ([["a"]], {"max_length": 600, "max_positions": 512}, "600 is above the 512 positions"),
+        ([["a"]], {"max_length": 2}, "no room for text beside 2 special tokens"),
+        ([["a"]], {"max_length": 0}, "at least 1"),
+        ([["a", "b"]], {"max_length": 8}, r"x: texts and labels differ in number: \[2, 1\]"),
+        ([["a"]] * 3, {"max_length": 8}, "one or two text columns, got 3"),
+    ],
+)
+def test_tokenize_refuses(tokenizer, texts, options, message):
+    with pytest.raises(ValueError, match=message):
+        tokenize(texts, np.zeros(1, np.int32), tokenizer, name="x", **options)
+
+
+def test_empty_split(tokenizer):
+    with pytest.raises(ValueError, match="x is empty"):
+        tokenize([[]], np.zeros(0, np.int32), tokenizer, name="x", max_length=8)
+
+
+def test_examples_refuse_missing_and_ragged_columns():
+    ids = np.zeros((2, 4), np.int32)
+    with pytest.raises(ValueError, match="x: no column 'label'; it has input_ids, attention_mask"):
+        Examples({"input_ids": ids, "attention_mask": ids}, "x")
+    with pytest.raises(ValueError, match="differ in their number of rows"):
+        Examples({"input_ids": ids, "attention_mask": ids, "label": np.zeros(3)}, "x")
+
+
+def test_labels():
+    assert check_labels([0, 1, 1], name="x", num_labels=2).dtype == np.int32
+    scores = check_labels([0.5, 5.0], name="x", score_range=(0, 5))
+    assert scores.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        ([-1, -1], {"num_labels": 2}, "all labels are -1, that is, hidden"),
+        ([-1.0, -1.0], {"score_range": (0, 5)}, "hidden"),
+        ([0, 1, 2], {"num_labels": 2}, r"label 2 of example 2 is no class in 0\.\.1"),
+        ([0, -1], {"num_labels": 2}, r"label -1 of example 1 is no class in 0\.\.1"),
+        ([0.5], {"num_labels": 2}, r"label 0\.5 of example 0 is no class"),
+        ([1.0, 5.5], {"score_range": (0, 5)}, r"label 5\.5 of example 1 is no score in 0\.\.5"),
+        ([1.0, np.nan], {}, "label nan of example 1"),
+        ([], {"num_labels": 2}, "x is empty"),
+    ],
+)
+def test_labels_refused(labels, options, message):
+    with pytest.raises(ValueError, match=message):
+        check_labels(labels, name="x", **options)
+
+
+def numbered(n):
+    data = examples(n)
+    return Examples({**data.columns, "label": np.arange(n, dtype=np.int32)}, "numbered")
+
+
+@pytest.mark.parametrize("n", [3, 10, 32])
+def test_every_example_is_seen_once_an_epoch_in_full_batches(n):
+    batches = train_batches(numbered(n), 8, seed=1)
+    found = [next(batches) for _ in range(2 * n)]
+    assert {batch["input_ids"].shape for batch in found} == {(8, 16)}
+    assert all(batch["weight"].all() for batch in found)
+    seen = np.concatenate([batch["label"] for batch in found])
+    epochs = seen.reshape(-1, n)
+    np.testing.assert_array_equal(np.sort(epochs, 1), np.tile(np.arange(n), (len(epochs), 1)))
+    assert any((epochs[0] != epoch).any() for epoch in epochs[1:])
+
+
+def test_iterator_state_is_json_and_continues_the_stream():
+    def labels(batches, count):
+        return [next(batches)["label"].tolist() for _ in range(count)]
+
+    batches = train_batches(numbered(10), 4, seed=3)
+    labels(batches, 7)
+    state = json.loads(json.dumps(batches.get_state()))
+    again = train_batches(numbered(10), 4, seed=3)
+    again.set_state(state)
+    assert labels(batches, 9) == labels(again, 9)
+    assert labels(train_batches(numbered(10), 4, seed=4), 3) != labels(
+        train_batches(numbered(10), 4, seed=3), 3
+    )
+
+
+def test_eval_batches_are_in_order_and_filled_with_weight_zero():
+    batches = list(eval_batches(numbered(10), 4))
+    assert [batch["label"].tolist() for batch in batches] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9, 9, 9],
+    ]
+    assert [batch["weight"].sum() for batch in batches] == [4, 4, 2]
+
+
+def test_weights_of_tokens_pass_through():
+    data = examples(5)
+    weight = data.columns["attention_mask"].astype(np.float32)
+    label = data.columns["input_ids"]
+    batches = list(
+        eval_batches(Examples({**data.columns, "label": label, "weight": weight}, "lm"), 4)
+    )
+    assert batches[1]["weight"].shape == (4, 16)
+    assert sum(batch["weight"].sum() for batch in batches) == weight.sum()

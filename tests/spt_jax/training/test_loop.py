@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from tensorboardX.proto import event_pb2
+
+from spt_jax.training import (
+    CheckpointError,
+    Interrupted,
+    NonFiniteLoss,
+    TrainConfig,
+    cross_entropy,
+    mean_squared_error,
+    train,
+    weights_fingerprint,
+)
+from tests.spt_jax.training.toy import Toy, examples
+
+CONFIG = TrainConfig(steps=12, batch_size=16, learning_rate=0.1, eval_every=4, log_every=1)
+OPTIONS = {"loss": cross_entropy, "metrics": ("matthews", "accuracy")}
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def run(out, config=CONFIG, *, model=None, data=None, **options):
+    model = model or Toy()
+    options = {"log": quiet, "eval_data": examples(40, 1), **OPTIONS, **options}
+    result = train(model, data or examples(100), config, out, **options)
+    return result, model
+
+
+def outcome(result, model):
+    """All that must be the same whatever interrupted the run."""
+    params = weights_fingerprint(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    exact = (result.metrics, result.metrics_step, result.best_step, result.train_loss)
+    return params, exact, result.steps, result.epochs, result.stopped_early
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    out = tmp_path_factory.mktemp("straight")
+    messages = []
+    result, model = run(out, log=messages.append)
+    return out, result, model, messages
+
+
+def test_learns_and_reports(straight):
+    _, result, _, messages = straight
+    assert result.metrics["matthews"] > 0.5
+    assert list(result.metrics) == ["matthews", "accuracy", "eval_loss"]
+    assert (result.steps, result.metrics_step, result.stopped_early) == (12, 12, False)
+    assert result.epochs == pytest.approx(12 * 16 / 100)
+    assert (result.trainable_parameters, result.total_parameters) == (482, 1122)
+    assert result.step_ms > 0
+    assert result.compile_s > 0
+    assert 0 < result.tokens_per_s < result.padded_tokens_per_s
+    assert result.peak_bytes > 4 * result.total_parameters
+    assert result.peak_bytes_source == ("compiler" if jax.default_backend() == "cpu" else "device")
+    flat = result.figures()
+    assert flat["matthews"] == result.metrics["matthews"]
+    assert "metrics" not in flat
+    assert sum(message.startswith("step ") for message in messages) == 12
+    assert sum(message.startswith("evaluation at step ") for message in messages) == 3
+
+
+def test_tensorboard_holds_every_step(straight):
+    out, result, *_ = straight
+    (path,) = (out / "tensorboard").iterdir()
+    blob, found = path.read_bytes(), {}
+    while blob:
+        size = int.from_bytes(blob[:8], "little")
+        for value in event_pb2.Event.FromString(blob[12 : 12 + size]).summary.value:
+            found.setdefault(value.tag, []).append(value.simple_value)
+        blob = blob[16 + size :]
+    assert len(found["train/loss"]) == len(found["train/codebook"]) == 12
+    assert found["train/learning_rate"][0] == pytest.approx(0.1)
+    assert found["evaluation/matthews"][-1] == pytest.approx(result.metrics["matthews"])
+
+
+def test_same_seed_same_numbers_and_another_seed_others(straight, tmp_path):
+    _, result, model, _ = straight
+    assert outcome(*run(tmp_path / "same")) == outcome(result, model)
+    other = TrainConfig(**{**vars(CONFIG), "seed": 1})
+    assert run(tmp_path / "other", other)[0].train_loss != result.train_loss
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_stops_and_the_resumed_run_ends_alike(straight, tmp_path, number):
+    def strike(message: str) -> None:
+        if message.startswith("step 6/"):
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    model = Toy()
+    with pytest.raises(Interrupted, match=rf"{number.name} at step \d+ of 12.*--resume") as caught:
+        run(tmp_path, model=model, log=strike)
+    assert caught.value.signal == number
+    assert signal.getsignal(number) is before
+    assert outcome(straight[1], model)[0] == outcome(straight[1], Toy())[0]  # still as it was
+    messages = []
+    result, model = run(tmp_path, resume=True, log=messages.append)
+    assert result.resumed_from in (6, 7)
+    assert messages[0].startswith(f"going on from checkpoint {tmp_path}")
+    assert outcome(result, model) == outcome(straight[1], straight[2])
+    again, model = run(tmp_path, resume=True)  # a finished run has nothing left to do
+    assert again.resumed_from == 12
+    assert outcome(again, model) == outcome(straight[1], straight[2])
+
+
+def test_signal_during_evaluation(straight, tmp_path, monkeypatch):
+    from spt_jax.training import loop
+
+    whole = loop.eval_batches
+
+    def struck(data, size):
+        for i, batch in enumerate(whole(data, size)):
+            if i == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(loop, "eval_batches", struck)
+    with pytest.raises(Interrupted, match="at step 4 of 12"):
+        run(tmp_path)
+    monkeypatch.undo()
+    assert outcome(*run(tmp_path, resume=True)) == outcome(straight[1], straight[2])
+
+
+def test_runs_outside_the_main_thread(straight, tmp_path):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(run(tmp_path)))
+    thread.start()
+    thread.join()
+    assert outcome(*found[0]) == outcome(straight[1], straight[2])
+
+
+def test_non_finite_loss_stops_with_step_and_checkpoint(tmp_path):
+    def explodes(outputs, labels, weights):
+        loss, weight = cross_entropy(outputs, labels, weights)
+        return loss / (loss > 0.45 * weight), weight
+
+    model = Toy()
+    start = outcome_params(model)
+    with pytest.raises(NonFiniteLoss) as caught:
+        run(tmp_path, TrainConfig(**{**vars(CONFIG), "eval_every": 2}), model=model, loss=explodes)
+    message = str(caught.value)
+    step = int(message.split("at step ")[1].split(";")[0])
+    assert "loss is inf" in message
+    assert 2 < step <= 12
+    last = (step - 1) // 2 * 2
+    assert f"The last good checkpoint is {tmp_path}/checkpoints/{last}." in message
+    assert outcome_params(model) == start
+
+
+def outcome_params(model):
+    return weights_fingerprint(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+
+def test_early_stopping_and_the_best_parameters(tmp_path):
+    config = TrainConfig(
+        steps=60,
+        batch_size=16,
+        learning_rate=0.5,  # far too high, so that the best comes early
+        schedule="constant",
+        warmup=0,
+        eval_every=2,
+        monitor="eval_loss",
+        patience=3,
+        result="best",
+    )
+    result, model = run(tmp_path, config)
+    assert result.stopped_early
+    assert result.steps == result.best_step + 3 * 2
+    assert result.metrics_step == result.best_step
+    kept = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {str(s) for s in (result.best_step, result.steps - 2, result.steps)}
+    # the model really holds the parameters of that step
+    data = examples(40, 1)
+    logits = model.forward(data.columns["input_ids"], data.columns["attention_mask"])[0]
+    labels = data.columns["label"]
+    loss, weight = cross_entropy(logits, jax.numpy.array(labels), jax.numpy.ones(40))
+    assert float(loss / weight) == pytest.approx(result.metrics["eval_loss"], rel=1e-5)
+    resumed, again = run(tmp_path, config, resume=True)
+    assert outcome(resumed, again) == outcome(result, model)
+
+
+def test_regression_with_two_splits_and_accumulation(tmp_path):
+    config = TrainConfig(epochs=2, batch_size=16, accumulation=4, learning_rate=0.03, remat=True)
+    messages = []
+    result, model = run(
+        tmp_path,
+        config,
+        model=Toy(classes=1),
+        data=examples(50, scores=True),
+        eval_data={n: examples(20, i, scores=True) for i, n in enumerate(("near", "far"))},
+        loss=mean_squared_error,
+        metrics=("pearson", "spearman"),
+        log=messages.append,
+    )
+    names = ("pearson", "spearman", "eval_loss")
+    assert list(result.metrics) == [f"{n}_{split}" for split in ("near", "far") for n in names]
+    assert result.steps == math.ceil(2 * 50 / 16)
+    # by default once an epoch: after step 4 all 50 were seen, after step 7 all of them twice
+    evaluations = [message.split(":")[0] for message in messages if "evaluation" in message]
+    assert evaluations == ["evaluation at step 4", "evaluation at step 7"]
+    assert model.remat is False
+
+
+def test_remat_changes_the_program_but_not_the_result(straight, tmp_path):
+    config = TrainConfig(**{**vars(CONFIG), "remat": True})
+    result, _ = run(tmp_path, config)
+    assert result.train_loss == pytest.approx(straight[1].train_loss, rel=1e-4)
+    with pytest.raises(ValueError, match="Linear has no option remat"):
+        run(tmp_path / "none", config, model=nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+
+
+def test_training_split_smaller_than_a_batch(tmp_path):
+    result, _ = run(tmp_path, TrainConfig(epochs=16, batch_size=16), data=examples(3))
+    assert result.steps == 3
+    assert np.isfinite(result.train_loss)
+
+
+def test_an_earlier_run_is_not_overwritten_unasked(straight, tmp_path):
+    short = TrainConfig(steps=2, batch_size=16)
+    run(tmp_path, short)
+    with pytest.raises(CheckpointError, match=r"earlier run \(2\).*--resume.*--overwrite"):
+        run(tmp_path, TrainConfig(steps=2, batch_size=8))
+    with pytest.raises(CheckpointError, match=r"config\.batch_size was 16, now 8"):
+        run(tmp_path, TrainConfig(steps=2, batch_size=8), resume=True)
+    with pytest.raises(CheckpointError, match="base_weights was"):
+        run(tmp_path, short, model=Toy(seed=1), resume=True)
+    with pytest.raises(CheckpointError, match=r"data\.train was"):
+        run(tmp_path, short, data=examples(100, 7), resume=True)
+    with pytest.raises(CheckpointError, match="method was None, now 'spt'"):
+        run(tmp_path, short, identity={"method": "spt"}, resume=True)
+    result, _ = run(tmp_path, TrainConfig(steps=2, batch_size=8), overwrite=True)
+    assert result.resumed_from is None
+
+
+def test_resume_of_nothing_starts_with_a_message(tmp_path):
+    messages = []
+    result, _ = run(tmp_path, TrainConfig(steps=1), resume=True, log=messages.append)
+    assert "no checkpoint to go on from" in messages[0]
+    assert result.resumed_from is None
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (TrainConfig(monitor="f1"), {}, r"'f1' is not evaluated; choose from \['matthews'"),
+        (TrainConfig(patience=1), {"eval_data": None}, "need evaluation examples"),
+    ],
+)
+def test_refuses(tmp_path, config, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, config, **options)
