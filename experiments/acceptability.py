@@ -11,15 +11,15 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from typing import Literal
-
 from pydoc_data.topics import topics
 
 MIN_WORDS, MAX_WORDS = 6, 30
 _VALIDATION_SHARE = 0.2
 _PLAIN_SHARE = 0.75
 _PLAIN = re.compile(r"[A-Za-z'-]+[,;:]?")
-_WORD = re.compile(r"\(?[\w.'-]+(\(\))?\)?[,;:]?")  # names, calls and parentheses are allowed too
+_WORD = re.compile(
+    r"\(?[\w'-]+(\.[\w'-]+)*(\(\))?\)?[,;:]?"
+)  # names, calls and parentheses are allowed too
 
 
 def sentences() -> list[str]:
@@ -40,7 +40,7 @@ def sentences() -> list[str]:
     return list(found)
 
 
-def examples(split: Literal["train", "validation"]) -> list[dict[str, str | int]]:
+def examples(split: str) -> list[dict[str, str | int]]:
     """Rows `{"sentence": str, "label": 0 or 1}` of a split: 1 natural, 0 scrambled.
 
     Raises:
@@ -48,7 +48,7 @@ def examples(split: Literal["train", "validation"]) -> list[dict[str, str | int]
     """
     if split not in ("train", "validation"):
         raise ValueError(f"acceptability has the splits train and validation, not {split!r}")
-    rows = []
+    rows: list[dict[str, str | int]] = []
     for sentence in sentences():
         rng = random.Random(hashlib.sha256(sentence.encode()).digest())
         held_out = rng.random() < _VALIDATION_SHARE

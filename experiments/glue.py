@@ -46,6 +46,7 @@ TaskName = Literal[
 
 LEARNING_RATES: Mapping[Method, float] = {"spt": 1e-3, "lora": 1e-3, "full": 5e-5}
 CALIBRATION_EXAMPLES = 64
+DEFAULT_MAX_LENGTH = 128
 BUILT_IN = GlueTask(
     name="acceptability", columns=("sentence",), num_labels=2, metrics=("matthews", "accuracy")
 )
@@ -94,8 +95,9 @@ class Options:
     seed: int = 0
     """Seed of fresh weights, the order of examples, and dropout."""
 
-    max_length: int = 128
-    """Longer examples are cut."""
+    max_length: int | None = None
+    """Longer examples are cut; by default 128 or, if that is less, what the model has positions
+    for."""
     pad_to_max_length: bool = False
     """Pad to --max-length, not to the longest example of the task."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -174,7 +176,7 @@ def load_data(
     def read(split: str) -> Split:
         if task is not BUILT_IN:
             return read_split(task, split, options.data_dir)
-        rows = acceptability.examples(split)  # type: ignore[arg-type]
+        rows = acceptability.examples(split)
         labels = np.array([row["label"] for row in rows], np.int32)
         return Split(f"{task.name} {split}", [[str(row["sentence"]) for row in rows]], labels)
 
@@ -185,7 +187,7 @@ def load_data(
             part.labels,
             tokenizer,
             name=part.name,
-            max_length=options.max_length,
+            max_length=options.max_length or min(DEFAULT_MAX_LENGTH, config.max_length),
             max_positions=config.max_length,
             pad_to_max_length=options.pad_to_max_length,
         )
@@ -241,7 +243,7 @@ def run_task(
             loss=mean_squared_error if task.num_labels is None else cross_entropy,
             eval_data=data.validation,
             metrics=task.metrics,
-            identity={"spt": asdict(config) if (config := options.spt_config(method)) else None},
+            identity={"spt": asdict(spt) if (spt := options.spt_config(method)) else None},
             resume=options.resume,
             overwrite=options.overwrite,
         )
@@ -303,9 +305,9 @@ def summarize(
     table.add_column("method")
     for name in [*by_task, "average"]:
         table.add_column(name, justify="right")
-    figures = {}
+    figures: dict[str, dict[str, float]] = {}
     for method in methods:
-        scores = {}
+        scores: dict[str, float] = {}
         for name, results in by_task.items():
             task = TASKS[name]
             keys = [m + (f"_{s}" if s else "") for m in task.metrics for s in task.validation]

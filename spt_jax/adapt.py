@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spt_jax.calibration import fit_routing, fit_sparse_attention, spread
-from spt_jax.config import LoRAConfig, SPTConfig
+from spt_jax.calibration import Routing, fit_routing, fit_sparse_attention, spread
+from spt_jax.config import LoRAConfig, RoutedFFNConfig, SPTConfig
 from spt_jax.layers import (
     Attention,
     Embedding,
@@ -23,12 +23,12 @@ from spt_jax.layers import (
     recording,
 )
 
-Model = TypeVar("Model", bound=nnx.Module)
+Path = tuple[Any, ...]  # of a module in the model, as nnx.iter_modules gives it
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "segment_ids")
 
 
-def adapt(
+def adapt[Model: nnx.Module](
     model: Model,
     config: SPTConfig,
     *,
@@ -67,8 +67,10 @@ def adapt(
     ffns = {path: m for path, m in modules.items() if isinstance(m, FeedForward)}
     _check(modules, config, calibration_batch)
 
-    sparse, routings = {}, {}
+    sparse: dict[Path, SparseAttention] = {}
+    routed: dict[Path, tuple[Routing, RoutedFFNConfig]] = {}
     if config.attention is not None or config.ffn is not None:
+        assert calibration_batch is not None  # checked above
         activations = _activations(model, calibration_batch)
         if config.attention is not None:
             for path, attention in attentions.items():
@@ -80,25 +82,23 @@ def adapt(
                 )
         if config.ffn is not None:
             for path, ffn in ffns.items():
-                routings[path] = fit_routing(**activations[path], ffn=ffn, config=config.ffn)
+                routing = fit_routing(**activations[path], ffn=ffn, config=config.ffn)
+                routed[path] = routing, config.ffn
 
     # nothing was changed so far, and nothing fails from here on
     if config.lora is not None:
         _add_lora(modules, config.lora, rngs)
-    for path, module in sparse.items():
-        attentions[path].sparse = module
-    for path, routing in routings.items():
+    for path, sparse_attention in sparse.items():
+        attentions[path].sparse = sparse_attention
+    for path, (routing, ffn_config) in routed.items():
         *owner, name = path
-        setattr(
-            modules[tuple(owner)],
-            name,
-            RoutedFFN(ffns[path], **routing._asdict(), config=config.ffn),
-        )
+        module = RoutedFFN(ffns[path], **routing._asdict(), config=ffn_config)
+        setattr(modules[tuple(owner)], str(name), module)
     return model
 
 
 def _check(
-    modules: Mapping[tuple[Any, ...], nnx.Module],
+    modules: Mapping[Path, nnx.Module],
     config: SPTConfig,
     batch: Mapping[str, jax.Array | np.ndarray] | None,
 ) -> None:
@@ -128,7 +128,7 @@ def _check(
 
 def _activations(
     model: nnx.Module, batch: Mapping[str, jax.Array | np.ndarray]
-) -> dict[tuple[Any, ...], dict[str, jax.Array]]:
+) -> dict[Path, dict[str, jax.Array]]:
     """What each layer recorded, at valid tokens of the batch: `{path: {name: [T, ...]}}`."""
     inputs = {name: jnp.asarray(batch[name]) for name in _INPUTS if batch.get(name) is not None}
     mask = inputs.get("attention_mask", jnp.ones_like(inputs["input_ids"]))
@@ -136,7 +136,7 @@ def _activations(
     graphdef, state = nnx.split(model)
 
     @jax.jit
-    def run(state: nnx.State) -> dict[tuple[Any, ...], dict[str, jax.Array]]:
+    def run(state: nnx.State) -> dict[Path, dict[str, jax.Array]]:
         copy = nnx.merge(graphdef, state)
         with recording() as records:
             copy(**inputs)
@@ -152,9 +152,7 @@ def _activations(
     return run(state)
 
 
-def _add_lora(
-    modules: Mapping[tuple[Any, ...], nnx.Module], config: LoRAConfig, rngs: nnx.Rngs
-) -> None:
+def _add_lora(modules: Mapping[Path, nnx.Module], config: LoRAConfig, rngs: nnx.Rngs) -> None:
     targets: list[Linear | Embedding] = []
     for module in modules.values():
         match module:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,6 @@ from jaxtyping import Array, Float, Int
 from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
 from spt_jax.layers import FeedForward, SparseAttention
 from spt_jax.layers.quantizer import kmeans
-
-ArrayT = TypeVar("ArrayT", jax.Array, np.ndarray)
 
 #: Tokens of the calibration batch, evenly spread, that codebooks, blocks and routers are fitted to.
 CALIBRATION_TOKENS = 4096
@@ -27,7 +24,7 @@ ROUTER_SCALES = np.array([0.05, 0.1, 0.2, 0.4, 0.8], np.float32)
 ROUTER_SHIFTS = np.linspace(-0.5, 0.5, 11, dtype=np.float32)
 
 
-def spread(rows: ArrayT, number: int = CALIBRATION_TOKENS) -> ArrayT:
+def spread[Rows: (jax.Array, np.ndarray)](rows: Rows, number: int = CALIBRATION_TOKENS) -> Rows:
     """At most `number` of the rows of an array, evenly spaced."""
     if len(rows) <= number:
         return rows
@@ -100,6 +97,7 @@ class Routing(NamedTuple):
     permutation: Int[Array, "F"]
     router_kernel: Float[Array, "D G"]
     router_bias: Float[Array, "G"]
+    absent_output: Float[Array, "G D"]
 
 
 def fit_routing(x: Float[Array, "T D"], ffn: FeedForward, config: RoutedFFNConfig) -> Routing:
@@ -117,7 +115,8 @@ def fit_routing(x: Float[Array, "T D"], ffn: FeedForward, config: RoutedFFNConfi
         config: number of blocks and of active ones.
 
     Returns:
-        Permutation (block g is its g-th run of F / G entries), router kernel and bias.
+        Permutation (block g is its g-th run of F / G entries), router kernel and bias, and the mean
+        output of each block over the tokens that leave it out.
     """
     x = x.astype(jnp.float32)
     hidden = ffn.hidden(x.astype(ffn.up.dtype)).astype(jnp.float32)
@@ -129,22 +128,32 @@ def fit_routing(x: Float[Array, "T D"], ffn: FeedForward, config: RoutedFFNConfi
     outputs = jnp.stack([hidden[:, units] @ down[units] for units in blocks], axis=1)
     norms = jnp.linalg.norm(outputs, axis=-1)
     kernel, bias = _ridge(x, jnp.log(norms + 1e-6) - jnp.log(norms.mean(-1, keepdims=True) + 1e-6))
-    scale, shift = _fit_coefficients(x @ kernel + bias, outputs, config.active_blocks)
-    return Routing(permutation, scale * kernel, scale * bias + shift)
+    rank = x @ kernel + bias
+    active = jax.nn.one_hot(jax.lax.top_k(rank, config.active_blocks)[1], config.num_blocks).sum(1)
+    absent = 1 - active
+    means = jnp.einsum("tg,tgd->gd", absent, outputs) / jnp.maximum(absent.sum(0), 1)[:, None]
+    scale, shift = _fit_coefficients(rank, active, outputs, means)
+    return Routing(permutation, scale * kernel, scale * bias + shift, means)
 
 
-@partial(jax.jit, static_argnames="active")
+@jax.jit
 def _fit_coefficients(
-    rank: Float[Array, "T G"], outputs: Float[Array, "T G D"], active: int
+    rank: Float[Array, "T G"],
+    active: Float[Array, "T G"],
+    outputs: Float[Array, "T G D"],
+    means: Float[Array, "G D"],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Scale and shift of the logits, from a grid, that come nearest to the dense output."""
+    # what is missing of the dense output is sum_g (1 - c_g) outputs_g over the active blocks, plus
+    # a part of the absent ones that does not depend on the coefficients
+    absent = jnp.einsum("tg,tgd->td", 1 - active, outputs - means)
     gram = jnp.einsum("tgd,thd->tgh", outputs, outputs)
-    chosen = jax.nn.one_hot(jax.lax.top_k(rank, active)[1], rank.shape[-1]).sum(1)
+    cross = jnp.einsum("tgd,td->tg", outputs, absent)
 
     def squared_error(scale_shift: Float[Array, "2"]) -> Float[Array, ""]:
         scale, shift = scale_shift
-        missing = 1 - chosen * 2 * jax.nn.sigmoid(scale * rank + shift)
-        return jnp.einsum("tg,tgh,th->", missing, gram, missing)
+        missing = active * (1 - 2 * jax.nn.sigmoid(scale * rank + shift))
+        return jnp.einsum("tg,tgh,th->", missing, gram, missing) + 2 * (missing * cross).sum()
 
     grid = jnp.stack(jnp.meshgrid(ROUTER_SCALES, ROUTER_SHIFTS, indexing="ij"), -1).reshape(-1, 2)
     scale, shift = grid[jnp.argmin(jax.lax.map(squared_error, grid))]
@@ -160,9 +169,7 @@ def _ridge(
     centered = inputs - mean_in
     gram = centered.T @ centered
     penalty = ROUTER_RIDGE * np.trace(gram) / len(gram) + 1e-12
-    kernel = np.linalg.solve(
-        gram + penalty * np.eye(len(gram)), centered.T @ (outputs - mean_out)
-    )
+    kernel = np.linalg.solve(gram + penalty * np.eye(len(gram)), centered.T @ (outputs - mean_out))
     return jnp.asarray(kernel, jnp.float32), jnp.asarray(mean_out - mean_in @ kernel, jnp.float32)
 
 

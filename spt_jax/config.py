@@ -1,4 +1,4 @@
-"""What to adapt and how: one frozen dataclass a concern.
+"""What to adapt, and how to train: one frozen dataclass a concern.
 
 Example:
     >>> config = SPTConfig(lora=LoRAConfig(rank=16), attention=None, ffn=RoutedFFNConfig())
@@ -9,22 +9,26 @@ Example:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from pallas_kernels import Implementation
-from spt_jax.training.config import TrainConfig
 
 __all__ = [
+    "LearningRateMultipliers",
     "LoRAConfig",
     "LoRATarget",
     "RoutedFFNConfig",
     "SPTConfig",
+    "Schedule",
     "SparseAttentionConfig",
     "TrainConfig",
+    "Trainable",
 ]
 
 LoRATarget = Literal["attention", "ffn", "embeddings"]
+Schedule = Literal["linear", "cosine", "constant"]
+Trainable = Literal["adapter", "all"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -163,3 +167,155 @@ class SPTConfig:
     lora: LoRAConfig | None = field(default_factory=LoRAConfig)
     attention: SparseAttentionConfig | None = field(default_factory=SparseAttentionConfig)
     ffn: RoutedFFNConfig | None = field(default_factory=RoutedFFNConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRateMultipliers:
+    """Factors on the learning rate, by the variable type of a parameter.
+
+    Attributes:
+        lora: LoRA factors.
+        router: FFN routers.
+        codebook: codewords of the product quantizers.
+        head: the task head.
+        base: everything else; trained only with `trainable="all"`.
+    """
+
+    lora: float = 1.0
+    router: float = 1.0
+    codebook: float = 1.0
+    head: float = 1.0
+    base: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            _require(
+                math.isfinite(value) and value >= 0,
+                f"the {name} learning-rate multiplier must be at least 0, got {value}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimizer, length and bookkeeping of one training run.
+
+    Attributes:
+        trainable: "adapter" trains LoRA factors, routers, codebooks and head; "all" everything.
+        epochs: passes over the training examples; unused where `steps` is given.
+        steps: optimizer steps.
+        batch_size: examples an optimizer step.
+        accumulation: microbatches into which a batch is cut; divides `batch_size`. The step is
+            the same as that of the whole batch and holds the activations of one microbatch.
+        learning_rate: its peak.
+        learning_rate_multipliers: factors on it by kind of parameter.
+        warmup: linear warm-up from 0; a share of the steps below 1, a number of steps from 1 on.
+        schedule: decay after the warm-up, to 0 at the last step; "constant" for none.
+        b1: AdamW's decay of the first moment.
+        b2: AdamW's decay of the second moment.
+        eps: AdamW's denominator offset.
+        weight_decay: decoupled weight decay of matrices; vectors and codebooks have none.
+        clip_norm: global norm to which gradients are clipped; None for no clipping.
+        dropout: whether the model's dropout layers are on in training.
+        remat: recompute activations in the backward pass instead of keeping them.
+        eval_every: steps between evaluations; None evaluates at the end of each epoch. The last
+            step is always evaluated.
+        eval_batch_size: examples an evaluation step; None takes `batch_size`.
+        monitor: evaluation metric that ranks checkpoints, higher is better except for losses and
+            perplexity; None takes the first that the task reports.
+        patience: evaluations without improvement after which training stops; None never stops.
+        result: which parameters the model and the reported metrics end with.
+        checkpoint_every: steps between checkpoints beside those that follow each evaluation.
+        log_every: steps between log lines off a terminal; None spreads ten over the run.
+        seed: order of the examples and dropout.
+    """
+
+    trainable: Trainable = "adapter"
+    epochs: float = 3.0
+    steps: int | None = None
+    batch_size: int = 32
+    accumulation: int = 1
+    learning_rate: float = 5e-4
+    learning_rate_multipliers: LearningRateMultipliers = field(
+        default_factory=LearningRateMultipliers
+    )
+    warmup: float = 0.06
+    schedule: Schedule = "linear"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float | None = 1.0
+    dropout: bool = True
+    remat: bool = False
+    eval_every: int | None = None
+    eval_batch_size: int | None = None
+    monitor: str | None = None
+    patience: int | None = None
+    result: Literal["last", "best"] = "last"
+    checkpoint_every: int | None = None
+    log_every: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(
+            self.trainable in ("adapter", "all"),
+            f"trainable must be adapter or all, got {self.trainable!r}",
+        )
+        _require(
+            self.schedule in ("linear", "cosine", "constant"),
+            f"schedule must be linear, cosine or constant, got {self.schedule!r}",
+        )
+        _require(
+            self.result in ("last", "best"), f"result must be last or best, got {self.result!r}"
+        )
+        for name in ("batch_size", "accumulation"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} must be at least 1, got {value}")
+        for name in (
+            "steps",
+            "eval_every",
+            "eval_batch_size",
+            "patience",
+            "checkpoint_every",
+            "log_every",
+        ):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+        _require(
+            self.batch_size % self.accumulation == 0,
+            f"accumulation must divide batch_size: {self.batch_size} examples do not cut into "
+            f"{self.accumulation} equal microbatches",
+        )
+        _require(
+            math.isfinite(self.epochs) and self.epochs > 0,
+            f"epochs must be above 0, got {self.epochs}",
+        )
+        _require(
+            math.isfinite(self.learning_rate) and self.learning_rate > 0,
+            f"learning_rate must be above 0, got {self.learning_rate}",
+        )
+        _require(
+            math.isfinite(self.warmup) and self.warmup >= 0,
+            f"warmup must be at least 0, got {self.warmup}",
+        )
+        _require(0 <= self.b1 < 1, f"b1 must lie in [0, 1), got {self.b1}")
+        _require(0 <= self.b2 < 1, f"b2 must lie in [0, 1), got {self.b2}")
+        _require(self.eps > 0, f"eps must be above 0, got {self.eps}")
+        _require(self.weight_decay >= 0, f"weight_decay must be at least 0: {self.weight_decay}")
+        _require(
+            self.clip_norm is None or self.clip_norm > 0,
+            f"clip_norm must be above 0, got {self.clip_norm}",
+        )
+        _require(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
+
+    def total_steps(self, num_examples: int) -> int:
+        """Optimizer steps of the run; with `epochs`, enough to see every example that often."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, math.ceil(self.epochs * num_examples / self.batch_size))
+
+    def warmup_steps(self, total_steps: int) -> int:
+        """Steps of the warm-up, below `total_steps`."""
+        steps = round(self.warmup * total_steps) if self.warmup < 1 else round(self.warmup)
+        return min(steps, total_steps - 1)

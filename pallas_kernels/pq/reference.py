@@ -62,7 +62,7 @@ def valid_keys(
 
 def tie_distance(length: int) -> Int32[Array, "S S"]:
     """2 |d| - (d < 0) for d = key - query: the nearest first, of two the left one."""
-    d = jnp.arange(length) - jnp.arange(length)[:, None]
+    d = jnp.arange(length, dtype=jnp.int32) - jnp.arange(length, dtype=jnp.int32)[:, None]
     return 2 * jnp.abs(d) - (d < 0)
 
 

@@ -21,6 +21,7 @@ from pallas_kernels.pq.types import Selection, TileSelection, TokenSelection
 BLOCK_ELEMENTS = 2**19  # float32 elements of a block of scores
 ENCODE_TOKENS = 512  # tokens of a block when encoding
 ENCODE_UNROLL = 16  # codewords compared in one pass over a block
+ONE = np.float32(1)  # counts stay float32 whatever the default type
 
 
 def encode(
@@ -59,7 +60,7 @@ def encode(
 
         shape = (kv_heads, spaces, part.shape[-1])
         start = jnp.full(shape, jnp.inf), jnp.zeros(shape, jnp.int32)
-        firsts = jnp.arange(passes) * ENCODE_UNROLL
+        firsts = jnp.arange(passes, dtype=jnp.int32) * ENCODE_UNROLL
         code = jax.lax.scan(step, start, (*stacked, firsts))[0][1].astype(jnp.uint8)
         return code.reshape(kv_heads, spaces, rows, -1).transpose(3, 0, 2, 1)
 
@@ -104,7 +105,7 @@ def block_shape(pairs: int, rows: int, length: int, limit: int = BLOCK_ELEMENTS)
 
 
 def valid_block(
-    query_position: Int32[Array, "q"],
+    query_position: Int[Array, "q"],
     length: int,
     causal: bool,
     key_mask: Bool[Array, "g S"] | None,
@@ -134,17 +135,17 @@ def _search(
     It must hold at `low`. A pass over the values counts for three integers at once: the counts are
     the digits, to the base S + 1, of one float32 sum, as long as that is exact, and else for one.
     """
-    base = values.shape[1] + 1.0
+    base = np.float32(values.shape[1] + 1)
     digits = 3 if base**3 <= 2**24 else 1
-    widths = np.float32(2) ** np.arange(0, 24, digits // 2 + 1)
+    widths = np.exp2(np.arange(0, 24, digits // 2 + 1), dtype=np.float32)
     passes = jnp.sum(widths <= jnp.max(high - low))
 
     def counts(marks: list[jax.Array]) -> list[jax.Array]:
         first, *more = [values >= mark[:, None] for mark in marks]
         if not more:
-            return [jnp.sum(jnp.where(first, 1.0, 0.0), 1)]
+            return [jnp.sum(jnp.where(first, ONE, 0), 1)]
         top = jnp.where(more[1], 1 + base + base**2, 1 + base)
-        total = jnp.sum(jnp.where(more[0], top, jnp.where(first, 1.0, 0.0)), 1)
+        total = jnp.sum(jnp.where(more[0], top, jnp.where(first, ONE, 0)), 1)
         third = jnp.floor(total / base**2)
         second = jnp.floor((total - third * base**2) / base)
         return [total - third * base**2 - second * base, second, third]
@@ -152,7 +153,7 @@ def _search(
     def step(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, width = state
         found = counts([low + i * width for i in range(1, digits + 1)])
-        rise = sum(jnp.where(enough(count), 1.0, 0.0) for count in found)
+        rise = sum(jnp.where(enough(count), ONE, 0) for count in found)
         return low + rise * width, width / (digits + 1)
 
     start = jnp.where(passes > 0, jnp.asarray(widths)[passes - 1], 0)
@@ -164,13 +165,13 @@ def threshold(
 ) -> tuple[Float[Array, "g r q"], Float[Array, "g r q"]]:
     """Threshold and tie radius of the `count` highest scores; invalid keys score -inf."""
     valid = score > -jnp.inf
-    number = jnp.sum(jnp.where(valid, 1.0, 0.0), 1)
+    number = jnp.sum(jnp.where(valid, ONE, 0), 1)
     kept = jnp.minimum(number, count)
     some = number > 0
     high = jnp.where(some, score.max(1), 0)
     low = jnp.where(some, jnp.where(valid, score, jnp.inf).min(1), 0)
     level = _search(lambda n: n >= kept, score, low, high)
-    missing = kept - jnp.sum(jnp.where(score > level[:, None], 1.0, 0.0), 1)
+    missing = kept - jnp.sum(jnp.where(score > level[:, None], ONE, 0), 1)
     near = -distance[:, None, :].astype(jnp.float32)
     ties = jnp.where(score == level[:, None], near, -jnp.inf)
     furthest = jnp.full_like(level, -2.0 * distance.max())
@@ -178,9 +179,9 @@ def threshold(
     return jnp.where(some, level, 0), jnp.where(some, radius, -1)
 
 
-def tie_distance(query_position: Int32[Array, "q"], length: int) -> Int32[Array, "S q"]:
+def tie_distance(query_position: Int[Array, "q"], length: int) -> Int[Array, "S q"]:
     """2 |d| - (d < 0) for d = key - query."""
-    d = jnp.arange(length)[:, None] - query_position
+    d = jnp.arange(length, dtype=jnp.int32)[:, None] - query_position
     return 2 * jnp.abs(d) - (d < 0)
 
 
@@ -249,7 +250,7 @@ def _select_tokens(
             return None if a is None else jax.lax.dynamic_slice_in_dim(a, pair, chunk)
 
         q = jax.lax.dynamic_slice_in_dim(take(queries), first, block, 2)
-        position = first + jnp.arange(block)
+        position = first + jnp.arange(block, dtype=jnp.int32)
         mine = take(query_segments)
         if mine is not None:
             mine = jax.lax.dynamic_slice_in_dim(mine, first, block, 1)

@@ -27,9 +27,10 @@ def sparse_attention(
 
     out[q] = sum_j softmax_j(scale <q, k_j>) v_j over the keys j kept for q, of which those hidden
     by `causal`, `key_mask` or `segment_ids` are dropped: give the same masks as to `pq_select`. A
-    query without a key gets zeros and passes no gradient. Query head n reads key head n // (N // K).
-    Accumulates in float32. Differentiable in q, k and v; the selection is constant. Between forward
-    and backward only q, k, v, the output and one float32 a query and head are kept.
+    query without a key gets zeros and passes no gradient. Query head n reads key head
+    n // (N // K). Accumulates in float32. Differentiable in q, k and v; the selection is constant.
+    Between forward and backward only q, k, v, the selection, the output and one float32 a query
+    and head are kept.
 
     Args:
       q: Queries.

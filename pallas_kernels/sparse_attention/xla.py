@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.pq.types import Selection, TileSelection
 from pallas_kernels.pq.xla import block_shape, decode, tie_distance, valid_block
 
-TILE_ELEMENTS = 2**17  # float32 elements of the logits of a step over tiles
+TILE_ELEMENTS = 2**19  # float32 elements of the logits of a step over tiles
 
 Options = tuple[float, bool]  # scale, causal
 
@@ -83,6 +83,8 @@ def _backward_block(
     logits = dot("gkh,grqh->gkrq", k, q * scale)
     weights = jnp.exp(jnp.where(kept, logits, -jnp.inf) - lse[:, None])
     slopes = weights * (dot("gkh,grqh->gkrq", v, grad) - delta[:, None])
+    # Each serves two products; XLA would compute it again for either.
+    slopes, weights = jax.lax.optimization_barrier((slopes, weights))
     dq = dot("gkrq,gkh->grqh", slopes, k) * scale
     dk = dot("gkrq,grqh->gkh", slopes, q * scale)
     return dq, dk, dot("gkrq,grqh->gkh", weights, grad)
@@ -131,7 +133,7 @@ def _token_blocks(options, q, k, v, selection, key_mask, segment_ids):
         mine = lambda a, axis: _slice(here(a), first, block, axis)  # noqa: E731
         if selection.kept is not None:
             return here(queries), here(k), here(v), here(selection.kept)
-        position = first + jnp.arange(block)
+        position = first + jnp.arange(block, dtype=jnp.int32)
         score = jnp.einsum(
             "gkw,grqw->gkrq", here(key_rows), mine(query_rows, 2), precision="highest"
         )

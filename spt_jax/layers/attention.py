@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from pallas_kernels import pq_encode, pq_select, scoring_codewords, sparse_attention
 from spt_jax.config import SparseAttentionConfig
@@ -85,12 +87,16 @@ class SparseAttention(nnx.Module):
         """Attention output, and the codebook loss summed over valid tokens."""
         config, length = self.config, q.shape[1]
         num_keys = config.num_keys(length)
-        masks = {"causal": self.causal, "key_mask": key_mask, "segment_ids": segment_ids}
+        masks: dict[str, Any] = {
+            "causal": self.causal,
+            "key_mask": key_mask,
+            "segment_ids": segment_ids,
+        }
         if num_keys >= length:
             return dense_attention(q, k, v, **masks), {}
         key_codebooks = self.key_codebooks[...]
-        shared = self.query_codebooks is None
-        query_codebooks = key_codebooks if shared else self.query_codebooks[...]
+        own = self.query_codebooks
+        query_codebooks = key_codebooks if own is None else own[...]
         queries = jax.lax.stop_gradient(q)
         keys = jax.lax.stop_gradient(k) - self.key_center[...].astype(k.dtype)
         frozen = jax.lax.stop_gradient((query_codebooks, key_codebooks))
@@ -110,21 +116,21 @@ class SparseAttention(nnx.Module):
         out = sparse_attention(q, k, v, selection, implementation=config.implementation, **masks)
         aux = {}
         if config.codebook_loss_weight > 0:
-            loss = sum(
+            losses = [
                 _sampled_codebook_loss(x, codebooks, codes, key_mask, config.codebook_loss_tokens)
                 for x, codebooks, codes in (
                     (queries, query_codebooks, query_codes),
                     (keys, key_codebooks, key_codes),
                 )
-            )
-            aux["codebook_loss"] = config.codebook_loss_weight * loss
+            ]
+            aux["codebook_loss"] = config.codebook_loss_weight * (losses[0] + losses[1])
         return out, aux
 
 
 def _sampled_codebook_loss(
     x: Float[Array, "B S N H"],
     codebooks: Float[Array, "K M E C"],
-    codes: Int[Array, "B S N M"],
+    codes: UInt8[Array, "B S N M"],
     mask: Bool[Array, "B S"] | None,
     num_tokens: int,
 ) -> Float[Array, ""]:
@@ -179,7 +185,12 @@ class Attention(nnx.Module):
             raise ValueError(f"width {width} does not split into {num_heads} heads")
         self.head_width = head_width or width // num_heads
         self.causal = causal
-        options = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        options: dict[str, Any] = {
+            "use_bias": use_bias,
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "rngs": rngs,
+        }
         self.q_proj = Linear(width, num_heads * self.head_width, **options)
         self.k_proj = Linear(width, self.num_kv_heads * self.head_width, **options)
         self.v_proj = Linear(width, self.num_kv_heads * self.head_width, **options)
@@ -216,7 +227,7 @@ class Attention(nnx.Module):
         k = heads(self.k_proj, self.num_kv_heads, keys[1])
         v = heads(self.v_proj, self.num_kv_heads, keys[2])
         record(self, q=q, k=k)
-        masks = {"key_mask": key_mask, "segment_ids": segment_ids}
+        masks: dict[str, Any] = {"key_mask": key_mask, "segment_ids": segment_ids}
         aux: AuxLosses = {}
         if self.sparse is None:
             out = dense_attention(q, k, v, causal=self.causal, **masks)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -21,6 +23,7 @@ from spt_jax.layers.linear import Linear, split_key
 from spt_jax.layers.lora import LoRA
 from spt_jax.layers.recording import record
 from spt_jax.layers.variables import CalibrationStat, RouterParam
+
 
 class FeedForward(nnx.Module):
     """`down(act(up(x)))`, or gated `down(act(gate(x)) * up(x))`.
@@ -48,7 +51,12 @@ class FeedForward(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        options = {"use_bias": use_bias, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        options: dict[str, Any] = {
+            "use_bias": use_bias,
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "rngs": rngs,
+        }
         self.up = Linear(width, hidden, **options)
         self.gate: Linear | None = nnx.data(Linear(width, hidden, **options) if gated else None)
         self.down = Linear(hidden, width, **options)
@@ -81,7 +89,8 @@ class RoutedFFN(nnx.Module):
     """FFN whose hidden units form G blocks, of which a token computes the A its router ranks first.
 
     `p = sigmoid(x Wr + br)`, `y = sum over active g of 2 p_g FFN_g(x) + bias` (Gui et al.,
-    arXiv 2312.10365, section 4.2): at A = G and p = 1/2 exactly the dense FFN.
+    arXiv 2312.10365, section 4.2): at A = G and p = 1/2 exactly the dense FFN. To that, each block
+    that is left out adds a constant, its mean output over the calibration tokens that left it out.
 
     Args:
         dense: FFN whose weights are taken over; its LoRA factors too.
@@ -89,6 +98,7 @@ class RoutedFFN(nnx.Module):
             F / G units form the blocks.
         router_kernel: `[D, G]`.
         router_bias: `[G]`.
+        absent_output: `[G, D]`, what a block adds where it is left out.
         config: number of blocks and of active ones.
     """
 
@@ -99,6 +109,7 @@ class RoutedFFN(nnx.Module):
         permutation: Int[Array, "F"],
         router_kernel: Float[Array, "D G"],
         router_bias: Float[Array, "G"],
+        absent_output: Float[Array, "G D"],
         config: RoutedFFNConfig,
     ) -> None:
         hidden, blocks = dense.up.out_features, config.num_blocks
@@ -119,6 +130,7 @@ class RoutedFFN(nnx.Module):
             self.down.lora.a[...] = self.down.lora.a[...][order]
         self.router_kernel = RouterParam(router_kernel)
         self.router_bias = RouterParam(router_bias)
+        self.absent_output = CalibrationStat(absent_output)
         self.activation: Activation = dense.activation
         self.config = config
 
@@ -148,6 +160,8 @@ class RoutedFFN(nnx.Module):
             activation=self.activation,
             implementation=self.config.implementation,
         )
+        absent = 1 - jax.nn.one_hot(index, self.config.num_blocks, dtype=jnp.float32).sum(1)
+        y = y + jnp.dot(absent, self.absent_output[...]).astype(y.dtype)
         aux: AuxLosses = {}
         if self.config.load_balance_weight > 0:
             valid = jnp.ones(rows.shape[0], bool) if mask is None else mask.reshape(-1)

@@ -116,7 +116,7 @@ class Embedding(nnx.Module):
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: jax.Array | None) -> Float[Array, "..."]:
-    """Zero each element with probability `rate` and rescale the rest; `key` None is the identity."""
+    """Zero elements with probability `rate` and rescale the rest; without a key, the identity."""
     if key is None or rate == 0:
         return x
     kept = jax.random.bernoulli(key, 1 - rate, x.shape)

@@ -1,26 +1,42 @@
-"""Training: data, one jitted step, the loop around it, checkpoints and metrics.
+"""Training: data, one jitted step, the loop around it, checkpoints and metrics."""
 
-Names load on first use, so that configurations need none of the machinery.
-"""
+from spt_jax.training.checkpoint import CheckpointError, Checkpoints, weights_fingerprint
+from spt_jax.training.data import Examples, check_labels, eval_batches, tokenize, train_batches
+from spt_jax.training.loop import Interrupted, NonFiniteLoss, TrainResult, train
+from spt_jax.training.losses import cross_entropy, mean_squared_error
+from spt_jax.training.metrics import (
+    environment,
+    evaluation_metrics,
+    glue_metrics,
+    write_json_atomic,
+)
+from spt_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from spt_jax.training.step import TrainState, eval_step, partition, train_step, write_back
 
-from importlib import import_module
-from typing import Any
-
-_MODULES = {
-    "checkpoint": ("CheckpointError", "Checkpoints", "weights_fingerprint"),
-    "config": ("LearningRateMultipliers", "TrainConfig"),
-    "data": ("Examples", "check_labels", "eval_batches", "tokenize", "train_batches"),
-    "loop": ("Interrupted", "NonFiniteLoss", "TrainResult", "train"),
-    "losses": ("cross_entropy", "mean_squared_error"),
-    "metrics": ("environment", "evaluation_metrics", "glue_metrics", "write_json_atomic"),
-    "optimizer": ("learning_rate_schedule", "make_optimizer"),
-    "step": ("TrainState", "eval_step", "partition", "train_step", "write_back"),
-}
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__all__ = [
+    "CheckpointError",
+    "Checkpoints",
+    "Examples",
+    "Interrupted",
+    "NonFiniteLoss",
+    "TrainResult",
+    "TrainState",
+    "check_labels",
+    "cross_entropy",
+    "environment",
+    "eval_batches",
+    "eval_step",
+    "evaluation_metrics",
+    "glue_metrics",
+    "learning_rate_schedule",
+    "make_optimizer",
+    "mean_squared_error",
+    "partition",
+    "tokenize",
+    "train",
+    "train_batches",
+    "train_step",
+    "weights_fingerprint",
+    "write_back",
+    "write_json_atomic",
+]

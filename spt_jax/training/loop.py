@@ -22,8 +22,8 @@ from flax import nnx
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from spt_jax.config import TrainConfig
 from spt_jax.training.checkpoint import Checkpoints, weights_fingerprint
-from spt_jax.training.config import TrainConfig
 from spt_jax.training.data import Examples, eval_batches, train_batches
 from spt_jax.training.losses import Loss
 from spt_jax.training.metrics import evaluation_metrics

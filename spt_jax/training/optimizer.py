@@ -8,8 +8,8 @@ from dataclasses import asdict
 import optax
 from flax import nnx
 
+from spt_jax.config import TrainConfig
 from spt_jax.layers.variables import CodebookParam, HeadParam, LoRAParam, RouterParam
-from spt_jax.training.config import TrainConfig
 
 _GROUPS = {"lora": LoRAParam, "router": RouterParam, "codebook": CodebookParam, "head": HeadParam}
 

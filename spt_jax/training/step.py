@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from spt_jax.config import Trainable
 from spt_jax.layers.variables import ADAPTER
-from spt_jax.training.config import Trainable
 from spt_jax.training.losses import Batch, Loss
 from spt_jax.training.optimizer import group_of
 

@@ -160,9 +160,7 @@ def test_dropout_needs_a_key_and_follows_it():
             module.b[...] = jnp.ones_like(module.b[...]) * 0.05
     batch = toy_batch()
     plain, again = model(**batch), model(**batch)
-    first, same, other = (
-        model(**batch, dropout_key=jax.random.key(seed)) for seed in (0, 0, 1)
-    )
+    first, same, other = (model(**batch, dropout_key=jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(plain, again)
     np.testing.assert_array_equal(first, same)
     assert not np.allclose(first, other)
@@ -190,7 +188,9 @@ def test_routing_follows_the_blocks_that_matter():
         return float(jnp.linalg.norm(routed(x)[0] - dense) / jnp.linalg.norm(dense))
 
     noise = jnp.asarray(rng.normal(size=routing.router_kernel.shape), jnp.float32)
-    random = routing._replace(permutation=jnp.asarray(rng.permutation(HIDDEN)), router_kernel=0.01 * noise)
+    random = routing._replace(
+        permutation=jnp.asarray(rng.permutation(HIDDEN)), router_kernel=0.01 * noise
+    )
     assert error(routing) < 0.6 * error(random)
 
 

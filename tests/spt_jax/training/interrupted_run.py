@@ -15,7 +15,8 @@ from pathlib import Path
 
 from flax import nnx
 
-from spt_jax.training import TrainConfig, cross_entropy, train, weights_fingerprint
+from spt_jax.config import TrainConfig
+from spt_jax.training import cross_entropy, train, weights_fingerprint
 from tests.spt_jax.training.toy import Toy, examples
 
 CONFIG = TrainConfig(

@@ -11,11 +11,11 @@ import pytest
 from flax import nnx
 from tensorboardX.proto import event_pb2
 
+from spt_jax.config import TrainConfig
 from spt_jax.training import (
     CheckpointError,
     Interrupted,
     NonFiniteLoss,
-    TrainConfig,
     cross_entropy,
     mean_squared_error,
     train,

