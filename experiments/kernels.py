@@ -11,28 +11,26 @@ atomically, `metrics.json` to DIR.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import dataclasses
-import importlib.metadata
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+import tyro
 from rich.console import Console
 from rich.table import Table
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from experiments import cli
 from pallas_kernels import (
     RoutedFFNLoRA,
     RoutedFFNWeights,
@@ -43,7 +41,8 @@ from pallas_kernels import (
     scoring_codewords,
     sparse_attention,
 )
-from spt_jax.training.metrics import write_json_atomic
+from spt_jax.layers import lora_dot
+from spt_jax.training import environment, write_json_atomic
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -54,19 +53,16 @@ Frozen = Any
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What to run.
+    """Options of the experiment."""
 
-    Attributes:
-      device: Platform that runs the kernels.
-      out: Folder for the results.
-      rounds: Timed rounds of each comparison.
-      seed: Seed of the random inputs.
-    """
-
-    device: str
-    out: Path
+    device: Literal["cpu"] = "cpu"
+    """Platform that runs the kernels."""
+    out: Path = Path("runs/kernels")
+    """Folder for the results."""
     rounds: int = 7
+    """Timed rounds of each comparison."""
     seed: int = 0
+    """Seed of the random inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,28 +128,12 @@ def dense_ffn(x: jax.Array, w: dict[str, jax.Array]) -> jax.Array:
     return hidden @ w["w_out"] + w["b_out"]
 
 
-@jax.custom_vjp
-def _merged_lora(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    return x @ (w + a @ b)
-
-
-def _merged_lora_forward(x, w, a, b):  # type: ignore[no-untyped-def]
-    return _merged_lora(x, w, a, b), (x, w, a, b)
-
-
-def _merged_lora_backward(residuals, dy):  # type: ignore[no-untyped-def]
-    x, w, a, b = residuals
-    return dy @ (w + a @ b).T, None, x.T @ (dy @ b.T), (x @ a).T @ dy
-
-
-_merged_lora.defvjp(_merged_lora_forward, _merged_lora_backward)
-
-
 def dense_lora_ffn(x: jax.Array, w: dict[str, jax.Array], lora: dict[str, jax.Array]) -> jax.Array:
     """Dense network with LoRA in its fastest form: merged products, skinny gradients."""
-    hidden = _merged_lora(x, w["w_in"], lora["a_in"], lora["b_in"]) + w["b_in"]
+    hidden = lora_dot(x, w["w_in"], lora["a_in"], lora["b_in"], form="merged") + w["b_in"]
     hidden = activation_function("gelu")(hidden)
-    return _merged_lora(hidden, w["w_out"], lora["a_out"], lora["b_out"]) + w["b_out"]
+    y = lora_dot(hidden, w["w_out"], lora["a_out"], lora["b_out"], form="merged")
+    return y + w["b_out"]
 
 
 def routed(
@@ -431,31 +411,11 @@ def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
     plt.close(figure)
 
 
-def _device() -> dict[str, Any]:
-    device = jax.devices()[0]
-    return {
-        "platform": device.platform,
-        "kind": device.device_kind,
-        "processor": platform.processor() or platform.machine(),
-        "cpu_cores": len(os.sched_getaffinity(0)),
-    }
-
-
-def _parse(arguments: list[str] | None) -> Options:
-    parser = argparse.ArgumentParser(prog="experiments.kernels", description=__doc__.split("\n")[0])
-    parser.add_argument("--device", choices=sorted(COMPARISONS), default="cpu")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each comparison")
-    parser.add_argument("--seed", type=int, default=0)
-    options = Options(**vars(parser.parse_args(arguments)))
+def main() -> None:
+    """Run the comparisons of a device."""
+    options = tyro.cli(Options, prog="experiments.kernels", description=__doc__)
     if options.rounds < 1:
-        parser.error(f"--rounds is {options.rounds}; it must be at least 1")
-    return options
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Entry point of the command line."""
-    options = _parse(arguments)
+        raise ValueError(f"rounds must be at least 1, got {options.rounds}")
     jax.config.update("jax_platforms", options.device)
     options.out.mkdir(parents=True, exist_ok=True)
     figures = run(options)
@@ -463,17 +423,17 @@ def main(arguments: list[str] | None = None) -> None:
         for name, value in figures.items():
             if isinstance(value, float):
                 writer.add_scalar(name, value, 0)
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
     write_json_atomic(
         options.out / "metrics.json",
         {
+            "experiment": "kernels",
             "configuration": dataclasses.asdict(options) | {"out": str(options.out)},
-            "versions": {"python": platform.python_version(), **versions},
-            "device": _device(),
+            "seed": options.seed,
+            **environment(),
             "figures": figures,
         },
     )
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -32,39 +32,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what cannot run here, and say why once, in the header of the summary."""
+def _unmet(config: pytest.Config) -> dict[str, str]:
+    """Markers whose tests cannot run here, and why."""
     import jax
 
     reasons = {}
     if jax.default_backend() != "gpu":
-        reasons["gpu"] = "no GPU (jax.default_backend() is not gpu)"
+        reasons["gpu"] = f"no GPU (JAX's default backend is {jax.default_backend()})"
     if config.getoption("--data-dir") is None:
         reasons["data"] = "no --data-dir"
     if not config.getoption("--slow"):
         reasons["slow"] = "no --slow"
-    dropped = {
-        item: marker
-        for item in items
-        for marker in reasons
-        if item.get_closest_marker(marker) is not None
-    }
-    if dropped:
-        config.hook.pytest_deselected(items=list(dropped))
-        items[:] = [item for item in items if item not in dropped]
-    config.stash[_DESELECTED] = [
-        f"{sum(m == marker for m in dropped.values())} tests deselected: {reason}"
-        for marker, reason in reasons.items()
-        if marker in dropped.values()
-    ]
+    return reasons
 
 
-_DESELECTED = pytest.StashKey[list[str]]()
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    unmet = _unmet(config)
+    dropped = [item for item in items if any(map(item.get_closest_marker, unmet))]
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = [item for item in items if item not in dropped]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for line in terminalreporter.config.stash.get(_DESELECTED, []):
-        terminalreporter.write_line(line)
+    for marker, reason in _unmet(terminalreporter.config).items():
+        terminalreporter.write_line(f"tests marked {marker} were deselected: {reason}")
 
 
 @pytest.fixture

@@ -107,8 +107,9 @@ def scoring_codewords(
             (kv_heads, spaces, num_codewords, num_codewords),
         )
         return rows, rows
-    books = jax.lax.stop_gradient((query_codebooks, key_codebooks))
-    books = [book.astype(jnp.float32) for book in books]
+    books = [
+        jax.lax.stop_gradient(book).astype(jnp.float32) for book in (query_codebooks, key_codebooks)
+    ]
     a, b = (jnp.max(jnp.abs(book), 2, keepdims=True) + 1e-30 for book in books)
     norm = jnp.sqrt(jnp.sum(a * b, (1, 3), keepdims=True))
     factor = (MAX_SCORE**0.5 - (spaces * width) ** 0.5 / 2) / norm

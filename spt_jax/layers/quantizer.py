@@ -47,7 +47,11 @@ def kmeans(
     spaces = width // codeword_width
     points = jnp.moveaxis(x.astype(jnp.float32).reshape(number, -1, codeword_width), 0, 1)
     keys = jax.random.split(key, heads * spaces)
-    books = jax.lax.map(lambda args: _kmeans(*args, num_codewords, steps), (points, keys))
+
+    def book(given: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return _kmeans(given[0], given[1], num_codewords, steps)
+
+    books = jax.lax.map(book, (points, keys))
     return books.reshape(heads, spaces, num_codewords, codeword_width)
 
 
