@@ -175,14 +175,14 @@ class LearningRateMultipliers:
 
     Attributes:
         lora: LoRA factors.
-        router: FFN routers.
+        router: FFN routers; low, since a small step of Adam reorders the blocks of many tokens.
         codebook: codewords of the product quantizers.
         head: the task head.
         base: everything else; trained only with `trainable="all"`.
     """
 
     lora: float = 1.0
-    router: float = 1.0
+    router: float = 0.01
     codebook: float = 1.0
     head: float = 1.0
     base: float = 1.0

@@ -121,10 +121,10 @@ def select(
     visible = visible.reshape(batch, heads, tiles, block_q, count, key_group).any(3)
     group_score = jnp.max(total, -1, where=visible, initial=jnp.iinfo(jnp.int32).min)
     listed = visible.any(-1)
-    own, distance = tile_groups(length, block_q, key_group)
+    own, away = tile_groups(length, block_q, key_group)
     list_length = min(count, max(-(-num_keys // key_group), int(own.sum(-1).max())))
     order = jnp.lexsort(
-        tuple(jnp.broadcast_to(a, listed.shape) for a in (distance, -group_score, ~own, ~listed))
+        tuple(jnp.broadcast_to(a, listed.shape) for a in (away, -group_score, ~own, ~listed))
     )
     counts = jnp.minimum(list_length, listed.sum(-1))
     chosen = jnp.arange(list_length) < counts[..., None]

@@ -8,7 +8,6 @@ which makes those counts sums of vectors.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +47,9 @@ def encode(
         part = part.astype(jnp.float32).transpose(1, 3, 4, 2, 0)
         part = jax.lax.optimization_barrier(part.reshape(kv_heads, spaces, width, -1))
 
-        def step(best: tuple[jax.Array, jax.Array], codewords: Any) -> tuple[Any, None]:
+        def step(
+            best: tuple[jax.Array, jax.Array], codewords: tuple[jax.Array, ...]
+        ) -> tuple[tuple[jax.Array, jax.Array], None]:
             (lowest, code), (norm, double, first) = best, codewords
             for e in range(ENCODE_UNROLL):
                 distance = norm[:, :, e]
@@ -73,6 +74,11 @@ def _pad(a: jax.Array, size: int, axis: int, value: float = 0) -> jax.Array:
     widths = [(0, 0)] * a.ndim
     widths[axis] = (0, size - a.shape[axis])
     return jnp.pad(a, widths, constant_values=value)
+
+
+def per_pair(a: jax.Array | None, pairs: int) -> jax.Array | None:
+    """Repeats what a sequence has for each of its key heads."""
+    return None if a is None else jnp.repeat(a, pairs // a.shape[0], 0)
 
 
 def decode(
@@ -109,17 +115,24 @@ def valid_block(
     length: int,
     causal: bool,
     key_mask: Bool[Array, "g S"] | None,
-    query_segments: Int[Array, "g q"] | None,
-    segment_ids: Int[Array, "g S"] | None,
+    segments: tuple[Int[Array, "g q"], Int[Array, "g S"]] | None,
 ) -> Bool[Array, "_ S 1 _"] | None:
-    """Whether queries may see keys, keys first, ready to broadcast; None where all may."""
+    """Whether queries may see keys, keys first, ready to broadcast; None where all may.
+
+    Args:
+      query_position: Positions of the queries.
+      length: Number of keys.
+      causal: Whether a query sees only itself and earlier keys.
+      key_mask: False where a key is padding.
+      segments: Segment ids of the queries and of the keys.
+    """
     valid = None
     if causal:
         valid = (jnp.arange(length)[:, None] <= query_position)[None]
     if key_mask is not None:
         valid = key_mask[:, :, None] if valid is None else valid & key_mask[:, :, None]
-    if segment_ids is not None:
-        same = segment_ids[:, :, None] == query_segments[:, None, :]
+    if segments is not None:
+        same = segments[1][:, :, None] == segments[0][:, None, :]
         valid = same if valid is None else valid & same
     return None if valid is None else valid[:, :, None]
 
@@ -202,16 +215,17 @@ def select(
     """As `pq_select`."""
     batch, length, heads, _ = query_codes.shape
     queries, keys = decode(query_codes, query_codewords), decode(key_codes, key_codewords)[:, 0]
-    masks = {"causal": causal, "key_mask": key_mask, "segment_ids": segment_ids}
     if granularity == "tile":
-        groups, counts = _select_tiles(queries, keys, num_keys, block_q, key_group, **masks)
+        groups, counts = _select_tiles(
+            queries, keys, num_keys, block_q, key_group, causal, key_mask, segment_ids
+        )
         return TileSelection(
             groups=groups.reshape(batch, heads, *groups.shape[2:]),
             counts=counts.reshape(batch, heads, -1),
             block_q=block_q,
             key_group=key_group,
         )
-    threshold, radius, kept = _select_tokens(queries, keys, num_keys, **masks)
+    threshold, radius, kept = _select_tokens(queries, keys, num_keys, causal, key_mask, segment_ids)
     return TokenSelection(
         query_codes=query_codes,
         key_codes=key_codes,
@@ -235,27 +249,31 @@ def _select_tokens(
     pairs, rows, length, width = queries.shape
     chunk, block = block_shape(pairs, rows, length)
     blocks = -(-length // block)
-    per_pair = lambda a: None if a is None else jnp.repeat(a, pairs // a.shape[0], 0)  # noqa: E731
-    key_mask, segments = per_pair(key_mask), per_pair(segment_ids)
-    pad = blocks * block - length
-    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, pad), (0, 0)))
-    query_segments = None if segments is None else jnp.pad(segments, ((0, 0), (0, pad)))
-
+    key_mask, key_segments = per_pair(key_mask, pairs), per_pair(segment_ids, pairs)
+    queries = _pad(queries, blocks * block, 2)
+    segments = None
+    if key_segments is not None:
+        segments = _pad(key_segments, blocks * block, 1), key_segments
     short = blocks == 1 and length <= 4 * width  # a byte a key, against a float32 query
 
     def run(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         pair, first = index // blocks * chunk, index % blocks * block
 
-        def take(a: jax.Array | None) -> jax.Array | None:
-            return None if a is None else jax.lax.dynamic_slice_in_dim(a, pair, chunk)
+        def here(a: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(a, pair, chunk)
 
-        q = jax.lax.dynamic_slice_in_dim(take(queries), first, block, 2)
+        def mine(a: jax.Array, axis: int) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(here(a), first, block, axis)
+
         position = first + jnp.arange(block, dtype=jnp.int32)
-        mine = take(query_segments)
-        if mine is not None:
-            mine = jax.lax.dynamic_slice_in_dim(mine, first, block, 1)
-        valid = valid_block(position, length, causal, take(key_mask), mine, take(segments))
-        score = jnp.einsum("gkw,grqw->gkrq", take(keys), q, precision="highest")
+        valid = valid_block(
+            position,
+            length,
+            causal,
+            None if key_mask is None else here(key_mask),
+            None if segments is None else (mine(segments[0], 1), here(segments[1])),
+        )
+        score = jnp.einsum("gkw,grqw->gkrq", here(keys), mine(queries, 2), precision="highest")
         if valid is not None:
             score = jnp.where(valid, score, -jnp.inf)
         distance = tie_distance(position, length)
@@ -296,9 +314,9 @@ def _select_tiles(
 ) -> tuple[Int32[Array, "g r Q P"], Int32[Array, "g r Q"]]:
     """Lists of key groups and their lengths."""
     pairs, rows, length, width = queries.shape
-    own, distance = tile_groups(length, block_q, key_group)
-    (tiles, count), overlap = own.shape, int(own.sum(-1).max())
-    own, distance = jnp.asarray(own), jnp.asarray(distance.T)
+    overlaps, away = tile_groups(length, block_q, key_group)
+    (tiles, count), overlap = overlaps.shape, int(overlaps.sum(-1).max())
+    own, distance = jnp.asarray(overlaps), jnp.asarray(away.T)
     size = min(count, max(-(-num_keys // key_group), overlap))
     visible = _visible(length, block_q, causal, key_mask, segment_ids)
     batch = visible.shape[0]

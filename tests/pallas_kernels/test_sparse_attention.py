@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,12 @@ import pytest
 from jax.test_util import check_grads
 
 from pallas_kernels import pq_select, scoring_codewords, sparse_attention
+from pallas_kernels.pq import xla as pq_xla
+from pallas_kernels.pq.reference import valid_keys
+from pallas_kernels.sparse_attention import xla as attention_xla
 from tests.tolerance import assert_close
+
+IMPLEMENTATIONS = "reference", "xla"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,137 +34,184 @@ class Case:
     block_q: int = 8
     key_group: int = 4
     batch: int = 2
+    limit: int | None = None  # elements of a block, small enough to give several
 
 
 CASES = {
-    "grouped_heads": Case(17, heads=4, causal=True, key_mask=True, segments=True),
-    "odd": Case(130, heads=3, kv_heads=1, num_keys=17, block_q=64, key_group=32),
-    "padded": Case(130, num_keys=16, key_mask=True, block_q=64, key_group=16),
-    "groups_across_tiles": Case(70, num_keys=9, causal=True, block_q=24, key_group=16),
-    "packed": Case(70, segments=True, block_q=16, key_group=1),
-    "several_blocks": Case(900, 2, 1, num_keys=40, causal=True, key_mask=True, batch=1),
+    "one_position": Case(1, causal=True),
+    # two chunks of two key heads, two steps of tiles
+    "grouped_heads": Case(17, 4, causal=True, key_mask=True, segments=True, limit=1200),
+    "every_key": Case(67, heads=3, kv_heads=1, num_keys=67, block_q=24, key_group=16),
+    "packed": Case(70, num_keys=16, key_mask=True, segments=True, block_q=16, key_group=1),
+    # three blocks of 24 queries, three steps of tiles
+    "several_blocks": Case(70, 2, 1, num_keys=9, causal=True, key_mask=True, limit=3400),
+    "groups_across_tiles": Case(70, num_keys=9, causal=True, block_q=24, key_group=16, batch=4),
 }
 
 
-def inputs(case, seed=0, dtype=jnp.float32):
-    """q, k, v, the output's cotangent, codes with codewords, and masks."""
-    keys = jax.random.split(jax.random.key(seed), 10)
+@functools.cache
+def inputs(case):
+    """q, k, v and the output's cotangent, which bfloat16 holds, codes with codewords, and masks."""
+    rng = np.random.default_rng(0)
     shape = case.batch, case.length
-    q, k, v, grad = (
-        jax.random.normal(key, (*shape, heads, case.width), jnp.float32).astype(dtype)
-        for key, heads in zip(
-            keys, (case.heads, case.kv_heads, case.kv_heads, case.heads), strict=False
-        )
-    )
-    codes = [
-        jax.random.randint(key, (*shape, heads, 2), 0, 6).astype(jnp.uint8)
-        for key, heads in zip(keys[4:], (case.heads, case.kv_heads), strict=False)
+    arrays = [
+        rng.normal(size=(*shape, heads, case.width)).astype(jnp.bfloat16).astype(np.float32)
+        for heads in (case.heads, case.kv_heads, case.kv_heads, case.heads)
     ]
-    books = [jax.random.normal(key, (case.kv_heads, 2, 6, 3)) for key in keys[6:8]]
+    codes = [rng.integers(0, 6, (*shape, n, 2), np.uint8) for n in (case.heads, case.kv_heads)]
+    books = rng.normal(size=(2, case.kv_heads, 2, 6, 3)).astype(np.float32)
     mask = segments = None
     if case.key_mask:
-        mask = jax.random.bernoulli(keys[8], 0.7, shape).at[-1, case.length // 4 :].set(False)
+        mask = rng.random(shape) < 0.7
+        mask[0, :2] = False
+        mask[-1, case.length // 4 :] = False
     if case.segments:
-        segments = jnp.sort(jax.random.randint(keys[9], shape, 0, 3), -1)
-    return (q, k, v, grad), (*codes, *scoring_codewords(*books)), (mask, segments)
+        segments = np.sort(rng.integers(0, 3, shape, np.int32), -1)
+    codewords = jax.jit(scoring_codewords)(*books)
+    return (*jax.tree.map(jnp.asarray, (arrays, [*codes, *codewords], (mask, segments))),)
 
 
-def attend(case, q, k, v, codes, masks, granularity, implementation):
-    """Selection and attention."""
-    masks = {"causal": case.causal, "key_mask": masks[0], "segment_ids": masks[1]}
-    selection = pq_select(
+def options(case, masks):
+    """The masks as keyword arguments."""
+    return {"causal": case.causal, "key_mask": masks[0], "segment_ids": masks[1]}
+
+
+def select(case, codes, masks, granularity):
+    """The keys that the queries keep."""
+    return pq_select(
         *codes,
         num_keys=case.num_keys,
         granularity=granularity,
         block_q=case.block_q,
         key_group=case.key_group,
-        **masks,
+        **options(case, masks),
     )
-    return sparse_attention(q, k, v, selection, implementation=implementation, **masks)
 
 
-def results(case, arrays, codes, masks, granularity, implementation):
-    """Output and gradients of q, k and v, compiled."""
+def compiled(case, f, *args):
+    """The result of the compiled function, in blocks of at most the elements of the case."""
+    if case.limit is None:
+        return jax.jit(f)(*args)
+    block_shape = functools.partial(pq_xla.block_shape, limit=case.limit)
+    with (
+        mock.patch.object(pq_xla, "block_shape", block_shape),
+        mock.patch.object(attention_xla, "block_shape", block_shape),
+        mock.patch.object(attention_xla, "TILE_ELEMENTS", case.limit // 4),
+    ):
+        return jax.jit(f)(*args)
 
-    @jax.jit
-    def run(q, k, v, grad, codes, masks):
-        f = lambda *a: attend(case, *a, codes, masks, granularity, implementation)  # noqa: E731
-        out, pullback = jax.vjp(f, q, k, v)
+
+@functools.cache
+def selected(case, granularity):
+    """The selection, computed once."""
+    _, codes, masks = inputs(case)
+    return compiled(
+        case, lambda codes, masks: select(case, codes, masks, granularity), codes, masks
+    )
+
+
+@functools.cache
+def results(case, granularity, implementation, dtype=jnp.float32):
+    """Output and gradients of q, k and v, computed once."""
+
+    def run(q, k, v, grad, selection, masks):
+        def attend(q, k, v):
+            return sparse_attention(
+                q, k, v, selection, implementation=implementation, **options(case, masks)
+            )
+
+        out, pullback = jax.vjp(attend, q, k, v)
         return out, *pullback(grad)
 
-    return run(*arrays, codes, masks)
+    arrays, _, masks = inputs(case)
+    arrays = [a.astype(dtype) for a in arrays]
+    return compiled(case, run, *arrays, selected(case, granularity), masks)
 
 
 @pytest.mark.parametrize("granularity", ["token", "tile"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "groups_across_tiles"])
 def test_xla_equals_the_reference(name, granularity):
     case = CASES[name]
-    given = inputs(case)
-    expected, actual = (
-        results(case, *given, granularity, implementation)
-        for implementation in ("reference", "xla")
-    )
+    expected, actual = (results(case, granularity, i) for i in IMPLEMENTATIONS)
     for a, b in zip(actual, expected, strict=True):
         assert_close(a, b, case.length)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("granularity", ["token", "tile"])
-def test_one_position_attends_to_itself(granularity, implementation):
-    case = Case(1, causal=True)
-    arrays, codes, masks = inputs(case)
-    out, dq, dk, dv = results(case, arrays, codes, masks, granularity, implementation)
-    np.testing.assert_allclose(out, arrays[2], rtol=1e-6)
-    np.testing.assert_allclose(dv, arrays[3], rtol=1e-6)
-    np.testing.assert_allclose(jnp.stack([dq, dk]), 0, atol=1e-6)
+@pytest.mark.parametrize("name", ["grouped_heads", "packed", "several_blocks"])
+def test_a_query_without_keys_gives_zeros(name, granularity):
+    case = CASES[name]
+    _, _, masks = inputs(case)
+    valid = np.asarray(valid_keys(case.length, case.causal, *masks))
+    blind, unseen = ~valid.any(2), ~valid.any(1)
+    assert blind.any()
+    assert unseen.any()
+    for implementation in IMPLEMENTATIONS:
+        out, dq, dk, dv = (np.asarray(a) for a in results(case, granularity, implementation))
+        for a, empty in ((out, blind), (dq, blind), (dk, unseen), (dv, unseen)):
+            np.testing.assert_array_equal(a[empty], 0)
+            assert (a[~empty] != 0).any()
+
+
+@pytest.mark.parametrize("granularity", ["token", "tile"])
+def test_one_position_attends_to_itself(granularity):
+    case = CASES["one_position"]
+    arrays, _, _ = inputs(case)
+    for implementation in IMPLEMENTATIONS:
+        out, dq, dk, dv = results(case, granularity, implementation)
+        np.testing.assert_allclose(out, arrays[2], rtol=1e-6)
+        np.testing.assert_allclose(dv, arrays[3], rtol=1e-6)
+        np.testing.assert_allclose(np.stack([dq, dk]), 0, atol=1e-6)
 
 
 @pytest.mark.parametrize("granularity", ["token", "tile"])
 def test_bfloat16_accumulates_in_float32(granularity):
-    case = CASES["padded"]
-    arrays, codes, masks = inputs(case, dtype=jnp.bfloat16)
-    exact = [a.astype(jnp.float32) for a in arrays]
-    expected = results(case, exact, codes, masks, granularity, "reference")
-    actual = results(case, arrays, codes, masks, granularity, "xla")
+    case = CASES["packed"]
+    expected = results(case, granularity, "reference")
+    actual = results(case, granularity, "xla", jnp.bfloat16)
     for a, b in zip(actual, expected, strict=True):
         assert a.dtype == jnp.bfloat16
         assert_close(a, b, case.length)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize("granularity", ["token", "tile"])
-def test_keeping_every_key_is_dense_attention(granularity, implementation):
-    case = Case(67, heads=4, num_keys=67, causal=True, block_q=16, key_group=8)
-    arrays, codes, masks = inputs(case)
-    actual = results(case, arrays, codes, masks, granularity, implementation)
-    dense = functools.partial(jax.nn.dot_product_attention, is_causal=True)
-    out, pullback = jax.vjp(dense, *arrays[:3])
-    for a, b in zip(actual, (out, *pullback(arrays[3])), strict=True):
-        assert_close(a, b, case.length)
+def test_keeping_every_key_is_dense_attention():
+    case = CASES["every_key"]
 
+    @jax.jit
+    def dense(q, k, v, grad):
+        out, pullback = jax.vjp(jax.nn.dot_product_attention, q, k, v)
+        return out, *pullback(grad)
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize("granularity", ["token", "tile"])
-def test_a_query_without_keys_gives_zeros(granularity, implementation):
-    case = Case(20)
-    arrays, codes, _ = inputs(case)
-    mask = jnp.ones((2, 20), bool).at[1].set(False)
-    found = results(case, arrays, codes, (mask, None), granularity, implementation)
-    for a in found:
-        assert np.isfinite(a).all()
-        np.testing.assert_array_equal(a[1], 0)
-        assert (np.abs(a[0]).sum(-1) > 0).any()
+    expected = dense(*inputs(case)[0])
+    for granularity in ("token", "tile"):
+        for implementation in IMPLEMENTATIONS:
+            actual = results(case, granularity, implementation)
+            for a, b in zip(actual, expected, strict=True):
+                assert_close(a, b, case.length)
 
 
 @pytest.mark.parametrize("granularity", ["token", "tile"])
 def test_reference_gradients_match_finite_differences(granularity):
     case = CASES["grouped_heads"]
-    arrays, codes, masks = inputs(case)
+    arrays, _, masks = inputs(case)
+    selection = selected(case, granularity)
     with jax.enable_x64(True):
         q, k, v = (jnp.asarray(np.asarray(a), jnp.float64) for a in arrays[:3])
-        f = jax.jit(lambda *a: attend(case, *a, codes, masks, granularity, "reference"))
+        f = jax.jit(
+            lambda *a: sparse_attention(
+                *a, selection, implementation="reference", **options(case, masks)
+            )
+        )
         assert f(q, k, v).dtype == jnp.float64
         check_grads(f, (q, k, v), order=1, modes=["rev"], eps=1e-5, atol=1e-7, rtol=1e-7)
+
+
+def attend(case, q, k, v, codes, masks, granularity, implementation="xla"):
+    """Selection and attention."""
+    selection = select(case, codes, masks, granularity)
+    return sparse_attention(
+        q, k, v, selection, implementation=implementation, **options(case, masks)
+    )
 
 
 @pytest.mark.parametrize("granularity", ["token", "tile"])
@@ -166,27 +219,23 @@ def test_under_vmap_checkpoint_and_scan(granularity):
     case = CASES["groups_across_tiles"]
     arrays, codes, masks = inputs(case)
 
-    def gradients(f):
-        return jax.jit(jax.grad(lambda *a: jnp.sum(f(*a) * arrays[3]), (0, 1, 2)))(*arrays[:3])
-
-    plain = lambda *a: attend(case, *a, codes, masks, granularity, "xla")  # noqa: E731
-    expected = gradients(plain)
+    @jax.checkpoint
+    def one(q, k, v, *codes_of_tokens):
+        given = [a[None] for a in (q, k, v)], [a[None] for a in codes_of_tokens]
+        return attend(case, *given[0], [*given[1], *codes[2:]], masks, granularity)[0]
 
     def scanned(*a):
-        return jax.lax.scan(lambda _, x: (None, jax.checkpoint(plain)(*x)), None,
-                            jax.tree.map(lambda x: x[None], a))[1][0]  # fmt: skip
+        steps = [x.reshape(2, 2, *x.shape[1:]) for x in a]
+        out = jax.lax.scan(lambda _, x: (None, jax.vmap(one)(*x)), None, steps)[1]
+        return out.reshape(4, *out.shape[2:])
 
-    def mapped(*a):
-        one = lambda q, k, v, codes: attend(  # noqa: E731
-            case, q[None], k[None], v[None], (codes[0][None], codes[1][None], *codes_of_heads),
-            masks, granularity, "xla",
-        )[0]  # fmt: skip
-        codes_of_heads = codes[2:]
-        return jax.vmap(one)(*a, codes[:2])
+    @jax.jit
+    def run(q, k, v, grad):
+        out, pullback = jax.vjp(lambda q, k, v: scanned(q, k, v, *codes[:2]), q, k, v)
+        return out, *pullback(grad)
 
-    for f in (scanned, mapped):
-        for a, b in zip(gradients(f), expected, strict=True):
-            assert_close(a, b, case.length)
+    for a, b in zip(run(*arrays), results(case, granularity, "reference"), strict=True):
+        assert_close(a, b, case.length)
 
 
 def test_tile_forms_no_square_array():
@@ -222,10 +271,9 @@ def unhooked():
 
 @pytest.mark.usefixtures("unhooked")
 def test_errors_name_the_value():
-    case = CASES["odd"]
-    (q, k, v, _), codes, _ = inputs(case)
-    pick = functools.partial(pq_select, *codes, num_keys=4)
-    token, tile = pick(granularity="token"), pick(granularity="tile")
+    case = CASES["every_key"]
+    (q, k, v, _), _, _ = inputs(case)
+    token, tile = selected(case, "token"), selected(case, "tile")
     with pytest.raises(ValueError, match="differ in shape"):
         sparse_attention(q, k, v[:, :9], token)
     with pytest.raises(ValueError, match="do not serve queries"):
