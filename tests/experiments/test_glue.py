@@ -172,6 +172,7 @@ def missing(directory: Path) -> Path:
         (["--task", "snli"], "snli"),
         (["--steps", "0"], "steps must be at least 1, got 0"),
         (["--epochs", "-1"], "epochs must be above 0, got -1"),
+        (["--learning-rate", "0"], "learning_rate must be above 0, got 0"),
         (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["--batch-size", "8", "--accumulation", "3"], "8 examples do not cut into 3"),
         (["--density", "0"], r"density must lie in (0, 1], got 0"),
