@@ -183,8 +183,7 @@ def test_routing_follows_the_blocks_that_matter():
     rng = np.random.default_rng(0)
 
     def error(routing):
-        graph, state = nnx.split(ffn)
-        routed = RoutedFFN(nnx.merge(graph, state), config=RoutedFFNConfig(), **routing._asdict())
+        routed = RoutedFFN(nnx.clone(ffn), config=RoutedFFNConfig(), **routing._asdict())
         return float(jnp.linalg.norm(routed(x)[0] - dense) / jnp.linalg.norm(dense))
 
     noise = jnp.asarray(rng.normal(size=routing.router_kernel.shape), jnp.float32)

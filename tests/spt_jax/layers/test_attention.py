@@ -1,0 +1,84 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from spt_jax.calibration import fit_sparse_attention
+from spt_jax.config import SparseAttentionConfig
+from spt_jax.layers import Attention, dense_attention
+from spt_jax.layers.attention import _sampled_codebook_loss
+from spt_jax.layers.quantizer import codebook_loss
+
+B, S, N, K, H = 2, 40, 4, 2, 8
+
+
+def _inputs(seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shapes = ((B, S, N, H), (B, S, K, H), (B, S, K, H))
+    return tuple(jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_dense_attention_equals_its_formula_and_masked_rows_are_zero(causal):
+    q, k, v = _inputs()
+    key_mask = (jnp.arange(S) < jnp.array([[30], [0]])) & (jnp.arange(S) >= 3)
+    segments = jnp.broadcast_to(jnp.arange(S) // 16, (B, S))
+    out = dense_attention(q, k, v, causal=causal, key_mask=key_mask, segment_ids=segments)
+    k, v = (jnp.repeat(a, N // K, axis=2) for a in (k, v))
+    valid = key_mask[:, None, :] & (segments[:, :, None] == segments[:, None, :])
+    if causal:
+        valid &= np.tri(S, dtype=bool)
+    logits = jnp.where(valid[:, None], jnp.einsum("bqnh,bknh->bnqk", q, k) * H**-0.5, -jnp.inf)
+    some = valid.any(-1)[:, None, :, None]
+    weights = jnp.where(some, jax.nn.softmax(jnp.where(some, logits, 0)), 0)
+    expected = jnp.einsum("bnqk,bknh->bqnh", weights, v)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    assert not np.asarray(out[1]).any()
+
+
+@pytest.mark.parametrize("granularity", ["token", "tile"])
+def test_a_causal_layer_never_looks_ahead(granularity):
+    """Neither values nor the choice of keys depend on later tokens."""
+    config = SparseAttentionConfig(min_keys=16, granularity=granularity, block_q=8, key_group=8)
+    layer = Attention(32, N, num_kv_heads=K, causal=True, rngs=nnx.Rngs(0))
+    q, k, _ = _inputs()
+    layer.sparse = fit_sparse_attention(
+        q.reshape(-1, N, H), k.reshape(-1, K, H), config=config, causal=True, key=jax.random.key(1)
+    )
+    x = jax.random.normal(jax.random.key(2), (B, S, 32))
+    changed = x.at[:, 24:].set(9.0)
+    before, after = (layer(a)[0][:, :24] for a in (x, changed))
+    # in tile granularity the queries of a tile share their list: compare whole tiles
+    np.testing.assert_allclose(before, after, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_tokens", [7, 40, 1000])
+def test_the_sampled_codebook_loss_estimates_the_whole(num_tokens):
+    config = SparseAttentionConfig()
+    q, k, _ = _inputs()
+    sparse = fit_sparse_attention(
+        q.reshape(-1, N, H), k.reshape(-1, K, H), config=config, causal=False, key=jax.random.key(1)
+    )
+    books = sparse.key_codebooks[...]
+    codes = jax.random.randint(jax.random.key(3), (B, S, K, H // 4), 0, 16).astype(jnp.uint8)
+    mask = jnp.arange(S) < jnp.array([[33], [21]])
+    whole = codebook_loss(k, books, codes, mask)
+    estimate = _sampled_codebook_loss(k, books, codes, mask, num_tokens)
+    relative = abs(float(estimate / whole) - 1)
+    assert relative < (1e-5 if num_tokens >= B * S else 0.5)
+
+
+def test_short_sequences_keep_every_key():
+    config = SparseAttentionConfig(min_keys=S)
+    q, k, v = _inputs()
+    sparse = fit_sparse_attention(
+        q.reshape(-1, N, H), k.reshape(-1, K, H), config=config, causal=False, key=jax.random.key(1)
+    )
+    out, aux = sparse(q, k, v)
+    np.testing.assert_array_equal(out, dense_attention(q, k, v))
+    assert aux == {}
+    assert config.num_keys(S) == S
+    assert config.num_keys(16 * S) == 2 * S
+    assert config.granularity_at(config.token_max_length) == "token"
+    assert config.granularity_at(config.token_max_length + 1) == "tile"

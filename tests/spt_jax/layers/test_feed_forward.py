@@ -1,0 +1,85 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from spt_jax.config import LoRAConfig, RoutedFFNConfig
+from spt_jax.layers import FeedForward, LoRA, RoutedFFN
+from spt_jax.layers.feed_forward import _load_balance_loss
+
+D, F, G = 16, 48, 4
+
+
+def _routed(*, gated=False, active=2, weight=0.0, bias=None):
+    ffn = FeedForward(D, F, gated=gated, activation="silu", rngs=nnx.Rngs(0))
+    for linear in (ffn.up, ffn.gate, ffn.down):
+        if linear is not None:
+            shape = linear.kernel.shape
+            linear.kernel[...] = jax.random.normal(jax.random.key(shape[0]), shape) * D**-0.5
+            linear.lora = LoRA(*shape, config=LoRAConfig(rank=2), rngs=nnx.Rngs(1))
+            linear.lora.b[...] = 0.3 * jax.random.normal(jax.random.key(2), (2, shape[1]))
+    order = jax.random.permutation(jax.random.key(3), F)
+    routed = RoutedFFN(
+        nnx.clone(ffn),
+        permutation=order,
+        router_kernel=jax.random.normal(jax.random.key(4), (D, G)),
+        router_bias=jnp.zeros(G) if bias is None else bias,
+        absent_output=jax.random.normal(jax.random.key(5), (G, D)),
+        config=RoutedFFNConfig(num_blocks=G, active_blocks=active, load_balance_weight=weight),
+    )
+    return ffn, routed, order
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("active", [1, 2, 4])
+def test_output_is_the_sum_over_active_blocks_and_constants_of_the_others(gated, active):
+    ffn, routed, order = _routed(gated=gated, active=active)
+    x = jax.random.normal(jax.random.key(6), (3, 7, D))
+    hidden = ffn.hidden(x)
+    down = ffn.down.kernel[...] + ffn.down.lora.factors()[0] @ ffn.down.lora.factors()[1]
+    outputs = jnp.stack([hidden[..., u] @ down[u] for u in order.reshape(G, -1)], axis=-2)
+    p = routed.probabilities(x.reshape(-1, D)).reshape(3, 7, G)
+    rank = jnp.argsort(jnp.argsort(-p, axis=-1), axis=-1)
+    chosen = (rank < active)[..., None]
+    parts = jnp.where(chosen, 2 * p[..., None] * outputs, routed.absent_output[...])
+    expected = parts.sum(-2) + ffn.down.bias[...]
+    np.testing.assert_allclose(routed(x)[0], expected, rtol=1e-5, atol=2e-5)
+
+
+def test_the_load_balance_loss_is_one_a_token_when_balanced():
+    index = jnp.arange(8)[:, None] % G
+    even = jnp.full((8, G), 0.3)
+    valid = jnp.ones(8, bool)
+    np.testing.assert_allclose(_load_balance_loss(even, index, valid), 8, rtol=1e-6)
+    skewed = jax.nn.one_hot(jnp.zeros(8, int), G) + 1e-3
+    worst = _load_balance_loss(skewed, jnp.zeros((8, 1), int), valid)
+    assert worst > 0.95 * 8 * G
+    half = valid.at[4:].set(False)
+    np.testing.assert_allclose(_load_balance_loss(even, index, half), 4, rtol=1e-6)
+
+
+def test_the_load_balance_loss_moves_the_router_towards_balance():
+    _, routed, _ = _routed(active=1, weight=1.0, bias=jnp.array([2.0, 0.0, 0.0, 0.0]))
+    x = jax.random.normal(jax.random.key(7), (2, 50, D))
+    graph, state = nnx.split(routed)
+
+    def loss(state):
+        return nnx.merge(graph, state)(x)[1]["load_balance_loss"]
+
+    slope = jax.grad(loss, allow_int=True)(state)["router_bias"][...]
+    assert slope[0] > 0  # descent lowers the overloaded block's bias
+    assert slope[0] > slope[1:].max()
+
+
+def test_blocks_must_divide_the_hidden_units():
+    ffn = FeedForward(D, F, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="48 hidden units do not split into num_blocks=5 blocks"):
+        RoutedFFN(
+            ffn,
+            permutation=jnp.arange(F),
+            router_kernel=jnp.zeros((D, 5)),
+            router_bias=jnp.zeros(5),
+            absent_output=jnp.zeros((5, D)),
+            config=RoutedFFNConfig(num_blocks=5),
+        )
