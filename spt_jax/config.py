@@ -77,7 +77,8 @@ class SparseAttentionConfig:
 
     Attributes:
         density: share of the keys that a query keeps, in (0, 1].
-        min_keys: a query keeps at least this many keys, so that short sequences stay whole.
+        min_keys: a query keeps at least this many keys; where the sequence is short, dropping keys
+            saves little and costs accuracy.
         granularity: "token" (every query its own keys), "tile" (one list for `block_q` queries),
             or "auto": token up to `token_max_length` positions, tile above.
         token_max_length: longest sequence for which "auto" takes the token rule.
@@ -92,7 +93,7 @@ class SparseAttentionConfig:
     """
 
     density: float = 1 / 8
-    min_keys: int = 16
+    min_keys: int = 32
     granularity: Literal["auto", "token", "tile"] = "auto"
     token_max_length: int = 1024
     block_q: int = 64
