@@ -10,6 +10,7 @@ events and, last, metrics.json with every number of the table. A stopped run goe
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -323,7 +324,7 @@ def summarize(
 def main() -> None:
     """Run the experiment."""
     options = tyro.cli(Options, prog="experiments.glue", description=__doc__)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     methods = options.methods
     for method in methods:  # every mistake in the options shows before anything is read
         options.spt_config(method)

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from tensorboardX.proto import event_pb2
 
-from spt_jax.config import TrainConfig
+from spt_jax.config import LearningRateMultipliers, TrainConfig
 from spt_jax.training import (
     CheckpointError,
     Interrupted,
@@ -23,7 +23,14 @@ from spt_jax.training import (
 )
 from tests.spt_jax.training.toy import Toy, examples
 
-CONFIG = TrainConfig(steps=12, batch_size=16, learning_rate=0.1, eval_every=4, log_every=1)
+CONFIG = TrainConfig(
+    steps=12,
+    batch_size=16,
+    learning_rate=0.1,
+    learning_rate_multipliers=LearningRateMultipliers(router=1.0),
+    eval_every=4,
+    log_every=1,
+)
 OPTIONS = {"loss": cross_entropy, "metrics": ("matthews", "accuracy")}
 
 

@@ -42,12 +42,15 @@ def test_warmup_never_takes_the_whole_run():
 
 
 def test_multipliers_act_on_their_group_alone():
-    plain = TrainConfig(warmup=0, weight_decay=0.0)
-    for group in ("lora", "router", "codebook", "head", "base"):
+    ones = dict.fromkeys(("lora", "router", "codebook", "head", "base"), 1.0)
+    plain = TrainConfig(
+        warmup=0, weight_decay=0.0, learning_rate_multipliers=LearningRateMultipliers(**ones)
+    )
+    for group in ones:
         config = TrainConfig(
             warmup=0,
             weight_decay=0.0,
-            learning_rate_multipliers=LearningRateMultipliers(**{group: 3.0}),
+            learning_rate_multipliers=LearningRateMultipliers(**ones | {group: 3.0}),
         )
         before, after = updates(plain), updates(config)
         for name, of in GROUPS.items():
@@ -56,7 +59,13 @@ def test_multipliers_act_on_their_group_alone():
 
 
 def test_weight_decay_spares_vectors_and_codebooks():
-    config = TrainConfig(warmup=0, weight_decay=0.1, learning_rate=0.1, clip_norm=None)
+    config = TrainConfig(
+        warmup=0,
+        weight_decay=0.1,
+        learning_rate=0.1,
+        learning_rate_multipliers=LearningRateMultipliers(router=1.0),
+        clip_norm=None,
+    )
     found = updates(config, gradient=0.0)
     assert found == pytest.approx(
         {name: 0.0 if name in "vc" else -0.1 * 0.1 * 3 for name in GROUPS}, rel=1e-6
