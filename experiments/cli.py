@@ -20,7 +20,7 @@ def run(main: Callable[[], None]) -> None:
     training that failed in exit code 1, and a signal in 128 plus its number. Anything else is a
     defect of the program and keeps its traceback.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("spt_jax").setLevel(logging.INFO)
     try:
         main()
