@@ -28,7 +28,7 @@ glue: $(STAMP)
 	$(PYTHON) -m experiments.glue --method spt,lora --out $(OUT) --overwrite
 
 test: $(STAMP)
-	$(PYTHON) -m pytest -n auto --dist loadfile $(if $(DATA_DIR),--data-dir $(DATA_DIR)) $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -n auto --dist loadfile $(if $(DATA_DIR),--data-dir=$(DATA_DIR)) $(PYTEST_ARGS)
 
 test-gpu: $(STAMP)
 	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
