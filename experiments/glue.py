@@ -190,7 +190,11 @@ def load_data(
             part.labels,
             tokenizer,
             name=part.name,
-            max_length=options.max_length or min(DEFAULT_MAX_LENGTH, config.max_length),
+            max_length=(
+                min(DEFAULT_MAX_LENGTH, config.max_length)
+                if options.max_length is None
+                else options.max_length
+            ),
             max_positions=config.max_length,
             pad_to_max_length=options.pad_to_max_length,
         )

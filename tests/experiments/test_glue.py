@@ -180,6 +180,7 @@ def missing(directory: Path) -> Path:
         (["--num-blocks", "7"], "48 hidden units do not split into num_blocks=7"),
         (["--rank", "0"], "rank must be at least 1, got 0"),
         (["--max-length", "65"], "max_length 65 is above the 64 positions"),
+        (["--max-length", "0"], "max_length and multiple_of must be at least 1, got 0"),
         (["--max-length", "2"], "max_length 2 leaves no room for text beside 2 special tokens"),
         (["--task", "mrpc", "--data-dir", "{tmp}"], "glue/mrpc is not in the TFDS data directory"),
         (["--out", "{tmp}/file/out"], "file"),
