@@ -17,6 +17,7 @@ from pallas_kernels.routed_ffn import (
     routed_ffn,
 )
 from pallas_kernels.sparse_attention import sparse_attention
+from pallas_kernels.tuning import autotune
 
 __all__ = [
     "Activation",
@@ -27,6 +28,7 @@ __all__ = [
     "TileSelection",
     "TokenSelection",
     "activation_function",
+    "autotune",
     "pq_encode",
     "pq_select",
     "routed_ffn",

@@ -3,37 +3,54 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
+from pallas_kernels import mosaic
+
 Implementation = Literal["mosaic", "triton", "xla", "reference"]
 
 
 def resolve(
-    op: str, implementation: str | None, backends: Mapping[str, Callable[..., Any]]
+    op: str,
+    implementation: str | None,
+    backends: Mapping[str, Callable[..., Any]],
+    unfit: Callable[[], str | None] = lambda: None,
 ) -> Callable[..., Any]:
     """Returns the function that runs an op.
 
-    A named implementation is that implementation or an error, never another one.
+    A named implementation is that implementation or an error, never another one. Without a name it
+    is `mosaic` where device and arguments fit, else `xla`.
 
     Args:
       op: Name of the op, for error messages.
       implementation: Name of an implementation, or None for the best supported one.
       backends: The implementations that the op has, by name.
+      unfit: Says why `mosaic` cannot take the arguments; None if it can.
 
     Returns:
       An entry of `backends`.
 
     Raises:
       ValueError: The name is not that of any implementation.
-      NotImplementedError: The op has no such implementation.
+      NotImplementedError: The op has no such implementation, or it cannot run here.
     """
-    name = "xla" if implementation is None else implementation
     choices = get_args(Implementation)
-    if name not in choices:
+    if implementation is not None and implementation not in choices:
         raise ValueError(
             f"{op}: unknown implementation {implementation!r}; choose one of "
             f"{', '.join(choices)}, or None for the best supported one."
         )
-    if name not in backends:
+    if implementation in ("mosaic", None) and "mosaic" in backends:
+        reason = mosaic.unfit_device() or unfit()
+        if implementation is None:
+            implementation = "mosaic" if reason is None else "xla"
+        elif reason is not None:
+            raise NotImplementedError(
+                f"{op}: implementation 'mosaic' cannot run: {reason}. Take 'xla', or None for the "
+                "best supported one."
+            )
+    implementation = implementation or "xla"
+    if implementation not in backends:
         raise NotImplementedError(
-            f"{op}: implementation {name!r} is not available; available: {', '.join(backends)}."
+            f"{op}: implementation {implementation!r} is not available; available: "
+            f"{', '.join(backends)}."
         )
-    return backends[name]
+    return backends[implementation]

@@ -9,26 +9,28 @@ import numpy as np
 ROUNDINGS = 8
 
 
-def tolerance(dtype, reduction: int = 1) -> float:
+def tolerance(dtype, reduction: int = 1, sums: int = 1) -> float:
     """Returns the relative error allowed for a sum of `reduction` products.
 
     Rounding errors of a sum add up like a random walk, so the tolerance grows with the square
     root. In the half types sums accumulate in float32 and only what enters and leaves them is
-    rounded, so only float32's part grows.
+    rounded, so float32's part grows with the sum's length, and theirs with the number of `sums`
+    that follow each other.
     """
     unit = ROUNDINGS * float(jnp.finfo(dtype).eps) / 2
     if jnp.finfo(dtype).bits < 32:
-        return unit + tolerance("float32", reduction)
+        return unit * math.sqrt(sums) + tolerance("float32", reduction)
     return unit * math.sqrt(reduction)
 
 
-def assert_close(actual, expected, reduction: int = 1, *, dtype=None) -> None:
+def assert_close(actual, expected, reduction: int = 1, *, sums: int = 1, dtype=None) -> None:
     """Asserts that arrays differ by less than the tolerance times the root mean square expected.
 
     Args:
       actual: Result under test.
       expected: Reference, of the same shape.
       reduction: Terms of the longest sum behind an element.
+      sums: Sums behind it, one after the other, between which values are rounded to the type.
       dtype: Type whose tolerance applies; by default that of `actual`.
     """
     dtype = actual.dtype if dtype is None else dtype
@@ -39,7 +41,7 @@ def assert_close(actual, expected, reduction: int = 1, *, dtype=None) -> None:
     error = np.abs(actual - expected)
     scale = np.sqrt(np.mean(expected**2))
     # An element may be several times the root mean square, so it is also allowed its own share.
-    limit = tolerance(dtype, reduction) * (scale + np.abs(expected))
+    limit = tolerance(dtype, reduction, sums) * (scale + np.abs(expected))
     assert np.isfinite(actual).all(), "result is not finite"
     worst = np.unravel_index(np.argmax(error - limit), error.shape)
     assert (error <= limit).all(), (

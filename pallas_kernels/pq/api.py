@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int8, UInt8
 
 from pallas_kernels.dispatch import Implementation, resolve
-from pallas_kernels.pq import reference, xla
+from pallas_kernels.pq import mosaic, reference, xla
 from pallas_kernels.pq.types import Selection
 
 Granularity = Literal["token", "tile"]
 Rule = Literal["inner_product", "match_count"]
 
-_ENCODE = {"xla": xla.encode, "reference": reference.encode}
-_SELECT = {"xla": xla.select, "reference": reference.select}
+_ENCODE = {"mosaic": mosaic.encode, "xla": xla.encode, "reference": reference.encode}
+_SELECT = {"mosaic": mosaic.select, "xla": xla.select, "reference": reference.select}
 
 MAX_SCORE = 2**13 - 1  # of one query and one key
 
@@ -42,7 +42,7 @@ def pq_encode(
 
     Raises:
       ValueError: The shapes do not fit together.
-      NotImplementedError: The implementation does not exist for this op.
+      NotImplementedError: The implementation does not exist for this op, or cannot run here.
 
     Example:
       >>> import jax.numpy as jnp
@@ -63,7 +63,7 @@ def pq_encode(
         )
     if not 1 <= num_codewords <= 256:
         raise ValueError(f"pq_encode: codes are uint8, so E must be 1..256, got {num_codewords}.")
-    run = resolve("pq_encode", implementation, _ENCODE)
+    run = resolve("pq_encode", implementation, _ENCODE, lambda: mosaic.encode_unfit(x, codebooks))
     return run(*jax.lax.stop_gradient((x, codebooks)))
 
 
@@ -171,7 +171,7 @@ def pq_select(
 
     Raises:
       ValueError: The shapes do not fit together, or an option is out of range.
-      NotImplementedError: The implementation does not exist for this op.
+      NotImplementedError: The implementation does not exist for this op, or cannot run here.
     """
     heads, kv_heads = query_codes.shape[2], key_codes.shape[2]
     if heads % kv_heads:
@@ -195,7 +195,13 @@ def pq_select(
     if granularity == "tile" and key_group < 1:
         raise ValueError(f"pq_select: key_group must be at least 1, got {key_group}.")
     codes = jax.lax.stop_gradient((query_codes, key_codes, query_codewords, key_codewords))
-    return resolve("pq_select", implementation, _SELECT)(
+    run = resolve(
+        "pq_select",
+        implementation,
+        _SELECT,
+        lambda: mosaic.select_unfit(query_codewords, granularity=granularity, key_group=key_group),
+    )
+    return run(
         *codes,
         num_keys=num_keys,
         granularity=granularity,

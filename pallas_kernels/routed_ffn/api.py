@@ -8,11 +8,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, resolve
+from pallas_kernels.routed_ffn.mosaic import routed_ffn_mosaic, unfit
 from pallas_kernels.routed_ffn.reference import routed_ffn_reference
 from pallas_kernels.routed_ffn.types import Activation, RoutedFFNLoRA, RoutedFFNWeights
 from pallas_kernels.routed_ffn.xla import routed_ffn_xla
 
-_BACKENDS = {"xla": routed_ffn_xla, "reference": routed_ffn_reference}
+_BACKENDS = {
+    "mosaic": routed_ffn_mosaic,
+    "xla": routed_ffn_xla,
+    "reference": routed_ffn_reference,
+}
 
 
 def routed_ffn(
@@ -32,9 +37,9 @@ def routed_ffn(
     `FFN_g(x) = (act(x w_gate[g] + b_gate[g]) * (x w_in[g] + b_in[g])) w_out[g]`.
 
     No token is ever dropped, however uneven the choice of blocks. Products accumulate in float32.
-    With `xla`, forward and backward multiply the active blocks only, and arrays that want no
-    gradient cost none; what is kept for the backward pass grows as `T * A * Fb`. Differentiable
-    once, in reverse mode.
+    With `mosaic` and `xla`, forward and backward multiply the active blocks only, and arrays that
+    want no gradient cost none; what is kept for the backward pass grows as `T * A * Fb`.
+    Differentiable once, in reverse mode.
 
     Args:
       x: Tokens, `[T, D]`.
@@ -50,7 +55,7 @@ def routed_ffn(
 
     Raises:
       ValueError: Shapes, types or names do not fit.
-      NotImplementedError: The named implementation does not exist for this op.
+      NotImplementedError: The named implementation does not exist for this op, or cannot run here.
 
     Example:
       >>> import jax.numpy as jnp
@@ -63,8 +68,8 @@ def routed_ffn(
       Gui et al., "SPT: Fine-Tuning Transformer-based Language Models Efficiently with
       Sparsification", arXiv 2312.10365, section 4.2.
     """
-    run = resolve("routed_ffn", implementation, _BACKENDS)
     _check(x, block_index, coefficients, weights, lora, activation)
+    run = resolve("routed_ffn", implementation, _BACKENDS, lambda: unfit(x, weights))
     return run(x, block_index, coefficients, weights, lora, activation)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.pq.types import Selection, TileSelection
-from pallas_kernels.sparse_attention import reference, xla
+from pallas_kernels.sparse_attention import mosaic, reference, xla
 
-_BACKENDS = {"xla": xla.attention, "reference": reference.attention}
+_BACKENDS = {"mosaic": mosaic.attention, "xla": xla.attention, "reference": reference.attention}
 
 
 def sparse_attention(
@@ -68,7 +70,8 @@ def sparse_attention(
             f"sparse_attention: the selection was made for [B, N, ...] = {found}, but queries "
             f"{q.shape} need {expected}."
         )
-    return resolve("sparse_attention", implementation, _BACKENDS)(
+    unfit = functools.partial(mosaic.unfit, q, k, v, selection)
+    return resolve("sparse_attention", implementation, _BACKENDS, unfit)(
         q,
         k,
         v,

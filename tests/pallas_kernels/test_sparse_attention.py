@@ -84,6 +84,7 @@ def select(case, codes, masks, granularity):
         granularity=granularity,
         block_q=case.block_q,
         key_group=case.key_group,
+        implementation="xla",
         **options(case, masks),
     )
 
@@ -281,5 +282,5 @@ def test_errors_name_the_value():
     for selection in (token, tile):
         with pytest.raises(ValueError, match="the selection was made for"):
             sparse_attention(q[:, :9], k[:, :9], v[:, :9], selection)
-    with pytest.raises(NotImplementedError, match="'mosaic' is not available"):
-        sparse_attention(q, k, v, token, implementation="mosaic")
+    with pytest.raises(NotImplementedError, match="'triton' is not available"):
+        sparse_attention(q, k, v, token, implementation="triton")

@@ -1,0 +1,1211 @@
+"""Product quantization on Hopper GPUs, in Pallas' Mosaic GPU dialect.
+
+A gather does not lower there, nor an argmin, so codewords meet vectors and each other on the tensor
+core, and what is nearest or highest is found by elementwise comparisons of accumulators.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Int8, Int32, Num, UInt8
+
+from pallas_kernels import mosaic as m
+from pallas_kernels.pq.reference import tile_groups
+from pallas_kernels.pq.types import Selection, TileSelection, TokenSelection
+
+ROWS = m.WARPGROUP_ROWS
+SMS = 132  # multiprocessors of an H100 or H200
+SHARED_BYTES = 227_000  # of a thread block, beside barriers and what it writes
+MAX_REGISTERS = {1: 240, 2: 232, 3: 152}  # of a computing thread, by their warpgroups
+SLICE = 8  # columns of an accumulator that lie alike in every thread
+COPY_BYTES = 16  # the least that a bulk copy moves of a row
+CHUNK_BYTES = 2**26  # what the codeword rows and scores of some heads may take at once
+WORD = 32  # keys whose visibility a word holds
+MAX_ROW_WIDTH = 256  # elements of a token's row of codewords
+KEY_GROUPS = (8, 16, 32, 64, 128)
+SCORE_LIMIT = 2**13  # above the magnitude of any score of one query and one key
+ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
+
+# (first item of the ring, f, state) -> (state, next item): folds f(state, item, block, whether to
+# mask the block) over the blocks of columns.
+Visit = Callable[[Any, Callable[..., Any], Any], Any]
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """Tiles of `pq_encode`.
+
+    Attributes:
+      subspaces: Subspaces of a slab, the columns of x in one product: 1, 2, 4 or 8.
+      slabs: Slabs of a block of columns, whose codewords stay in shared memory.
+      slices: Accumulator slices of one product.
+      chunks: Products that cover the codewords of a slab.
+      warpgroups: Warpgroups that compute.
+      stages: Tiles of x in shared memory for each of them.
+      ctas: Thread blocks for a block of columns.
+    """
+
+    subspaces: int
+    slabs: int
+    slices: int
+    chunks: int
+    warpgroups: int
+    stages: int
+    ctas: int
+
+
+def encode_config(
+    tokens: int, spaces: int, num_codewords: int, width: int, parts: int
+) -> EncodeConfig:
+    """Tiles for x of `spaces` subspaces a token, codewords in `parts` parts.
+
+    Eight subspaces to a slab leave nothing to reduce across threads, but of the product only one
+    part in eight is of use; with many codewords the reduction costs less than that.
+    """
+    most = max(1, (128 if num_codewords <= 32 else 16) // width)
+    subspaces = max(p for p in (1, 2, 4, 8) if p <= most or p * width <= 16)
+    while subspaces * width % 16:
+        subspaces *= 2
+    slices = -(-num_codewords * subspaces // SLICE)
+    chunks = -(-slices // 16)
+    slices = -(-slices // chunks)
+    slab = subspaces * width
+    slab_bytes = 2 * parts * chunks * slices * SLICE * slab
+    count = -(-spaces // subspaces)
+    limit = max(1, min(128 // slab, 112 * 1024 // slab_bytes))
+    slabs = max(
+        n
+        for n in range(1, limit + 1)
+        if count % n == 0 and (n * subspaces % SLICE == 0 or n * subspaces < SLICE)
+    )
+    tiles = -(-tokens // ROWS)
+    warpgroups = min(3, tiles) if slab * slabs <= 128 else 1
+    ctas = min(max(1, SMS // (count // slabs)), -(-tiles // warpgroups))
+    return EncodeConfig(subspaces, slabs, slices, chunks, warpgroups, 2, ctas)
+
+
+def _encode_kernel(
+    x_ref: Any,
+    books_ref: Any,
+    norms_ref: Any,
+    codes_ref: Any,
+    x_s: Any,
+    books_s: Any,
+    norms_s: Any,
+    codes_s: Any,
+    x_bar: Any,
+    x_free: Any,
+    books_bar: Any,
+    *,
+    config: EncodeConfig,
+    parts: int,
+) -> None:
+    """Codes of tiles of 64 tokens and one block of columns; see `encode`."""
+    wgs, stages, spaces = config.warpgroups, config.stages, config.subspaces
+    wg, block = lax.axis_index("wg"), lax.axis_index("block")
+    copies, slab = codes_s.shape[1], x_s.shape[-1]
+    tiles, step = x_ref.shape[0] // ROWS, config.ctas * wgs
+    products, size = books_s.shape[0], books_s.shape[1]
+    first = lax.axis_index("cta") * wgs
+
+    def tiles_of(wg: Any) -> Any:
+        return lax.div(tiles - 1 - first - wg + step, jnp.int32(step))
+
+    @pl.when(wg == wgs)
+    def _() -> None:
+        plgpu.set_max_registers(40, action="decrease")
+
+        @pl.loop(0, products)
+        def _(i: Any) -> None:
+            rows = pl.ds((block * products + i) * size, size)
+            plgpu.copy_gmem_to_smem(books_ref.at[rows], books_s.at[i], books_bar)
+
+        rows = pl.ds(block * norms_s.shape[0], norms_s.shape[0])
+        plgpu.copy_gmem_to_smem(norms_ref.at[rows], norms_s, books_bar)
+
+        def copy(i: Any, w: int) -> None:
+            stage, row = lax.rem(i, jnp.int32(stages)), (first + w + i * step) * ROWS
+            for s in range(config.slabs):
+                column = (block * config.slabs + s) * slab
+                where = pl.ds(row, ROWS), pl.ds(column, slab)
+                bar = x_bar.at[w * stages + stage]
+                plgpu.copy_gmem_to_smem(x_ref.at[where], x_s.at[w, stage, s], bar)
+
+        def wait(i: Any, w: int) -> None:
+            plgpu.barrier_wait(x_free.at[w * stages + lax.rem(i, jnp.int32(stages))])
+
+        @pl.loop(0, tiles_of(0) + stages)
+        def _(i: Any) -> None:
+            for w in range(wgs):
+                read = (i >= stages) & (i - stages < tiles_of(w))
+                pl.when(read)(functools.partial(wait, i, w))
+                pl.when(i < tiles_of(w))(functools.partial(copy, i, w))
+
+    @pl.when(wg < wgs)
+    def _() -> None:
+        plgpu.set_max_registers(MAX_REGISTERS[wgs], action="increase")
+        plgpu.barrier_wait(books_bar)
+        shape, group_slabs = (ROWS, SLICE), min(config.slabs, SLICE // spaces)
+        column = m.iota(shape, 1)
+        space, part = column & (spaces - 1), lax.div(column, jnp.int32(spaces))
+
+        def nearest(x: Any, s: Any) -> tuple[jax.Array, jax.Array]:
+            """The least distance in every column, and the number of its slice."""
+
+            def compare(chunk: Any, carry: Any) -> Any:
+                best, index = carry
+                which = s * config.chunks + chunk
+
+                def multiply(acc_ref: Any) -> jax.Array:
+                    for p in range(parts):
+                        plgpu.wgmma(acc_ref, x, books_s.at[which * parts + p].T)
+                    return acc_ref[...]
+
+                distance = pl.run_scoped(multiply, plgpu.ACC((ROWS, size), jnp.float32))
+                norm = plgpu.load(norms_s.at[which], layout=plgpu.Layout.WGMMA.reduce(0))
+                distance = distance + m.columns(norm, distance.shape)
+                for j in range(config.slices):
+                    here = distance[:, j * SLICE : (j + 1) * SLICE]
+                    index = jnp.where(here < best, chunk * config.slices + j, index)
+                    best = jnp.minimum(here, best)
+                return best, index
+
+            best = plgpu.layout_cast(jnp.full(shape, jnp.inf, jnp.float32), plgpu.Layout.WGMMA)
+            index = plgpu.layout_cast(jnp.zeros(shape, jnp.int32), plgpu.Layout.WGMMA)
+            if config.chunks == 1:
+                return compare(0, (best, index))
+            return lax.fori_loop(0, config.chunks, compare, (best, index))
+
+        def group_codes(x_tile: Any, group: Any) -> jax.Array:
+            """Codes of the slabs that share a slice of the output."""
+            out = plgpu.layout_cast(jnp.zeros(shape, jnp.int32), plgpu.Layout.WGMMA)
+            for i in range(group_slabs):
+                s = group * group_slabs + i
+                best, index = nearest(x_tile.at[s], s)
+                if spaces == SLICE:
+                    return index
+                index = index * (SLICE // spaces) + part
+                for p in range(spaces):
+                    mine = jnp.where(space == p, best, jnp.inf)
+                    least = m.rows(mine.min(1), shape)
+                    code = jnp.where((space == p) & (best == least), index, 256).min(1)
+                    out = jnp.where(column == i * spaces + p, m.rows(code, shape), out)
+            return out
+
+        @pl.loop(0, tiles_of(wg))
+        def _(i: Any) -> None:
+            stage = lax.rem(i, jnp.int32(stages))
+            slot = wg * stages + stage
+            plgpu.barrier_wait(x_bar.at[slot])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+            @pl.loop(0, config.slabs // group_slabs)
+            def _(group: Any) -> None:
+                copy, half = lax.div(group, jnp.int32(2)), lax.rem(group, jnp.int32(2))
+                where = wg, copy, slice(None), pl.ds(half * SLICE, SLICE)
+                codes_s[where] = group_codes(x_s.at[wg, stage], group).astype(jnp.uint8)
+
+            plgpu.barrier_arrive(x_free.at[slot])
+            plgpu.commit_smem()
+            rows = pl.ds((first + wg + i * step) * ROWS, ROWS)
+            for copy in range(copies):
+                where = rows, pl.ds((block * copies + copy) * COPY_BYTES, COPY_BYTES)
+                plgpu.copy_smem_to_gmem(codes_s.at[wg, copy], codes_ref.at[where])
+
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _parts(dtype: Any, codebook_dtype: Any) -> int:
+    """Terms of `dtype` whose sum is a codeword."""
+    return 1 if codebook_dtype == dtype else 3 if dtype == jnp.bfloat16 else 2
+
+
+def encode_unfit(x: Float[Array, "B S N H"], codebooks: Float[Array, "K M E C"]) -> str | None:
+    """Why `encode` cannot take the arguments; None if it can."""
+    reason = m.unfit_dtype(x)
+    if reason is not None:
+        return reason
+    (batch, length, heads, _), (_, spaces, num_codewords, width) = x.shape, codebooks.shape
+    if width % 2:
+        return f"it takes codewords of even width, and got width {width}"
+    parts = _parts(x.dtype, codebooks.dtype)
+    config = encode_config(batch * length, heads * spaces, num_codewords, width, parts)
+    size = config.chunks * config.slices * SLICE
+    tiles = config.warpgroups * config.stages * ROWS
+    columns = config.slabs * config.subspaces * width
+    needed = 2 * columns * (tiles + parts * size) + 4 * config.slabs * size
+    if needed > SHARED_BYTES:
+        return (
+            f"{num_codewords} codewords of width {width} and their vectors take {needed} bytes of "
+            f"shared memory, of {SHARED_BYTES}"
+        )
+    return None
+
+
+def _encode_operands(
+    codebooks: Float[Array, "K M E C"], rows: int, dtype: Any, parts: int, config: EncodeConfig
+) -> tuple[Float[Array, "R V"], Float[Array, "U n"]]:
+    """Codewords as right sides of products with slabs of x, and their squared norms.
+
+    Column c of slice j stands for subspace c % P of the slab and codeword j (8 / P) + c // P, with
+    zeros on the columns of x of the other subspaces. Codewords are doubled, negated, scaled with
+    their norms by a power of two into the middle of float16's range, and split into parts.
+    """
+    num_codewords, width = codebooks.shape[2:]
+    spaces, slices = config.subspaces, config.slices * config.chunks
+    books = jnp.repeat(codebooks.astype(jnp.float32), rows, 0).reshape(-1, num_codewords, width)
+    block = spaces * config.slabs
+    pad = -len(books) % block, slices * SLICE // spaces - num_codewords
+    exponent = jnp.frexp(jnp.max(jnp.abs(books), (1, 2), keepdims=True))[1]
+    scale = jnp.ldexp(jnp.float32(1), jnp.clip(12 - exponent, -100, 100))
+    norms = jnp.sum(books**2, -1) * scale[..., 0]
+    norms = jnp.pad(norms, ((0, pad[0]), (0, pad[1])), constant_values=jnp.inf)
+    books = jnp.pad(-2 * scale * books, ((0, pad[0]), (0, pad[1]), (0, 0)))
+    norms = norms.reshape(-1, spaces, slices, SLICE // spaces).transpose(0, 2, 3, 1)
+    books = books.reshape(-1, spaces, slices, SLICE // spaces, width).transpose(0, 2, 3, 1, 4)
+    books = books[..., None, :] * jnp.eye(spaces, dtype=jnp.float32)[:, :, None]
+    books = books.reshape(-1, config.chunks, config.slices * SLICE, spaces * width)
+    info, pieces = jnp.finfo(dtype), []
+    for _ in range(parts):
+        piece = lax.reduce_precision(books, info.nexp, info.nmant)
+        books = books - piece
+        pieces.append(piece.astype(dtype))
+    books = jnp.stack(pieces, 2).reshape(-1, spaces * width)
+    return books, norms.reshape(-1, config.slices * SLICE)
+
+
+def encode(
+    x: Float[Array, "B S N H"],
+    codebooks: Float[Array, "K M E C"],
+    config: EncodeConfig | None = None,
+) -> UInt8[Array, "B S N M"]:
+    """As `pq_encode`; float32 codewords are split into parts of the type of x."""
+    batch, length, heads, _ = x.shape
+    kv_heads, spaces, num_codewords, width = codebooks.shape
+    dtype, tokens = x.dtype, batch * length
+    parts = _parts(dtype, codebooks.dtype)
+    if config is None:
+        config = encode_config(tokens, heads * spaces, num_codewords, width, parts)
+    wgs, stages = config.warpgroups, config.stages
+    books, norms = _encode_operands(codebooks, heads // kv_heads, dtype, parts, config)
+    size, norm_rows = config.slices * SLICE, config.slabs * config.chunks
+    blocks = len(norms) // norm_rows
+    used = config.slabs * config.subspaces
+    columns, copies = used * width, -(-used // COPY_BYTES)
+    pad = -tokens % ROWS, blocks * columns - heads * spaces * width
+    flat = jnp.pad(x.reshape(tokens, -1), ((0, pad[0]), (0, pad[1])))
+    products, slab = config.slabs * config.chunks * parts, config.subspaces * width
+
+    def body(*refs: Any) -> None:
+        _encode_kernel(*refs, config=config, parts=parts)
+
+    codes = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((len(flat), blocks * copies * COPY_BYTES), jnp.uint8),
+        scratch_types=[
+            m.matrix((wgs, stages, config.slabs, ROWS, slab), dtype),
+            m.matrix((products, size, slab), dtype),
+            plgpu.SMEM((norm_rows, size), jnp.float32),
+            plgpu.SMEM((wgs, copies, ROWS, COPY_BYTES), jnp.uint8),
+            plgpu.Barrier(num_arrivals=config.slabs, num_barriers=wgs * stages),
+            plgpu.Barrier(num_barriers=wgs * stages),
+            plgpu.Barrier(num_arrivals=products + 1),
+        ],
+        grid=(blocks, config.ctas),
+        grid_names=("block", "cta"),
+        num_threads=wgs + 1,
+        thread_name="wg",
+        kernel_name="pq_encode",
+    )(flat, books, norms)
+    codes = codes.reshape(-1, blocks, copies * COPY_BYTES)[:tokens, :, :used].reshape(tokens, -1)
+    return codes[:, : heads * spaces].reshape(batch, length, heads, spaces)
+
+
+def row_width(codewords: Int8[Array, "K M E W"]) -> int:
+    """Elements of a token's row of codewords, padded for the tensor core."""
+    return -(-codewords.shape[1] * codewords.shape[3] // 32) * 32
+
+
+def codeword_rows(
+    codes: UInt8[Array, "B S N M"], codewords: Int8[Array, "K M E W"], dtype: Any
+) -> Num[Array, "B S N V"]:
+    """The codewords of every token and head, side by side, zero-padded to `row_width`.
+
+    Integers up to 256 are exact in bfloat16 and float16, so the inner product of a query's row and
+    a key's is their score, exactly, when accumulated in float32.
+
+    Args:
+      codes: Codes of the tokens.
+      codewords: As `scoring_codewords` returns them; head n reads row n // (N // K).
+      dtype: Type of the rows.
+    """
+    batch, length, heads, spaces = codes.shape
+    kv_heads, _, num_codewords, width = codewords.shape
+    head = jnp.arange(heads, dtype=jnp.int32)[:, None] // (heads // kv_heads)
+    first = (head * spaces + jnp.arange(spaces, dtype=jnp.int32)) * num_codewords
+    table = codewords.reshape(-1, width).astype(dtype)
+    rows = table.at[first + codes.astype(jnp.int32)].get(mode="promise_in_bounds")
+    rows = rows.reshape(batch, length, heads, -1)
+    return jnp.pad(rows, ((0, 0),) * 3 + ((0, row_width(codewords) - rows.shape[-1]),))
+
+
+def _produce(items: Any, stages: int, free: Any, copy: Callable[[Any, Any], None]) -> None:
+    """Copies items into a ring of `stages`, and waits until all of them have been read.
+
+    Args:
+      items: Their number.
+      stages: Slots of the ring.
+      free: Barriers of the slots; None if there are slots for all items.
+      copy: Copies an item into a slot.
+    """
+
+    @pl.loop(0, items if free is None else items + stages)
+    def _(item: Any) -> None:
+        slot = lax.rem(item, jnp.int32(stages))
+        if free is not None:
+
+            @pl.when(item >= stages)
+            def _() -> None:
+                plgpu.barrier_wait(free.at[slot])
+
+        pl.when(item < items)(functools.partial(copy, item, slot))
+
+
+@dataclass(frozen=True)
+class TileScoresConfig:
+    """Tiles of `pq_tile_scores`.
+
+    Attributes:
+      warpgroups: Warpgroups that compute, each for 64 tiles of queries.
+      groups: Key groups of a thread block.
+      stages: Blocks of keys in shared memory.
+    """
+
+    warpgroups: int
+    groups: int
+    stages: int
+
+
+def tile_scores_config(tiles: int, width: int) -> TileScoresConfig:
+    """Tiles for so many tiles of queries a head, and rows of `width`."""
+    warpgroups, groups = 2 if tiles > ROWS and width <= 192 else 1, 64
+    used = warpgroups * ROWS * 4 * (width + groups)
+    return TileScoresConfig(
+        warpgroups, groups, min(6, (SHARED_BYTES - used) // (2 * groups * width))
+    )
+
+
+def _tile_scores_kernel(
+    totals_ref: Any,
+    keys_ref: Any,
+    *refs: Any,
+    heads: int,
+    kv_heads: int,
+    length: int,
+    block_q: int,
+    key_group: int,
+    causal: bool,
+    config: TileScoresConfig,
+) -> None:
+    """Scores of a block of key groups for 64 tiles a warpgroup; see `_tile_scores`.
+
+    Product u scores the u-th key of every group, so the best of a group is an elementwise maximum.
+    """
+    *seen_refs, scores_ref, totals_s, keys_s, scores_s, totals_bar, seen_bar, keys_bar, free = refs
+    wgs, groups, stages = config.warpgroups, config.groups, config.stages
+    width, wg = keys_s.shape[-1], lax.axis_index("wg")
+    sequence, head = lax.axis_index("sequence"), lax.axis_index("head")
+    first_group = lax.axis_index("groups") * groups
+    first_tile = lax.axis_index("tiles") * (wgs * ROWS)
+    first_key = first_group * key_group
+
+    def end(tile: Any) -> Any:
+        """The first key that a tile of queries does not see, by the order of positions alone."""
+        return jnp.minimum((tile + 1) * block_q, length) if causal else length
+
+    def products(last_tile: Any) -> Any:
+        return jnp.where(first_key < end(last_tile), key_group, 0)
+
+    steps = products(first_tile + (wgs * ROWS - 1))
+
+    @pl.when(wg == wgs)
+    def _() -> None:
+        plgpu.set_max_registers(40, action="decrease")
+        row = sequence * scores_ref.shape[1] + first_group
+        kv_head = lax.div(head, jnp.int32(heads // kv_heads))
+
+        def copy(u: Any, slot: Any) -> None:
+            where = pl.ds(row, groups), pl.ds((u * kv_heads + kv_head) * width, width)
+            plgpu.copy_gmem_to_smem(keys_ref.at[where], keys_s.at[slot], keys_bar.at[slot])
+
+        _produce(steps, stages, free, copy)
+
+    @pl.when(wg < wgs)
+    def _() -> None:
+        plgpu.set_max_registers(MAX_REGISTERS[wgs], action="increase")
+        block = ROWS, groups
+        tile, tiles = first_tile + wg * ROWS, pl.num_programs(2) * (wgs * ROWS)
+        row, columns = (sequence * heads + head) * tiles + tile, pl.ds(first_group, groups)
+        plgpu.copy_gmem_to_smem(totals_ref.at[pl.ds(row, ROWS)], totals_s.at[wg], totals_bar.at[wg])
+        plgpu.barrier_wait(totals_bar.at[wg])
+        mine = products(tile + (ROWS - 1))
+
+        def score(u: Any) -> jax.Array:
+            slot = lax.rem(u, jnp.int32(stages))
+            plgpu.barrier_wait(keys_bar.at[slot])
+
+            def multiply(acc_ref: Any) -> jax.Array:
+                for part in range(2):
+                    totals = totals_s.at[wg, :, pl.ds(part * width, width)]
+                    plgpu.wgmma(acc_ref, totals, keys_s.at[slot].T)
+                return acc_ref[...]
+
+            out = pl.run_scoped(multiply, plgpu.ACC(block, jnp.float32))
+            plgpu.barrier_arrive(free.at[slot])
+            return out
+
+        best = plgpu.layout_cast(jnp.full(block, -jnp.inf, jnp.float32), plgpu.Layout.WGMMA)
+        if seen_refs:
+            (seen_ref,) = seen_refs
+            rows = seen_ref.shape[0] // -(-key_group // WORD)
+            for first_bit in range(0, key_group, WORD):
+                seen_row = first_bit // WORD * rows + sequence * tiles + tile
+                where = pl.ds(seen_row, ROWS), columns
+                plgpu.copy_gmem_to_smem(seen_ref.at[where], scores_s.at[wg], seen_bar.at[wg])
+                plgpu.barrier_wait(seen_bar.at[wg])
+                word = plgpu.load(scores_s.at[wg], layout=plgpu.Layout.WGMMA)
+                plgpu.commit_smem()
+
+                def seen(u: Any, carry: Any) -> tuple[jax.Array, jax.Array]:
+                    best, word = carry
+                    value = jnp.where((word & 1) == 1, score(u), -jnp.inf)
+                    return jnp.maximum(best, value), lax.shift_right_logical(word, 1)
+
+                lower, upper = (jnp.minimum(first_bit + n, mine) for n in (0, WORD))
+                best = lax.fori_loop(lower, upper, seen, (best, word))[0]
+        else:
+            each_end = end(m.iota(block, 0) + tile)
+            each_key = m.iota(block, 1) * key_group + first_key
+
+            def masked(u: Any, best: jax.Array) -> jax.Array:
+                return jnp.maximum(best, jnp.where(each_key + u < each_end, score(u), -jnp.inf))
+
+            clear = jnp.where(first_key + groups * key_group <= end(tile), mine, 0)
+            best = lax.fori_loop(0, clear, lambda u, best: jnp.maximum(best, score(u)), best)
+            best = lax.fori_loop(clear, mine, masked, best)
+
+        @pl.loop(mine, steps)
+        def _(u: Any) -> None:
+            slot = lax.rem(u, jnp.int32(stages))
+            plgpu.barrier_wait(keys_bar.at[slot])
+            plgpu.barrier_arrive(free.at[slot])
+
+        first = (m.iota(block, 0) + tile) * block_q
+        last = jnp.minimum(first + block_q, length) - 1
+        group = m.iota(block, 1) + first_group
+        own = (group * key_group <= last) & (group * key_group + (key_group - 1) >= first)
+        best = jnp.where(own & (best > -jnp.inf), float(SCORE_LIMIT * block_q), best)
+        scores_s[wg] = lax.bitcast_convert_type(best, jnp.int32)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(scores_s.at[wg], scores_ref.at[pl.ds(row, ROWS), columns])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _tile_scores(
+    totals: Int32[Array, "B N Q V"],
+    keys: Float[Array, "B S K V"],
+    seen: Int32[Array, "u B Q G"] | None,
+    *,
+    block_q: int,
+    key_group: int,
+    causal: bool,
+    config: TileScoresConfig | None = None,
+) -> Float[Array, "B N t g"]:
+    """Score of every key group for every tile, padded to whole blocks of both.
+
+    Groups that overlap the tile score `SCORE_LIMIT * block_q`, those without a visible key -inf. A
+    total is 256 a + b, |a| <= 254 and |b| <= 128, both exact in bfloat16; so are sums in float32.
+
+    Args:
+      totals: Sums of the codeword rows of the queries of each tile.
+      keys: Codeword rows of the keys.
+      seen: Keys of a group that a tile sees, a bit each in words; None where `causal` decides.
+      block_q: Queries of a tile.
+      key_group: Keys of a group.
+      causal: Whether a tile sees nothing after its last query.
+      config: Tile sizes.
+    """
+    batch, heads, tiles, width = totals.shape
+    length, kv_heads = keys.shape[1:3]
+    config = config or tile_scores_config(tiles, width)
+    wgs, groups = config.warpgroups, config.groups
+    tile_blocks = -(-tiles // (wgs * ROWS))
+    group_blocks = -(-length // (key_group * groups))
+    pad_tiles, all_groups = tile_blocks * wgs * ROWS - tiles, group_blocks * groups
+    totals = jnp.pad(totals, ((0, 0), (0, 0), (0, pad_tiles), (0, 0)))
+    high = (totals + 128) & -256
+    parts = jnp.concatenate([high, totals - high], -1).astype(jnp.bfloat16)
+    keys = jnp.pad(keys, ((0, 0), (0, all_groups * key_group - length), (0, 0), (0, 0)))
+    operands = [
+        parts.reshape(-1, 2 * width),
+        keys.reshape(batch * all_groups, key_group * kv_heads * width),
+    ]
+    if seen is not None:
+        pad = (0, pad_tiles), (0, all_groups - seen.shape[-1])
+        operands.append(jnp.pad(seen, ((0, 0), (0, 0), *pad)).reshape(-1, all_groups))
+
+    def body(*refs: Any) -> None:
+        _tile_scores_kernel(
+            *refs,
+            heads=heads,
+            kv_heads=kv_heads,
+            length=length,
+            block_q=block_q,
+            key_group=key_group,
+            causal=causal,
+            config=config,
+        )
+
+    dtype = jnp.bfloat16
+    scores = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((len(operands[0]), all_groups), jnp.int32),
+        scratch_types=[
+            plgpu.SMEM((wgs, ROWS, 2 * width), dtype, transforms=m.transforms(width, dtype)),
+            m.matrix((config.stages, groups, width), dtype),
+            m.matrix((wgs, ROWS, groups), jnp.int32),
+            plgpu.Barrier(num_barriers=wgs),
+            plgpu.Barrier(num_barriers=wgs),
+            plgpu.Barrier(num_barriers=config.stages),
+            plgpu.Barrier(num_arrivals=wgs, num_barriers=config.stages),
+        ],
+        grid=(group_blocks, heads, tile_blocks, batch),
+        grid_names=("groups", "head", "tiles", "sequence"),
+        num_threads=wgs + 1,
+        thread_name="wg",
+        kernel_name="pq_tile_scores",
+    )(*operands)
+    scores = lax.bitcast_convert_type(scores, jnp.float32)
+    return scores.reshape(batch, heads, -1, all_groups)
+
+
+@dataclass(frozen=True)
+class ThresholdConfig:
+    """Tiles of `pq_tile_threshold` and `pq_token_threshold`.
+
+    Attributes:
+      warpgroups: Warpgroups that compute, each for 64 rows.
+      columns: Columns of a block.
+      stages: Blocks in shared memory; where all fit, they are copied once.
+    """
+
+    warpgroups: int
+    columns: int
+    stages: int
+
+
+def tile_threshold_config(groups: int) -> ThresholdConfig:
+    """Tiles for rows of so many groups."""
+    columns = 128 if groups % 128 == 0 else 64
+    return ThresholdConfig(1, columns, min(groups // columns, 768 // columns))
+
+
+def token_threshold_config(length: int, width: int) -> ThresholdConfig:
+    """Tiles for so many keys, and rows of `width`."""
+    columns = 128 if length > 64 else 64
+    warpgroups = min(2, -(-length // ROWS))
+    room = (SHARED_BYTES - 2 * warpgroups * ROWS * width) // (columns * (2 * width + 4))
+    return ThresholdConfig(warpgroups, columns, min(-(-length // columns), room))
+
+
+def _passes(values: int) -> int:
+    """Passes of `_highest` over an interval of so many integers."""
+    return max(1, ((values - 1).bit_length() + 1) // 2)
+
+
+def _highest(
+    visit: Visit,
+    value: Callable[..., jax.Array],
+    low: float,
+    passes: int,
+    need: jax.Array,
+    start: Any,
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Where the count of values reaches `need`, for rows of integers in low + [0, 4 ** passes).
+
+    Args:
+      visit: Folds over the blocks.
+      value: Makes a block of values, of an item, its block and whether to mask it.
+      low: Least value.
+      passes: Base-4 digits of the interval.
+      need: Values that the level must reach, for each row.
+      start: First item of the ring.
+
+    Returns:
+      The highest integer that at least `need` values reach, the number of values above it, and the
+      next item of the ring.
+    """
+
+    def step(_: Any, carry: Any) -> Any:
+        level, above, width, start = carry
+        marks = [level + width * i for i in (1.0, 2.0, 3.0)]
+
+        def count(found: Any, *block: Any) -> Any:
+            values = value(*block)
+            return tuple(
+                f + jnp.where(values >= m.rows(mark, values.shape), 1.0, 0.0).sum(1)
+                for f, mark in zip(found, marks, strict=True)
+            )
+
+        found, start = visit(start, count, (jnp.zeros_like(need),) * 3)
+        for n in reversed(found):
+            above = jnp.where(n < need, n, above)
+        rise = sum(jnp.where(n >= need, width, 0.0) for n in found)
+        return level + rise, above, width * 0.25, start
+
+    first = jnp.full_like(need, low), jnp.zeros_like(need), jnp.float32(4.0 ** (passes - 1)), start
+    level, above, _, start = lax.fori_loop(0, passes, step, first)
+    return level, above, start
+
+
+def _rows_search(
+    visit: Visit,
+    score: Callable[..., jax.Array],
+    *,
+    origin: jax.Array,
+    number: jax.Array | None,
+    count: int,
+    low: int,
+    values: int,
+    columns: int,
+    block: tuple[int, int],
+) -> tuple[jax.Array, jax.Array]:
+    """Thresholds and tie radii of the rows of blocks of scores.
+
+    Args:
+      visit: Folds over the blocks.
+      score: Makes a block of scores, -inf where invalid.
+      origin: Column from which each row measures distances.
+      number: Valid columns of each row; None to count them.
+      count: Columns that a row keeps, if it has so many.
+      low: Least score.
+      values: Number of possible scores.
+      columns: Columns of a row.
+      block: Rows and columns of a block.
+    """
+    start = jnp.int32(0)
+    zero = jnp.zeros_like(origin)
+    if number is None:
+
+        def valid(found: Any, *args: Any) -> Any:
+            return found + jnp.where(score(*args) > -jnp.inf, 1.0, 0.0).sum(1)
+
+        number, start = visit(start, valid, zero)
+    kept = jnp.minimum(number, float(count))
+    level, above, start = _highest(visit, score, low, _passes(values), kept, start)
+    at_level = m.rows(level, block)
+    offset = m.rows(origin - 0.25, block)
+    column = m.iota(block, 1).astype(jnp.float32)
+
+    def nearness(item: Any, j: Any, masked: bool) -> jax.Array:
+        away = jnp.abs(column + (j * block[1]).astype(jnp.float32) - offset)
+        return jnp.where(score(item, j, masked) == at_level, 0.5 - 2.0 * away, -jnp.inf)
+
+    passes = _passes(2 * columns)
+    nearest = float(1 - 4**passes)
+    radius, _, _ = _highest(visit, nearness, nearest, passes, kept - above, start)
+    some = number > 0.0
+    return jnp.where(some, level, zero), jnp.where(some, -radius, zero - 1.0)
+
+
+def _visit(steps: Any, clear: Any, resident: bool) -> Visit:
+    """Folds over blocks [0, steps), of which those from `clear` on need their masks."""
+
+    def visit(start: Any, fold: Callable[..., Any], found: Any) -> Any:
+        for lower, upper, masked in ((0, clear, False), (clear, steps, True)):
+
+            def step(j: Any, found: Any, masked: bool = masked) -> Any:
+                return fold(found, start + j, j, masked)
+
+            found = lax.fori_loop(lower, upper, step, found)
+        return found, start if resident else start + steps
+
+    return visit
+
+
+def _store_rows(out_s: Any, found: tuple[jax.Array, ...], out_refs: tuple[Any, ...]) -> None:
+    """Writes a value of each row to every output."""
+    for i, values in enumerate(found):
+        out_s[i] = values.astype(jnp.int32)
+    plgpu.commit_smem()
+    for i, out_ref in enumerate(out_refs):
+        plgpu.copy_smem_to_gmem(out_s.at[i], out_ref)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _tile_threshold_kernel(
+    scores_ref: Any,
+    level_ref: Any,
+    radius_ref: Any,
+    scores_s: Any,
+    out_s: Any,
+    bar: Any,
+    free: Any,
+    *,
+    count: int,
+    block_q: int,
+    key_group: int,
+    config: ThresholdConfig,
+) -> None:
+    """Thresholds of 64 tiles; see `_tile_thresholds`."""
+    size, stages = config.columns, config.stages
+    groups = scores_ref.shape[1]
+    wg, first = lax.axis_index("wg"), lax.axis_index("rows") * ROWS
+    row = lax.axis_index("head") * (pl.num_programs(0) * ROWS) + first
+    steps, resident = groups // size, groups // size <= stages
+    low, values = 1 - SCORE_LIMIT * block_q, 2 * SCORE_LIMIT * block_q
+    passes = 1 + _passes(values) + _passes(2 * groups)
+    items = steps if resident else steps * passes
+
+    @pl.when(wg == 1)
+    def _() -> None:
+        plgpu.set_max_registers(40, action="decrease")
+
+        def copy(item: Any, slot: Any) -> None:
+            where = pl.ds(row, ROWS), pl.ds(lax.rem(item, jnp.int32(steps)) * size, size)
+            plgpu.copy_gmem_to_smem(scores_ref.at[where], scores_s.at[slot], bar.at[slot])
+
+        _produce(items, stages, None if resident else free, copy)
+
+    @pl.when(wg == 0)
+    def _() -> None:
+        plgpu.set_max_registers(MAX_REGISTERS[1], action="increase")
+        if resident:
+            for j in range(steps):
+                plgpu.barrier_wait(bar.at[j])
+
+        def score(item: Any, j: Any, masked: bool) -> jax.Array:
+            del j, masked
+            slot = lax.rem(item, jnp.int32(stages))
+            if resident:
+                return plgpu.load(scores_s.at[slot], layout=plgpu.Layout.WGMMA)
+            plgpu.barrier_wait(bar.at[slot])
+            out = plgpu.load(scores_s.at[slot], layout=plgpu.Layout.WGMMA)
+            plgpu.commit_smem()  # every thread has loaded
+            plgpu.barrier_arrive(free.at[slot])
+            return out
+
+        tile = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW_LAYOUT) + first
+        found = _rows_search(
+            _visit(jnp.int32(steps), jnp.int32(steps), resident),
+            score,
+            origin=lax.div(tile * block_q, jnp.full_like(tile, key_group)).astype(jnp.float32),
+            number=None,
+            count=count,
+            low=low,
+            values=values,
+            columns=groups,
+            block=(ROWS, size),
+        )
+        where = pl.ds(row, ROWS)
+        _store_rows(out_s, found, (level_ref.at[where], radius_ref.at[where]))
+
+
+def _tile_thresholds(
+    scores: Float[Array, "B N t g"],
+    *,
+    count: int,
+    block_q: int,
+    key_group: int,
+    config: ThresholdConfig | None = None,
+) -> tuple[Int32[Array, "B N t"], Int32[Array, "B N t"]]:
+    """Lowest score and largest tie distance of the `count` groups that every tile keeps.
+
+    A tile that sees no group has score 0 and distance -1.
+    """
+    batch, heads, tiles, groups = scores.shape
+    config = config or tile_threshold_config(groups)
+
+    def body(*refs: Any) -> None:
+        _tile_threshold_kernel(
+            *refs, count=count, block_q=block_q, key_group=key_group, config=config
+        )
+
+    out = jax.ShapeDtypeStruct((batch * heads * tiles,), jnp.int32)
+    found = plgpu.kernel(
+        body,
+        out_type=[out, out],
+        scratch_types=[
+            m.matrix((config.stages, ROWS, config.columns), jnp.float32),
+            plgpu.SMEM((2, ROWS), jnp.int32),
+            plgpu.Barrier(num_barriers=config.stages),
+            plgpu.Barrier(num_barriers=config.stages),
+        ],
+        grid=(tiles // ROWS, batch * heads),
+        grid_names=("rows", "head"),
+        num_threads=2,
+        thread_name="wg",
+        kernel_name="pq_tile_threshold",
+    )(scores.reshape(-1, groups))
+    level, radius = (a.reshape(batch, heads, tiles) for a in found)
+    return level, radius
+
+
+def _token_threshold_kernel(
+    queries_ref: Any,
+    keys_ref: Any,
+    *refs: Any,
+    count: int,
+    length: int,
+    causal: bool,
+    config: ThresholdConfig,
+) -> None:
+    """Thresholds of 64 queries a warpgroup; see `_token_thresholds`."""
+    *tags_refs, level_ref, radius_ref, queries_s, keys_s, tags_s, own_s, out_s = refs[:-3]
+    queries_bar, bar, free = refs[-3:]
+    wgs, size, stages = config.warpgroups, config.columns, config.stages
+    width, wg = keys_s.shape[-1], lax.axis_index("wg")
+    sequence, head = lax.axis_index("sequence"), lax.axis_index("head")
+    rows = pl.num_programs(0) * (wgs * ROWS)
+    kv_heads, heads = keys_ref.shape[1] // width, queries_ref.shape[1] // width
+    first = lax.axis_index("rows") * (wgs * ROWS)
+    blocks = -(-length // size)
+    steps = jnp.int32(blocks)
+    if causal:
+        steps = jnp.minimum(steps, lax.div(first + (wgs * ROWS + size - 1), jnp.int32(size)))
+    resident = blocks <= stages
+    passes = len(tags_refs[:1]) + _passes(2 * SCORE_LIMIT) + _passes(2 * length)
+    items = steps if resident else steps * passes
+
+    @pl.when(wg == wgs)
+    def _() -> None:
+        plgpu.set_max_registers(40, action="decrease")
+        kv_head = lax.div(head, jnp.int32(heads // kv_heads))
+
+        def copy(item: Any, slot: Any) -> None:
+            key = lax.rem(item, steps) * size
+            where = pl.ds(sequence * rows + key, size), pl.ds(kv_head * width, width)
+            plgpu.copy_gmem_to_smem(keys_ref.at[where], keys_s.at[slot], bar.at[slot])
+            if tags_refs:
+                tags = tags_refs[1].at[pl.ds(sequence * rows + key, size)]
+                plgpu.copy_gmem_to_smem(tags, tags_s.at[slot], bar.at[slot])
+
+        _produce(items, stages, None if resident else free, copy)
+
+    @pl.when(wg < wgs)
+    def _() -> None:
+        plgpu.set_max_registers(MAX_REGISTERS[wgs], action="increase")
+        block, mine = (ROWS, size), first + wg * ROWS
+        where = pl.ds(sequence * rows + mine, ROWS), pl.ds(head * width, width)
+        plgpu.copy_gmem_to_smem(queries_ref.at[where], queries_s.at[wg], queries_bar.at[wg])
+        if tags_refs:
+            tags = tags_refs[0].at[pl.ds(sequence * rows + mine, ROWS)]
+            plgpu.copy_gmem_to_smem(tags, own_s.at[wg], queries_bar.at[wg])
+        plgpu.barrier_wait(queries_bar.at[wg])
+        if resident:
+
+            @pl.loop(0, steps)
+            def _(j: Any) -> None:
+                plgpu.barrier_wait(bar.at[j])
+
+        position = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW_LAYOUT) + mine
+        if tags_refs:
+            own = m.rows(plgpu.load(own_s.at[wg], layout=ROW_LAYOUT), block)
+
+        def score(item: Any, j: Any, masked: bool) -> jax.Array:
+            slot = lax.rem(item, jnp.int32(stages))
+            if not resident:
+                plgpu.barrier_wait(bar.at[slot])
+            out = m.dot(queries_s.at[wg], keys_s.at[slot].T)
+            if tags_refs:
+                tags = plgpu.load(tags_s.at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
+                out = jnp.where(m.columns(tags, block) == own, out, -jnp.inf)
+            if not resident:
+                if tags_refs:
+                    plgpu.commit_smem()  # every thread has loaded its tags
+                plgpu.barrier_arrive(free.at[slot])
+            if masked:
+                last = (position - j * size).astype(jnp.float32)
+                later = m.iota(block, 1).astype(jnp.float32) > m.rows(last, block)
+                out = jnp.where(later, -jnp.inf, out)
+            return out
+
+        number = None
+        if not tags_refs:
+            number = (
+                jnp.minimum(position + 1, length) if causal else jnp.full_like(position, length)
+            )
+            number = number.astype(jnp.float32)
+        clear = jnp.minimum(lax.div(mine + 1, jnp.int32(size)), steps) if causal else steps
+        found = _rows_search(
+            _visit(steps, clear, resident),
+            score,
+            origin=position.astype(jnp.float32),
+            number=number,
+            count=count,
+            low=-SCORE_LIMIT,
+            values=2 * SCORE_LIMIT,
+            columns=length,
+            block=block,
+        )
+        here = sequence, head, pl.ds(mine, ROWS)
+        _store_rows(out_s.at[wg], found, (level_ref.at[here], radius_ref.at[here]))
+
+
+def _token_thresholds(
+    queries: Float[Array, "B S N V"],
+    keys: Float[Array, "B S K V"],
+    tags: tuple[Int32[Array, "B S"], Int32[Array, "B S"]] | None,
+    *,
+    count: int,
+    causal: bool,
+    config: ThresholdConfig | None = None,
+) -> tuple[Int32[Array, "B N S"], Int32[Array, "B N S"]]:
+    """Threshold and tie radius of every query.
+
+    Args:
+      queries: Codeword rows of the queries.
+      keys: Codeword rows of the keys.
+      tags: Numbers of queries and of keys; a key is valid where they agree. None if all do.
+      count: Keys that a query keeps, if it has so many.
+      causal: Whether a query sees only itself and earlier keys.
+      config: Tile sizes.
+    """
+    batch, length, heads, width = queries.shape
+    config = config or token_threshold_config(length, width)
+    wgs, size, stages = config.warpgroups, config.columns, config.stages
+    padded = -(-length // max(wgs * ROWS, size)) * max(wgs * ROWS, size)
+    pad = (0, 0), (0, padded - length)
+    if tags is None and not causal and padded > length:
+        tags = (jnp.zeros((batch, length), jnp.int32),) * 2
+    operands = [
+        jnp.pad(a, (*pad, (0, 0), (0, 0))).reshape(batch * padded, -1) for a in (queries, keys)
+    ]
+    if tags is not None:
+        outside = tags[0].max(1, keepdims=True) + 1
+        filler = jnp.broadcast_to(outside, (batch, padded - length))
+        operands.append(jnp.pad(tags[0], pad).reshape(-1))
+        operands.append(jnp.concatenate([tags[1], filler], 1).reshape(-1))
+
+    def body(*refs: Any) -> None:
+        _token_threshold_kernel(*refs, count=count, length=length, causal=causal, config=config)
+
+    out = jax.ShapeDtypeStruct((batch, heads, padded), jnp.int32)
+    copies = 1 if tags is None else 2
+    level, radius = plgpu.kernel(
+        body,
+        out_type=[out, out],
+        scratch_types=[
+            m.matrix((wgs, ROWS, width), queries.dtype),
+            m.matrix((stages, size, width), keys.dtype),
+            plgpu.SMEM((stages, size), jnp.int32),
+            plgpu.SMEM((wgs, ROWS), jnp.int32),
+            plgpu.SMEM((wgs, 2, ROWS), jnp.int32),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=wgs),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+        ],
+        grid=(padded // (wgs * ROWS), heads, batch),
+        grid_names=("rows", "head", "sequence"),
+        num_threads=wgs + 1,
+        thread_name="wg",
+        kernel_name="pq_token_threshold",
+    )(*operands)
+    return level[..., :length], radius[..., :length]
+
+
+def _seen_words(
+    length: int,
+    block_q: int,
+    key_group: int,
+    causal: bool,
+    key_mask: Bool[Array, "B S"] | None,
+    segment_ids: Int[Array, "B S"] | None,
+) -> Int32[Array, "u B Q G"] | None:
+    """Whether any query of a tile sees a key, a bit a key; None where positions alone decide."""
+    if key_mask is None and segment_ids is None:
+        return None
+    tiles, groups = -(-length // block_q), -(-length // key_group)
+    query = jnp.arange(tiles * block_q, dtype=jnp.int32).reshape(tiles, block_q, 1, 1)
+    key = jnp.arange(groups * key_group, dtype=jnp.int32).reshape(groups, key_group)
+    if segment_ids is None:
+        query = jnp.minimum(query[:, -1:], length - 1)
+    valid = (key < length) & (query < length)
+    if causal:
+        valid = valid & (key <= query)
+    valid = valid[None]
+    if segment_ids is not None:
+        ids = [
+            jnp.pad(segment_ids, ((0, 0), (0, n * size - length))).reshape(-1, n, size)
+            for n, size in ((tiles, block_q), (groups, key_group))
+        ]
+        valid = valid & (ids[0][:, :, :, None, None] == ids[1][:, None, None])
+    if key_mask is not None:
+        shown = jnp.pad(key_mask, ((0, 0), (0, groups * key_group - length)))
+        valid = valid & shown.reshape(-1, 1, 1, groups, key_group)
+    bits = jnp.where(valid, jnp.left_shift(1, jnp.arange(key_group, dtype=jnp.int32) % WORD), 0)
+    words = [
+        lax.reduce(bits[..., first : first + WORD], jnp.int32(0), lax.bitwise_or, (2, 4))
+        for first in range(0, key_group, WORD)
+    ]
+    return jnp.stack(words)
+
+
+def _select_tiles(
+    query_codes: UInt8[Array, "B S N M"],
+    key_codes: UInt8[Array, "B S K M"],
+    query_codewords: Int8[Array, "K M E W"],
+    key_codewords: Int8[Array, "K M E W"],
+    seen: Int32[Array, "u B Q G"] | None,
+    key_mask: Bool[Array, "B S"] | None,
+    *,
+    size: int,
+    block_q: int,
+    key_group: int,
+    causal: bool,
+) -> tuple[Int32[Array, "B N Q P"], Int32[Array, "B N Q"]]:
+    """Lists of key groups and their lengths."""
+    length, tiles = key_codes.shape[1], -(-key_codes.shape[1] // block_q)
+    rows = codeword_rows(query_codes, query_codewords, jnp.int32)
+    if key_mask is not None:
+        rows = jnp.where(key_mask[:, :, None, None], rows, 0)
+    rows = jnp.pad(rows, ((0, 0), (0, tiles * block_q - length), (0, 0), (0, 0)))
+    totals = rows.reshape(len(rows), tiles, block_q, *rows.shape[2:]).sum(2)
+    keys = codeword_rows(key_codes, key_codewords, jnp.bfloat16)
+    scores = _tile_scores(
+        jnp.moveaxis(totals, 2, 1),
+        keys,
+        seen,
+        block_q=block_q,
+        key_group=key_group,
+        causal=causal,
+    )
+    level, radius = _tile_thresholds(scores, count=size, block_q=block_q, key_group=key_group)
+    scores, level, radius = (a[:, :, :tiles] for a in (scores, level[..., None], radius[..., None]))
+    group = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    origin = jnp.arange(tiles, dtype=jnp.int32)[:, None] * block_q // key_group
+    distance = 2 * jnp.abs(group - origin) - (group < origin)
+    near = (scores == level) & (distance <= radius)
+    rank = jnp.cumsum(((scores > level) & (scores > -jnp.inf)) | near, -1, dtype=jnp.int32)
+    counts = rank[..., -1]
+    nth = jnp.minimum(jnp.arange(1, size + 1, dtype=jnp.int32), counts[..., None])
+    groups = jnp.zeros_like(nth)  # binary search for the first group of a rank
+    for step in (2**i for i in reversed(range(rank.shape[-1].bit_length()))):
+        ahead = jnp.minimum(groups + step, rank.shape[-1])
+        lower = jnp.take_along_axis(rank, ahead - 1, -1, mode="promise_in_bounds") < nth
+        groups = jnp.where(lower, ahead, groups)
+    return groups, counts
+
+
+def select_unfit(
+    codewords: Int8[Array, "K M E W"], *, granularity: str, key_group: int
+) -> str | None:
+    """Why `select` cannot take the arguments; None if it can."""
+    width = row_width(codewords)
+    if width > MAX_ROW_WIDTH:
+        return (
+            f"it takes rows of at most {MAX_ROW_WIDTH} codeword elements a token, and got {width}"
+        )
+    if granularity == "tile" and key_group not in KEY_GROUPS:
+        return f"it takes key groups of {', '.join(map(str, KEY_GROUPS))} keys, and got {key_group}"
+    return None
+
+
+def _chunks(
+    query_codes: UInt8[Array, "B S N M"],
+    key_codes: UInt8[Array, "B S K M"],
+    codewords: Int8[Array, "K M E W"],
+    tiles: int,
+    groups: int,
+) -> tuple[int, int]:
+    """Sequences and key heads whose groups are chosen at once; several of only one of them."""
+    batch, length, heads, _ = query_codes.shape
+    kv_heads = key_codes.shape[2]
+    scores = 4 * -(-tiles // ROWS) * ROWS * -(-groups // ROWS) * ROWS
+    each = 2 * length * row_width(codewords) + 3 * heads // kv_heads * scores
+    most = max(1, CHUNK_BYTES // each)
+    head_chunk = max(n for n in range(1, min(most, kv_heads) + 1) if kv_heads % n == 0)
+    most = most // kv_heads if head_chunk == kv_heads else 1
+    return max(n for n in range(1, min(most, batch) + 1) if batch % n == 0), head_chunk
+
+
+def select(
+    query_codes: UInt8[Array, "B S N M"],
+    key_codes: UInt8[Array, "B S K M"],
+    query_codewords: Int8[Array, "K M E W"],
+    key_codewords: Int8[Array, "K M E W"],
+    *,
+    num_keys: int,
+    granularity: str,
+    causal: bool,
+    key_mask: Bool[Array, "B S"] | None,
+    segment_ids: Int[Array, "B S"] | None,
+    block_q: int,
+    key_group: int,
+) -> Selection:
+    """As `pq_select`."""
+    batch, length = query_codes.shape[:2]
+    if granularity == "token":
+        tags = None
+        if key_mask is not None or segment_ids is not None:
+            own = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids
+            own = own.astype(jnp.int32)
+            hidden = own.max(1, keepdims=True) + 1
+            tags = own, own if key_mask is None else jnp.where(key_mask, own, hidden)
+        threshold, radius = _token_thresholds(
+            codeword_rows(query_codes, query_codewords, jnp.bfloat16),
+            codeword_rows(key_codes, key_codewords, jnp.bfloat16),
+            tags,
+            count=num_keys,
+            causal=causal,
+        )
+        return TokenSelection(
+            query_codes=query_codes,
+            key_codes=key_codes,
+            query_codewords=query_codewords,
+            key_codewords=key_codewords,
+            threshold=threshold,
+            tie_radius=radius,
+        )
+    overlaps, _ = tile_groups(length, block_q, key_group)
+    size = min(overlaps.shape[1], max(-(-num_keys // key_group), int(overlaps.sum(-1).max())))
+    seen = _seen_words(length, block_q, key_group, causal, key_mask, segment_ids)
+    batch_chunk, head_chunk = _chunks(query_codes, key_codes, query_codewords, *overlaps.shape)
+    kv_heads, rows = key_codes.shape[2], query_codes.shape[2] // key_codes.shape[2]
+    steps = kv_heads // head_chunk
+
+    def run(index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        sequence, head = index // steps * batch_chunk, index % steps * head_chunk
+
+        def part(a: jax.Array, axis: int = 0) -> jax.Array:
+            return lax.dynamic_slice_in_dim(a, sequence, batch_chunk, axis)
+
+        def heads(a: jax.Array, axis: int, each: int = 1) -> jax.Array:
+            return lax.dynamic_slice_in_dim(a, head * each, head_chunk * each, axis)
+
+        return _select_tiles(
+            heads(part(query_codes), 2, rows),
+            heads(part(key_codes), 2),
+            heads(query_codewords, 0),
+            heads(key_codewords, 0),
+            None if seen is None else part(seen, 1),
+            None if key_mask is None else part(key_mask),
+            size=size,
+            block_q=block_q,
+            key_group=key_group,
+            causal=causal,
+        )
+
+    chunks = batch // batch_chunk * steps
+    found = lax.map(run, jnp.arange(chunks, dtype=jnp.int32)) if chunks > 1 else run(jnp.int32(0))
+    groups, counts = (a.reshape(batch, kv_heads * rows, len(overlaps), -1) for a in found)
+    return TileSelection(groups=groups, counts=counts[..., 0], block_q=block_q, key_group=key_group)

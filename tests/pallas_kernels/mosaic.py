@@ -1,0 +1,46 @@
+"""Running Mosaic kernels in tests: on the GPU where there is one, else in Pallas' interpreter."""
+
+import collections
+import contextlib
+from unittest import mock
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+from pallas_kernels import mosaic
+
+
+@contextlib.contextmanager
+def running():
+    """Runs the kernels called within; without a GPU in the interpreter, where no race may occur."""
+    if on_hopper():
+        yield
+        return
+    with mosaic.interpreted(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+        jax.effects_barrier()
+    assert not gpu_callbacks.get_races().races_found
+
+
+def on_hopper():
+    """Whether the kernels run on a GPU here."""
+    return mosaic.unfit_device() is None
+
+
+def launches(function, *arguments):
+    """How often the jaxpr of a function, traced as for a Hopper GPU, launches each kernel."""
+    with mock.patch.object(mosaic, "unfit_device", return_value=None):
+        jaxpr = jax.make_jaxpr(function)(*arguments)
+    return dict(collections.Counter(_launches(jaxpr.jaxpr)))
+
+
+def _launches(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "mpmd_map":  # what plgpu.kernel becomes
+            yield equation.params["name"]
+            continue
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _launches(inner)
