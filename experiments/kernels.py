@@ -1,19 +1,31 @@
 """Times the kernels against their dense equivalents.
 
     python -m experiments.kernels --device cpu --out DIR
+    python -m experiments.kernels --device gpu --out DIR
 
-Each comparison alternates the baseline and the candidates, and a speedup is the median over the
-rounds of the ratio of their times, forward and backward together. On two CPU cores it takes about
-two minutes; the routed FFN comes out at 1.8 times dense with half of its blocks active and 3.3 with
-a quarter, sparse attention at 9.7 times dense in a twentieth of its memory.
-Writes `kernels.csv`, `kernels.png`, TensorBoard events and, last and
-atomically, `metrics.json` to DIR.
+Each comparison alternates the baselines and the candidates, and a speedup is the median over the
+rounds of the ratio of their times, forward and backward together, over the fastest baseline. On two
+CPU cores it takes about two minutes; the routed FFN comes out at 1.8 times dense with half of its
+blocks active and 3.3 with a quarter, sparse attention at 9.7 times dense in a twentieth of its
+memory.
+
+On a GPU everything is bfloat16: the routed FFN at LLaMA's sizes against cuBLAS, a training step of
+an OPT block, and causal attention of 512 to 65,536 tokens against cuDNN (and tokamax where it is
+installed). Calls are queued until a measurement lasts 50 ms. Beside each time stands the share of
+the device's limit that it reaches: the longer of operations over peak and bytes over bandwidth,
+over the time, where the bytes are the program's arguments and results. Plan a quarter of an hour.
+
+Peak bytes are the temporaries and results of the compiled program, as its allocator lays them out;
+`device_peak_bytes` is the high-water mark of the whole run on the device.
+
+Writes `kernels.csv`, plots, TensorBoard events and, last and atomically, `metrics.json` to DIR.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,32 +43,20 @@ from rich.table import Table
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from experiments import cli
-from pallas_kernels import (
-    RoutedFFNLoRA,
-    RoutedFFNWeights,
-    activation_function,
-    pq_encode,
-    pq_select,
-    routed_ffn,
-    scoring_codewords,
-    sparse_attention,
-)
-from spt_jax.layers import lora_dot
+from experiments import cli, comparisons
+from experiments.comparisons import Comparison, Method
+from experiments.gpu_targets import mosaic_launches
 from spt_jax.training import environment, write_json_atomic
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-
-Trained = Any
-Frozen = Any
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Options of the experiment."""
 
-    device: Literal["cpu"] = "cpu"
+    device: Literal["cpu", "gpu"] = "cpu"
     """Platform that runs the kernels."""
     out: Path = Path("runs/kernels")
     """Folder for the results."""
@@ -66,351 +66,396 @@ class Options:
     """Seed of the random inputs."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """One way of computing something: `function(trained, frozen)`, differentiated in `trained`."""
-
-    name: str
-    function: Callable[[Trained, Frozen], jax.Array]
-    trained: Trained
-    frozen: Frozen = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """A baseline and the candidates that should beat it, on one shape."""
-
-    name: str
-    shape: str
-    baseline: Method
-    candidates: dict[str, Method]  # By the name of the figure: NAME_speedup.
-
-
 @dataclass(frozen=True)
-class FFNShape:
-    """Sizes of a feed-forward network: T tokens, width D, F hidden units in G blocks."""
+class Limits:
+    """What a device can do at most, as its maker states it."""
 
-    tokens: int
-    width: int
-    hidden: int
-    blocks: int = 4
-
-    def __str__(self) -> str:
-        return f"T={self.tokens} D={self.width} F={self.hidden} G={self.blocks}"
+    operations_per_s: float  # dense, bfloat16
+    bytes_per_s: float
 
 
-@dataclass(frozen=True)
-class AttentionShape:
-    """Sizes of an attention layer, and the share of the keys that a query keeps."""
+#: By `device_kind`.
+LIMITS = {
+    "NVIDIA H200": Limits(989e12, 4.8e12),
+    "NVIDIA H100 80GB HBM3": Limits(989e12, 3.35e12),
+    "NVIDIA GH200 480GB": Limits(989e12, 4.0e12),
+}
+#: A measurement lasts at least this long: of one call on a CPU, of queued calls on a GPU.
+MIN_MEASUREMENT_MS = {"cpu": 0.0, "gpu": 50.0}
 
-    length: int
-    heads: int
-    head_width: int
-    density: float
+OUT_OF_MEMORY = "out of memory"
 
-    def __str__(self) -> str:
-        return f"S={self.length} N={self.heads} H={self.head_width} density={self.density:g}"
-
-
-LARGE = FFNShape(4096, 1024, 4096)
-MINILM = FFNShape(4096, 384, 1536)  # 32 sequences of 128 tokens.
-ATTENTION = AttentionShape(4096, 8, 64, 1 / 8)
-LORA_RANK = 16
+COMPARISONS: dict[str, Callable[[], Iterator[Comparison]]] = {
+    "cpu": comparisons.cpu_comparisons,
+    "gpu": comparisons.gpu_comparisons,
+}
 
 
-def _by_block(array: jax.Array, blocks: int) -> jax.Array:
-    """Splits the last axis, hidden units, into blocks and puts them first."""
-    return jnp.moveaxis(array.reshape(*array.shape[:-1], blocks, -1), -2, 0)
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A compiled function with its arguments.
 
-
-def dense_ffn(x: jax.Array, w: dict[str, jax.Array]) -> jax.Array:
-    """The feed-forward network that the routed one is measured against."""
-    hidden = activation_function("gelu")(x @ w["w_in"] + w["b_in"])
-    return hidden @ w["w_out"] + w["b_out"]
-
-
-def dense_lora_ffn(x: jax.Array, w: dict[str, jax.Array], lora: dict[str, jax.Array]) -> jax.Array:
-    """Dense network with LoRA in its fastest form: merged products, skinny gradients."""
-    hidden = lora_dot(x, w["w_in"], lora["a_in"], lora["b_in"], form="merged") + w["b_in"]
-    hidden = activation_function("gelu")(hidden)
-    y = lora_dot(hidden, w["w_out"], lora["a_out"], lora["b_out"], form="merged")
-    return y + w["b_out"]
-
-
-def routed(
-    x: jax.Array,
-    router: jax.Array,
-    weights: RoutedFFNWeights,
-    lora: RoutedFFNLoRA | None,
-    active: int,
-) -> jax.Array:
-    """Router and routed FFN."""
-    p = jax.nn.sigmoid(x @ router)
-    chosen, index = jax.lax.top_k(p, active)
-    return routed_ffn(x, index, 2 * chosen, weights, lora=lora)
-
-
-def ffn_comparison(name: str, shape: FFNShape, mode: str, key: jax.Array) -> Comparison:
-    """Compares routed and dense networks.
-
-    Args:
-      name: Prefix of the figures.
-      shape: Sizes.
-      mode: What trains beside the input and the router: "full" (all weights), "frozen" (none) or
-        "lora" (low-rank factors).
-      key: Source of the random inputs.
+    Attributes:
+      call: runs it.
+      operations: of its products, if they were counted.
+      moved_bytes: its arguments and results.
+      peak_bytes: its temporaries and results.
+      launches: Mosaic kernels that it launches, by name.
     """
-    keys = iter(jax.random.split(key, 10))
-    d, f, g, r = shape.width, shape.hidden, shape.blocks, LORA_RANK
 
-    def normal(*size: int, scale: float = 1.0) -> jax.Array:
-        return scale * jax.random.normal(next(keys), size)
+    call: Callable[[], Any]
+    operations: float | None
+    moved_bytes: int
+    peak_bytes: int
+    launches: dict[str, int]
 
-    x, router = normal(shape.tokens, d), normal(d, g, scale=d**-0.5)
-    dense = {
-        "w_in": normal(d, f, scale=d**-0.5),
-        "b_in": normal(f),
-        "w_out": normal(f, d, scale=f**-0.5),
-        "b_out": normal(d),
-    }
-    weights = RoutedFFNWeights(
-        w_in=_by_block(dense["w_in"], g),
-        b_in=_by_block(dense["b_in"], g),
-        w_out=dense["w_out"].reshape(g, -1, d),
-        b_out=dense["b_out"],
-    )
-    factors = {
-        "a_in": normal(d, r, scale=d**-0.5),
-        "b_in": normal(r, f, scale=r**-0.5),
-        "a_out": normal(f, r, scale=f**-0.5),
-        "b_out": normal(r, d, scale=r**-0.5),
-    }
-    lora = RoutedFFNLoRA(
-        a_in=factors["a_in"],
-        b_in=_by_block(factors["b_in"], g),
-        a_out=factors["a_out"].reshape(g, -1, r),
-        b_out=factors["b_out"],
-    )
-
-    def candidate(active: int) -> Method:
-        if mode == "full":
-            return Method(
-                name=f"routed, {active} of {g}",
-                function=lambda t, _: routed(t[0], t[1], t[2], None, active),
-                trained=(x, router, weights),
-            )
-        return Method(
-            name=f"routed, {active} of {g}",
-            function=lambda t, fixed: routed(t[0], t[1], fixed, t[2], active),
-            trained=(x, router, lora if mode == "lora" else None),
-            frozen=weights,
+    def limit_share(self, ms: float, device_kind: str) -> float | None:
+        """Share of the device's limit that a time comes to; None where a number is missing."""
+        limits = LIMITS.get(device_kind)
+        if limits is None or self.operations is None:
+            return None
+        least_s = max(
+            self.operations / limits.operations_per_s, self.moved_bytes / limits.bytes_per_s
         )
-
-    baseline = {
-        "full": Method(
-            name="dense", function=lambda t, _: dense_ffn(*t), trained=(x, dense), frozen=()
-        ),
-        "frozen": Method(name="dense", function=dense_ffn, trained=x, frozen=dense),
-        "lora": Method(
-            name="dense, merged LoRA",
-            function=lambda t, fixed: dense_lora_ffn(t[0], fixed, t[1]),
-            trained=(x, factors),
-            frozen=dense,
-        ),
-    }[mode]
-    return Comparison(
-        name=name,
-        shape=str(shape),
-        baseline=baseline,
-        candidates={f"{name}_half": candidate(g // 2), f"{name}_quarter": candidate(g // 4)},
-    )
-
-
-def attention_comparison(name: str, shape: AttentionShape, key: jax.Array) -> Comparison:
-    """Compares sparse attention, encoding and selection included, with dense attention."""
-    size = (1, shape.length, shape.heads, shape.head_width)
-    qkv = tuple(jax.random.normal(k, size) for k in jax.random.split(key, 3))
-    # Codebooks of 16 codewords of width 4, made of vectors of the input: speed depends on shapes.
-    codebooks = tuple(
-        jnp.moveaxis(t[0, :16].reshape(16, shape.heads, -1, 4), 0, 2) for t in qkv[:2]
-    )
-
-    def sparse(qkv: Trained, codebooks: Frozen) -> jax.Array:
-        q, k, v = qkv
-        codes = pq_encode(q, codebooks[0]), pq_encode(k, codebooks[1])
-        selection = pq_select(
-            *codes,
-            *scoring_codewords(*codebooks),
-            num_keys=round(shape.length * shape.density),
-            granularity="tile",
-        )
-        return sparse_attention(q, k, v, selection)
-
-    return Comparison(
-        name=name,
-        shape=str(shape),
-        baseline=Method(
-            name="jax.nn.dot_product_attention",
-            function=lambda t, _: jax.nn.dot_product_attention(*t),
-            trained=qkv,
-        ),
-        candidates={
-            name: Method(name="sparse, tile", function=sparse, trained=qkv, frozen=codebooks)
-        },
-    )
-
-
-def cpu_comparisons(key: jax.Array) -> Iterator[Comparison]:
-    """The comparisons that a CPU runs, in float32; built one at a time to keep memory small."""
-    keys = jax.random.split(key, 4)
-    yield ffn_comparison("routed_ffn", LARGE, "full", keys[0])
-    yield ffn_comparison("routed_ffn_frozen", LARGE, "frozen", keys[1])
-    yield ffn_comparison("routed_ffn_minilm_lora", MINILM, "lora", keys[2])
-    yield attention_comparison("sparse_attention", ATTENTION, keys[3])
-
-
-# A platform with kernels of its own gets its comparisons, baselines and types here.
-COMPARISONS = {"cpu": cpu_comparisons}
-NUM_COMPARISONS = {"cpu": 4}
+        return 1e3 * least_s / ms
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Times of one method by round, and its memory."""
+    """Times of one method by round, and its programs; or why there are none."""
 
     method: Method
-    forward_ms: np.ndarray
-    step_ms: np.ndarray
-    peak_bytes: int
+    programs: tuple[Program, Program] | None = None  # forward, and forward with backward
+    forward_ms: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
+    step_ms: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
+    failure: str | None = None
 
-    def figures(self) -> dict[str, float]:
-        """Medians, and spreads: interquartile ranges."""
+    @property
+    def peak_bytes(self) -> int:
+        """Temporaries and results of forward with backward."""
+        return 0 if self.programs is None else self.programs[1].peak_bytes
+
+    def figures(self) -> dict[str, Any]:
+        """Medians, spreads (interquartile ranges), memory, and how near the limit they are."""
+        if self.programs is None:
+            return {"failure": self.failure}
         times = {
             "forward": self.forward_ms,
             "backward": self.step_ms - self.forward_ms,
             "step": self.step_ms,
         }
-        figures: dict[str, float] = {}
+        figures: dict[str, Any] = {}
         for name, values in times.items():
             low, middle, high = np.percentile(values, (25, 50, 75))
             figures |= {f"{name}_ms": float(middle), f"{name}_spread_ms": float(high - low)}
-        return figures | {"peak_bytes": self.peak_bytes}
+        figures["peak_bytes"] = self.peak_bytes
+        kind = jax.devices()[0].device_kind
+        for name, program in zip(("forward", "step"), self.programs, strict=True):
+            figures[f"{name}_bytes"] = program.moved_bytes
+            figures[f"{name}_launches"] = sum(program.launches.values())
+            if program.operations is not None:
+                figures[f"{name}_operations"] = program.operations
+            share = program.limit_share(figures[f"{name}_ms"], kind)
+            if share is not None:
+                figures[f"{name}_limit_share"] = share
+        return figures
 
 
-def _compile(method: Method) -> tuple[Callable[[], Any], Callable[[], Any], int]:
-    """Compiles forward, and forward with backward; also returns the latter's peak memory."""
+def step_function(method: Method) -> Callable[[Any, Any, Any], Any]:
+    """`step(trained, frozen, cotangent)`: the result of a method and its gradient in `trained`.
 
-    def step(trained: Trained, frozen: Frozen) -> Any:
+    As in a model, the cotangent is there only once the result is.
+    """
+
+    def step(trained: Any, frozen: Any, cotangent: Any) -> Any:
         y, pullback = jax.vjp(lambda t: method.function(t, frozen), trained)
-        return y, pullback(jnp.ones_like(y))
+        y, cotangent = jax.lax.optimization_barrier((y, cotangent))
+        return y, pullback(cotangent)
 
-    arguments = (method.trained, method.frozen)
-    forward = jax.jit(method.function).lower(*arguments).compile()
-    both = jax.jit(step).lower(*arguments).compile()
-    memory = both.memory_analysis()
+    return step
+
+
+def _program(function: Callable[..., Any], arguments: Any, operations: float | None) -> Program:
+    compiled = jax.jit(function).lower(*arguments).compile()
+    memory = compiled.memory_analysis()
     if memory is None:
         raise NotImplementedError("this platform reports no memory use of compiled programs")
-    peak = memory.temp_size_in_bytes + memory.output_size_in_bytes
-    return lambda: forward(*arguments), lambda: both(*arguments), peak
+    results = memory.output_size_in_bytes
+    return Program(
+        call=lambda: compiled(*arguments),
+        operations=operations,
+        moved_bytes=memory.argument_size_in_bytes + results,
+        peak_bytes=memory.temp_size_in_bytes + results,
+        launches=dict(mosaic_launches(compiled.as_text() or "")),
+    )
 
 
-def _time_ms(function: Callable[[], Any]) -> float:
+def _compile(method: Method, key: jax.Array) -> tuple[Program, Program]:
+    """The forward pass, and forward with backward; the same where nothing is differentiated."""
+    arguments = jax.jit(method.arguments)(key)
+    forward_operations, step_operations = method.operations or (None, None)
+    forward = _program(method.function, arguments, forward_operations)
+    if not jax.tree.leaves(arguments[0]):
+        return forward, forward
+    result = jax.eval_shape(method.function, *arguments)
+    cotangent = jax.tree.map(lambda y: jnp.ones(y.shape, y.dtype), result)
+    step = _program(step_function(method), (*arguments, cotangent), step_operations)
+    return forward, step
+
+
+def _time_ms(function: Callable[[], Any], calls: int = 1) -> float:
+    """Time of a call, of which several are queued."""
     start = time.perf_counter()
+    for _ in range(calls):
+        result = function()
+    jax.block_until_ready(result)
+    return 1e3 * (time.perf_counter() - start) / calls
+
+
+def _calls(function: Callable[[], Any], least_ms: float) -> int:
+    """Calls that make a measurement last long enough."""
     jax.block_until_ready(function())
-    return 1e3 * (time.perf_counter() - start)
+    return max(1, math.ceil(least_ms / _time_ms(function)))
 
 
-def measure(comparison: Comparison, rounds: int, advance: Callable[[], Any]) -> list[Measurement]:
-    """Times the baseline and then the candidates, round by round; the first round is not kept."""
-    methods = [comparison.baseline, *comparison.candidates.values()]
-    compiled = [_compile(method) for method in methods]
-    times = np.zeros((rounds + 1, len(methods), 2))
-    for row in times:
-        for cell, (forward, step, _) in zip(row, compiled, strict=True):
-            jax.block_until_ready(forward())  # pays for what the method before it left behind
-            cell[:] = _time_ms(forward), _time_ms(step)
+def _failure(error: Exception) -> str:
+    """Why a method could not run, in one line."""
+    text = " ".join(str(error).split())
+    if "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
+        return OUT_OF_MEMORY
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+def measure(
+    comparison: Comparison,
+    key: jax.Array,
+    rounds: int,
+    least_ms: float,
+    advance: Callable[[], Any],
+) -> dict[str, Measurement]:
+    """Times baselines and candidates in turn, round by round; the first round is not kept.
+
+    A method that fails is left out of the rounds, and its measurement says why.
+
+    Returns:
+      Measurements by the names of `comparison.baselines` and `comparison.candidates`.
+    """
+    methods = comparison.baselines | comparison.candidates
+    done: dict[str, Measurement] = {}
+    ready: dict[str, tuple[Program, Program, int, int]] = {}
+    for name, method in methods.items():
+        try:
+            forward, step = _compile(method, key)
+            ready[name] = (
+                forward,
+                step,
+                _calls(forward.call, least_ms),
+                _calls(step.call, least_ms),
+            )
+        except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError, RuntimeError) as error:
+            done[name] = Measurement(method=method, failure=_failure(error))
+    times = {name: np.zeros((rounds + 1, 2)) for name in ready}
+    for i in range(rounds + 1):
+        for name, (forward, step, forward_calls, step_calls) in ready.items():
+            jax.block_until_ready(forward.call())  # pays for what the method before it left behind
+            forward_ms = _time_ms(forward.call, forward_calls)
+            same = forward is step
+            times[name][i] = forward_ms, forward_ms if same else _time_ms(step.call, step_calls)
         advance()
-    return [
-        Measurement(method=m, forward_ms=t[:, 0], step_ms=t[:, 1], peak_bytes=c[2])
-        for m, t, c in zip(methods, times[1:].swapaxes(0, 1), compiled, strict=True)
-    ]
+    for name, (forward, step, *_) in ready.items():
+        kept = times[name][1:]
+        done[name] = Measurement(
+            method=methods[name],
+            programs=(forward, step),
+            forward_ms=kept[:, 0],
+            step_ms=kept[:, 1],
+        )
+    return {name: done[name] for name in methods}
 
 
-def run(options: Options) -> dict[str, Any]:
-    """Runs all comparisons of the device and returns the figures."""
+def compare(
+    comparison: Comparison, measured: dict[str, Measurement]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Figures by name, and a row of the table for every method."""
+    baselines = {name: measured[name] for name in comparison.baselines}
+    usable = {name: m for name, m in baselines.items() if m.failure is None}
     figures: dict[str, Any] = {}
-    table = Table(title=f"{jax.devices()[0].device_kind}, medians of {options.rounds} rounds")
+    rows = []
+
+    def fastest(what: str) -> Measurement | None:
+        return min(usable.values(), key=lambda m: np.median(getattr(m, what)), default=None)
+
+    def ratio(over: Measurement | None, candidate: Measurement, what: str) -> float | None:
+        if over is None or candidate.failure is not None:
+            return None
+        return float(np.median(getattr(over, what) / getattr(candidate, what)))
+
+    best, best_forward = fastest("step_ms"), fastest("forward_ms")
+    for name, measurement in measured.items():
+        mine = measurement.figures()
+        speedup = ratio(best, measurement, "step_ms")
+        full_name = f"{comparison.name}_{name}" if name in baselines else name
+        figures[full_name] = mine
+        rows.append(
+            {
+                "comparison": comparison.name,
+                "shape": comparison.shape,
+                "length": comparison.length,
+                "density": comparison.density.get(name),
+                "baseline": name in baselines,
+                "name": full_name,
+                "method": measurement.method.name,
+                **mine,
+                "speedup": speedup,
+            }
+        )
+        if name in baselines or speedup is None or best is None:
+            continue
+        figures[f"{name}_speedup"] = speedup
+        figures[f"{name}_forward_speedup"] = ratio(best_forward, measurement, "forward_ms")
+        figures[f"{name}_peak_ratio"] = measurement.peak_bytes / best.peak_bytes
+        for suffix, over in usable.items() if len(baselines) > 1 else ():
+            figures[f"{name}_speedup_over_{suffix}"] = ratio(over, measurement, "step_ms")
+            figures[f"{name}_peak_ratio_over_{suffix}"] = measurement.peak_bytes / over.peak_bytes
+    return figures, rows
+
+
+def run(options: Options) -> tuple[dict[str, Any], list[str]]:
+    """Runs all comparisons of the device.
+
+    Returns:
+      The figures, and what failed though nothing but memory and optional packages may be missing.
+    """
+    figures: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    failures: list[str] = []
+    chosen = list(COMPARISONS[options.device]())
+    keys = jax.random.split(jax.random.key(options.seed), len(chosen))
+    total = len(chosen) * (options.rounds + 1)
+    with tqdm(total=total, disable=not sys.stderr.isatty(), unit="round") as progress:
+        for comparison, key in zip(chosen, keys, strict=True):
+            progress.set_description(comparison.name)
+            least_ms = MIN_MEASUREMENT_MS[options.device]
+            measured = measure(comparison, key, options.rounds, least_ms, progress.update)
+            more, new_rows = compare(comparison, measured)
+            figures |= more
+            rows += new_rows
+            failures += [
+                f"{comparison.name}, {m.method.name}: {m.failure}"
+                for m in measured.values()
+                if m.failure not in (None, OUT_OF_MEMORY) and not m.method.optional
+            ]
+            _write_csv(options.out / "kernels.csv", rows)
+    _print(rows, options.rounds)
+    _plot(options.out / "kernels.png", rows)
+    if options.device == "gpu":
+        _plot_sweep(options.out / "attention.png", rows)
+        _plot_limits(options.out / "limits.png", rows)
+    return figures, failures
+
+
+def _print(rows: list[dict[str, Any]], rounds: int) -> None:
+    limits = any("step_limit_share" in row for row in rows)
+    table = Table(title=f"{jax.devices()[0].device_kind}, medians of {rounds} rounds")
     for column in ("comparison", "shape", "method"):
         table.add_column(column)
-    for column in ("forward ms", "backward ms", "step ms", "spread ms", "peak MB", "speedup"):
+    numbers = ["forward ms", "backward ms", "step ms", "spread ms", "peak MB", "speedup"]
+    if limits:
+        numbers += ["TFLOP", "GB", "forward of limit", "step of limit"]
+    for column in numbers:
         table.add_column(column, justify="right")
-    rows = []
-    total = NUM_COMPARISONS[options.device] * (options.rounds + 1)
-    with tqdm(total=total, disable=not sys.stderr.isatty(), unit="round") as progress:
-        for comparison in COMPARISONS[options.device](jax.random.key(options.seed)):
-            progress.set_description(comparison.name)
-            baseline, *candidates = measure(comparison, options.rounds, progress.update)
-            dense = baseline.figures()
-            figures[f"{comparison.name}_dense"] = dense
-            entries: list[tuple[str, Measurement, dict[str, float], float]] = [
-                (f"{comparison.name}_dense", baseline, dense, 1.0)
+
+    def number(row: dict[str, Any], name: str, form: str, factor: float = 1) -> str:
+        return "" if row.get(name) is None else format(factor * row[name], form)
+
+    for row in rows:
+        cells = [row["comparison"], row["shape"], row["method"]]
+        if "failure" in row:
+            table.add_row(*cells, row["failure"])
+            continue
+        precision = ".3f" if limits else ".1f"
+        cells += [number(row, f"{k}_ms", precision) for k in ("forward", "backward", "step")]
+        cells += [
+            number(row, "step_spread_ms", precision),
+            number(row, "peak_bytes", ".1f", 1e-6),
+            number(row, "speedup", ".2f"),
+        ]
+        if limits:
+            cells += [
+                number(row, "step_operations", ".2f", 1e-12),
+                number(row, "step_bytes", ".2f", 1e-9),
+                number(row, "forward_limit_share", ".0%"),
+                number(row, "step_limit_share", ".0%"),
             ]
-            for name, candidate in zip(comparison.candidates, candidates, strict=True):
-                mine = candidate.figures()
-                speedup = float(np.median(baseline.step_ms / candidate.step_ms))
-                figures |= {
-                    name: mine,
-                    f"{name}_speedup": speedup,
-                    f"{name}_forward_speedup": float(
-                        np.median(baseline.forward_ms / candidate.forward_ms)
-                    ),
-                    f"{name}_peak_ratio": candidate.peak_bytes / baseline.peak_bytes,
-                }
-                entries.append((name, candidate, mine, speedup))
-            for name, measurement, mine, speedup in entries:
-                times = (f"{mine[f'{k}_ms']:.1f}" for k in ("forward", "backward", "step"))
-                table.add_row(
-                    comparison.name,
-                    comparison.shape,
-                    measurement.method.name,
-                    *times,
-                    f"{mine['step_spread_ms']:.1f}",
-                    f"{mine['peak_bytes'] / 1e6:.1f}",
-                    f"{speedup:.2f}",
-                )
-                rows.append(
-                    {
-                        "comparison": comparison.name,
-                        "shape": comparison.shape,
-                        "name": name,
-                        "method": measurement.method.name,
-                        **mine,
-                        "speedup": speedup,
-                    }
-                )
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
-    _write_csv(options.out / "kernels.csv", rows)
-    _plot(options.out / "kernels.png", rows)
-    return figures
+        table.add_row(*cells)
+    width = 220 if limits else 160
+    Console(width=None if sys.stdout.isatty() else width).print(table)
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=names)
         writer.writeheader()
         writer.writerows(rows)
 
 
 def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
-    rows = [row for row in rows if not row["name"].endswith("_dense")]
+    rows = [row for row in rows if not row["baseline"] and row["speedup"] is not None]
     figure, axes = plt.subplots(figsize=(8, 0.5 * len(rows) + 1.5), layout="constrained")
     names, speedups = [row["name"] for row in rows], [row["speedup"] for row in rows]
     axes.bar_label(axes.barh(names, speedups), fmt="%.2f", padding=3)
     axes.axvline(1, color="black", linewidth=1, linestyle="--")
     axes.invert_yaxis()
-    axes.set_xlabel("speedup over dense, forward and backward")
+    axes.set_xlabel("speedup over the fastest dense form, forward and backward")
+    _save(figure, path)
+
+
+def _plot_sweep(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Time a token over the length of the sequence, dense and for each density."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if row["length"] is not None and "failure" not in row:
+            lines.setdefault(row["method"], []).append((row["length"], row["step_ms"]))
+    for name, points in lines.items():
+        style = "--" if name.startswith("dense") else "-"
+        axes.plot(*zip(*points, strict=True), style, marker="o", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("tokens of a sequence")
+    axes.set_ylabel("ms, forward and backward")
+    axes.legend()
+    _save(figure, path)
+
+
+def _plot_limits(path: Path, rows: list[dict[str, Any]]) -> None:
+    """How near to the device's limit every method comes."""
+    rows = [row for row in rows if "step_limit_share" in row]
+    figure, axes = plt.subplots(figsize=(8, 0.3 * len(rows) + 1.5), layout="constrained")
+    names = [row["name"] for row in rows]
+    shares = [100 * row["step_limit_share"] for row in rows]
+    axes.bar_label(axes.barh(names, shares), fmt="%.0f", padding=3)
+    axes.invert_yaxis()
+    axes.set_xlabel("% of the limit, forward and backward")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _require(device: str) -> None:
+    """Makes JAX use a platform, and says so where it is not there."""
+    jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[device])
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise ValueError(
+            f"--device {device}: JAX finds no such device; for a GPU install spt-jax[cuda13] "
+            f"({' '.join(str(error).split())})"
+        ) from None
 
 
 def main() -> None:
@@ -418,13 +463,17 @@ def main() -> None:
     options = tyro.cli(Options, prog="experiments.kernels", description=__doc__)
     if options.rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {options.rounds}")
-    jax.config.update("jax_platforms", options.device)
+    _require(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
-    figures = run(options)
+    figures, failures = run(options)
     with SummaryWriter(str(options.out)) as writer:
         for name, value in figures.items():
-            if isinstance(value, float):
-                writer.add_scalar(name, value, 0)
+            for key, number in value.items() if isinstance(value, dict) else (("", value),):
+                if isinstance(number, int | float):
+                    writer.add_scalar(f"{name}/{key}" if key else name, number, 0)
+    statistics = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in statistics:
+        figures["device_peak_bytes"] = statistics["peak_bytes_in_use"]
     write_json_atomic(
         options.out / "metrics.json",
         {
@@ -435,6 +484,8 @@ def main() -> None:
             "figures": figures,
         },
     )
+    if failures:
+        sys.exit(f"error: {len(failures)} methods failed, the first: {failures[0]}")
 
 
 if __name__ == "__main__":

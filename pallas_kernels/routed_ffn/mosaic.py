@@ -34,7 +34,12 @@ from pallas_kernels import mosaic
 from pallas_kernels.mosaic import WARPGROUP_ROWS
 from pallas_kernels.routed_ffn import plan as plans
 from pallas_kernels.routed_ffn.plan import Plan
-from pallas_kernels.routed_ffn.types import Activation, RoutedFFNLoRA, RoutedFFNWeights
+from pallas_kernels.routed_ffn.types import (
+    Activation,
+    RoutedFFNLoRA,
+    RoutedFFNWeights,
+    activation_function,
+)
 
 Arrays = dict[str, Array]
 
@@ -213,20 +218,34 @@ class _Term:
       a: Rows, `[R, slots * depth]`.
       bs: For each accumulator the matrices of all blocks, `[G, ...]`, or one for all of them.
       slots: Slots that are summed; each has its own columns of `a` and its own block.
+      side_by_side: The matrices are read as the columns of one, `[rows, G * columns]`. A dense
+        weight cut into blocks of columns is not moved in memory for that.
     """
 
     a: Array
     bs: tuple[Array, ...]
     slots: int = 1
+    side_by_side: bool = False
 
     @property
     def depth(self) -> int:
         return self.a.shape[1] // self.slots
 
     @property
-    def block_rows(self) -> int:
-        """Rows of one block's matrix; none if all blocks share it."""
-        return self.bs[0].shape[1] if self.bs[0].ndim == 3 else 0
+    def step(self) -> tuple[int, int]:
+        """Rows and columns from one block's matrix to the next; none if all blocks share it."""
+        if self.bs[0].ndim == 2:
+            return 0, 0
+        rows, columns = self.bs[0].shape[1:]
+        return (0, columns) if self.side_by_side else (rows, 0)
+
+    @property
+    def operands(self) -> list[Array]:
+        """`a`, and the matrices of every accumulator as one, of two axes."""
+        bs = [jnp.moveaxis(b, 0, 1) if self.side_by_side else b for b in self.bs]
+        if self.side_by_side:
+            return [self.a, *(b.reshape(len(b), -1) for b in bs)]
+        return [self.a, *(b.reshape(-1, b.shape[-1]) for b in bs)]
 
 
 class _Tile(NamedTuple):
@@ -292,8 +311,7 @@ def _multiply_rows(
     most_tiles = plan.blocks.shape[1]
     sms = min(config.num_sms, most_tiles * slots * parts)
     wgs = config.warpgroups
-    flat = [array for term in terms for array in (term.a, *term.bs)]
-    flat = [array.reshape(-1, array.shape[-1]) for array in flat]
+    flat = [array for term in terms for array in term.operands]
     b_shape = (bn, bk) if transposed else (bk, bn)
 
     def body(tiles_ref: Any, blocks_ref: Any, *refs: Any) -> None:
@@ -327,15 +345,16 @@ def _multiply_rows(
             @pl.loop(0, term.slots)
             def _(s: Array) -> None:
                 block = blocks_ref[s if term.slots > 1 else slot, tile]
-                start = block * term.block_rows
+                first_row, first_column = (block * step for step in term.step)
 
                 @pl.loop(0, depth)
                 def _(k: Array) -> None:
                     of_a = pl.ds(tile * bm, bm), pl.ds(s * term.depth + k * bk, bk)
                     if transposed:
-                        of_b = pl.ds(start + column, bn), pl.ds(k * bk, bk)
+                        of_b = (first_row + column, bn), (first_column + k * bk, bk)
                     else:
-                        of_b = pl.ds(start + k * bk, bk), pl.ds(column, bn)
+                        of_b = (first_row + k * bk, bk), (first_column + column, bn)
+                    of_b = tuple(pl.ds(*span) for span in of_b)
 
                     def copy(stage: Array, barrier: Any) -> None:
                         plgpu.copy_gmem_to_smem(a_ref.at[of_a], a_s.at[stage], barrier)
@@ -546,31 +565,29 @@ def routed_ffn_down_backward(
       wanted: Names of the results.
 
     Returns:
-      Those of them that are wanted: "hidden", a list of gradients of `hidden`; "inner", as
-      `routed_ffn_up` has it; "coefficients", `[S, R]`.
+      Those of them that are wanted: "hidden", a list of gradients of `hidden`; "coefficients",
+      `[S, R]`.
     """
     columns, slots, count = terms[0].bs[0].shape[1], plan.blocks.shape[0], len(hidden)
     dtype, wgs, parts = hidden[0].dtype, config.warpgroups, pl.cdiv(columns, config.block_n)
     shape = jax.ShapeDtypeStruct(hidden[0].shape, dtype)
     partial = jax.ShapeDtypeStruct((slots * parts, hidden[0].shape[0]), jnp.float32)
-    types = {"hidden": [shape] * count, "inner": [shape], "coefficients": [partial]}
+    types = {"hidden": [shape] * count, "coefficients": [partial]}
     types = {name: types[name] for name in types if name in wanted}
-    # Of a gated network with everything wanted, 64 columns would not fit the registers.
-    chunk = CHUNK // 2 if count == 2 and "inner" in wanted else CHUNK
-    chunks, depth = config.block_n // chunk, 2 * CHUNK // chunk
+    chunks, depth = config.block_n // CHUNK, 2
 
     def compute(tile: _Tile, multiply: Any, in_refs: Any, out_refs: Any, scratch: Any) -> None:
         *hidden_refs, c_ref = in_refs
         refs = iter(out_refs)
         outs = {name: [next(refs) for _ in group] for name, group in types.items()}
-        loaded, chunk_s, sums_s, *inner_s = scratch
+        loaded, chunk_s, sums_s = scratch
         wg, base = tile.warpgroup, tile.slot * columns + tile.column
 
         def load(number: int) -> None:
             slot = number % depth
             for j, ref in enumerate(hidden_refs):
                 plgpu.copy_gmem_to_smem(
-                    ref.at[tile.rows, pl.ds(base + number * chunk, chunk)],
+                    ref.at[tile.rows, _chunk(base + number * CHUNK)],
                     chunk_s.at[wg, slot, j],
                     loaded.at[wg * depth + slot],
                 )
@@ -582,13 +599,13 @@ def routed_ffn_down_backward(
         (acc,) = multiply()
         total = None
         for number in range(chunks):
-            n = number * chunk
+            n = number * CHUNK
             plgpu.barrier_wait(loaded.at[wg * depth + number % depth])
             buffers = [chunk_s.at[wg, number % depth, j] for j in range(count)]
             values = [plgpu.load(b, layout=plgpu.Layout.WGMMA).astype(jnp.float32) for b in buffers]
-            c_rows = mosaic.rows(c, (WARPGROUP_ROWS, chunk))
+            c_rows = mosaic.rows(c, (WARPGROUP_ROWS, CHUNK))
             inner, slope = _act_and_slope(activation, values[-1])
-            d_inner = acc[:, n : n + chunk]
+            d_inner = acc[:, n : n + CHUNK]
             scaled = d_inner * c_rows
             if count == 2:
                 slopes = [inner, slope * values[0]]
@@ -602,11 +619,8 @@ def routed_ffn_down_backward(
                 total = sums if total is None else total + sums
             results: list[tuple[Any, Any, Any]] = []
             if "hidden" in wanted:
-                d_hidden = [scaled * slope for slope in slopes]
+                d_hidden = [(scaled * slope).astype(dtype) for slope in slopes]
                 results += zip(d_hidden, buffers, outs["hidden"], strict=True)
-            if "inner" in wanted:
-                results.append((inner * c_rows, inner_s[0].at[wg], outs["inner"][0]))
-            results = [(value.astype(dtype), buffer, ref) for value, buffer, ref in results]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if 0 < number <= chunks - depth:
                 load(number + depth - 1)
@@ -616,7 +630,7 @@ def routed_ffn_down_backward(
 
             def put(results: Any = results, n: int = n) -> None:
                 for _, buffer, ref in results:
-                    plgpu.copy_smem_to_gmem(buffer, ref.at[tile.rows, pl.ds(base + n, chunk)])
+                    plgpu.copy_smem_to_gmem(buffer, ref.at[tile.rows, _chunk(base + n)])
 
             _when(tile.stores(n), put)
         if "coefficients" in wanted:
@@ -626,11 +640,9 @@ def routed_ffn_down_backward(
 
     scratch = [
         plgpu.Barrier(num_arrivals=count, num_barriers=wgs * depth),
-        mosaic.matrix((wgs, depth, count, WARPGROUP_ROWS, chunk), dtype),
+        mosaic.matrix((wgs, depth, count, WARPGROUP_ROWS, CHUNK), dtype),
         plgpu.SMEM((wgs, WARPGROUP_ROWS), jnp.float32),
     ]
-    if "inner" in wanted:
-        scratch.append(mosaic.matrix((wgs, WARPGROUP_ROWS, chunk), dtype))
     results = iter(
         _multiply_rows(
             compute,
@@ -647,8 +659,6 @@ def routed_ffn_down_backward(
         )
     )
     named: dict[str, Any] = {name: [next(results) for _ in group] for name, group in types.items()}
-    if "inner" in named:
-        (named["inner"],) = named["inner"]
     if "coefficients" in named:
         named["coefficients"] = named["coefficients"][0].reshape(slots, parts, -1).sum(axis=1)
     return named
@@ -663,6 +673,7 @@ def routed_ffn_weight_gradient(
     *,
     columns_of_a: int,
     columns_of_b: int,
+    side_by_side: bool = False,
 ) -> Float[Array, "G columns_of_a columns_of_b"]:
     """`sum_r a[r, s]^T b[r, s]` over the rows that compute a block, at its slot, for each block.
 
@@ -674,6 +685,7 @@ def routed_ffn_weight_gradient(
       config: Tile sizes, of the result.
       columns_of_a: Rows of the result.
       columns_of_b: Columns of the result.
+      side_by_side: Write the results as the columns of one matrix; see `_Term`.
     """
     num_blocks, dtype = lists[0].shape[0], a.dtype
     bm, bn, bk = config.block_m, config.block_n, config.block_k
@@ -733,9 +745,13 @@ def routed_ffn_weight_gradient(
                         mine &= b_start + n >= column
 
                     def put(n: int = n) -> None:
-                        rows = pl.ds(block * columns_of_a + a_start, WARPGROUP_ROWS)
                         value = jnp.where(some, acc[:, n : n + CHUNK], 0.0)
-                        store(value, out_ref.at[rows, _chunk(b_start + n)])
+                        where_a, where_b = a_start, b_start + n
+                        if side_by_side:
+                            where_b += block * columns_of_b
+                        else:
+                            where_a += block * columns_of_a
+                        store(value, out_ref.at[pl.ds(where_a, WARPGROUP_ROWS), _chunk(where_b)])
 
                     _when(mine, put)
 
@@ -770,9 +786,12 @@ def routed_ffn_weight_gradient(
 
             ring.drain(each_tile(load))
 
-    return plgpu.kernel(
+    shape = num_blocks * columns_of_a, columns_of_b
+    if side_by_side:
+        shape = columns_of_a, num_blocks * columns_of_b
+    out = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((num_blocks * columns_of_a, columns_of_b), dtype),
+        out_type=jax.ShapeDtypeStruct(shape, dtype),
         scratch_types=[
             mosaic.matrix((config.stages, bk, bm), dtype),
             mosaic.matrix((config.stages, bk, bn), dtype),
@@ -786,7 +805,10 @@ def routed_ffn_weight_gradient(
         thread_name="wg",
         compiler_params=_COMPILER_PARAMS,
         kernel_name="routed_ffn_weight_gradient",
-    )(*lists, a, b).reshape(num_blocks, columns_of_a, columns_of_b)
+    )(*lists, a, b)
+    if side_by_side:
+        return jnp.moveaxis(out.reshape(columns_of_a, num_blocks, columns_of_b), 1, 0)
+    return out.reshape(num_blocks, columns_of_a, columns_of_b)
 
 
 class _Extra(NamedTuple):
@@ -883,7 +905,8 @@ def _forward(
     x, names, (num_blocks, width, units) = p["x"], _projections(p), p["w_in"].shape
     plan = plans.make_plan(block_index, num_blocks)
     slots = plan.blocks.shape[0]
-    terms = [_Term(plans.rows_of_tokens(x, plan), tuple(p[f"w_{name}"] for name in names))]
+    ups = tuple(p[f"w_{name}"] for name in names)
+    terms = [_Term(plans.rows_of_tokens(x, plan), ups, side_by_side=True)]
     extra = _extra(p, names)
     columns = _extra_columns(p, extra, plan)
     if columns is not None:
@@ -900,6 +923,19 @@ def _forward(
         ha = plans.tokens_of_rows(ha, plan) if save else None
     ys = routed_ffn_down(terms, plan, _config(plan, width), columns=width)
     return plans.tokens_of_rows(ys, plan, p.get("b_out")), (plan, hidden, columns, ha)
+
+
+def _inner(
+    activation: Activation, hidden: Sequence[Array], coefficients: Float[Array, "S R"]
+) -> Float[Array, "R SFb"]:
+    """What `routed_ffn_up` made of the products that it saved."""
+    *linear, pre = (h.astype(jnp.float32) for h in hidden)
+    inner = activation_function(activation)(pre)
+    for h in linear:
+        inner *= h
+    shape = len(inner), len(coefficients), -1
+    inner = inner.reshape(shape) * coefficients.T[:, :, None]
+    return inner.reshape(hidden[0].shape).astype(hidden[0].dtype)
 
 
 def _backward(
@@ -923,14 +959,13 @@ def _backward(
         results.add("hidden")
     if "coefficients" in wanted:
         results.add("coefficients")
-    if wanted & {"w_out", "lora_a_out"}:
-        results.add("inner")
     grads: Arrays = {}
     if "b_out" in wanted:
         grads["b_out"] = dy.astype(jnp.float32).sum(axis=0)
     if "lora_b_out" in wanted:
         grads["lora_b_out"] = _product(ha, dy, (0, 0))[: p["lora_b_out"].shape[0]]
-    if not results:
+    by_inner = wanted & {"w_out", "lora_a_out"}
+    if not results | by_inner:
         return grads
 
     dys = plans.rows_of_tokens(dy, plan)
@@ -940,23 +975,14 @@ def _backward(
         dyb = plans.rows_of_tokens(dyb, plan)
         terms.append(_Term(dyb, (factors[0],)))
     coefficients = plans.rows_of_choices(p["coefficients"], plan)
-    found = routed_ffn_down_backward(
-        terms,
-        hidden,
-        coefficients,
-        plan,
-        activation,
-        _config(plan, units, slots, buffers=2 * len(hidden) + ("inner" in results)),
-        wanted=frozenset(results),
-    )
-    if "coefficients" in wanted:
-        grads["coefficients"] = plans.choices_of_rows(found["coefficients"], plan)
 
     @functools.cache
     def lists() -> tuple[Array, Array]:
         return plans.tiles_by_block(plan, num_blocks)
 
-    def weight_gradient(a: Array, b: Array, columns_of_a: int, columns_of_b: int) -> Array:
+    def weight_gradient(
+        a: Array, b: Array, columns_of_a: int, columns_of_b: int, side_by_side: bool = False
+    ) -> Array:
         block_m = min(2 * WARPGROUP_ROWS, columns_of_a)
         tiles = num_blocks * pl.cdiv(columns_of_a, block_m)
         return routed_ffn_weight_gradient(
@@ -967,13 +993,31 @@ def _backward(
             config_for(block_m, tiles, columns_of_b),
             columns_of_a=columns_of_a,
             columns_of_b=columns_of_b,
+            side_by_side=side_by_side,
         )
 
-    if "w_out" in wanted:
-        grads["w_out"] = weight_gradient(found["inner"], dys, units, width)
-    if "lora_a_out" in wanted:
-        rank = p["lora_a_out"].shape[-1]
-        grads["lora_a_out"] = weight_gradient(found["inner"], dyb, units, dyb.shape[1])[..., :rank]
+    if by_inner:
+        inner = _inner(activation, hidden, coefficients)
+        if "w_out" in wanted:
+            grads["w_out"] = weight_gradient(inner, dys, units, width)
+        if "lora_a_out" in wanted:
+            rank = p["lora_a_out"].shape[-1]
+            grads["lora_a_out"] = weight_gradient(inner, dyb, units, dyb.shape[1])[..., :rank]
+        # Memory of `inner` is free before that of the gradients of `hidden` is taken.
+        hidden, grads = lax.optimization_barrier((hidden, grads))
+    if not results:
+        return grads
+    found = routed_ffn_down_backward(
+        terms,
+        hidden,
+        coefficients,
+        plan,
+        activation,
+        _config(plan, units, slots, buffers=2 * len(hidden)),
+        wanted=frozenset(results),
+    )
+    if "coefficients" in wanted:
+        grads["coefficients"] = plans.choices_of_rows(found["coefficients"], plan)
     if "hidden" not in found:
         return grads
 
@@ -990,8 +1034,8 @@ def _backward(
         xs = plans.rows_of_tokens(lax.optimization_barrier(x), plan)
         for name in names:
             if f"w_{name}" in wanted:
-                grads[f"w_{name}"] = weight_gradient(xs, dh[name], width, units)
-    terms = [_Term(dh[name], (p[f"w_{name}"],), slots) for name in names]
+                grads[f"w_{name}"] = weight_gradient(xs, dh[name], width, units, side_by_side=True)
+    terms = [_Term(dh[name], (p[f"w_{name}"],), slots, side_by_side=True) for name in names]
     if extra.columns and wanted & {"x", "lora_a_in", "lora_a_gate"}:
         dhb = routed_ffn_down(
             [_Term(dh[name], (_second_factor(p, extra, name),), slots) for name in extra.columns],

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from experiments import cli, kernels
+from experiments import cli, comparisons, kernels
+from experiments.blocks import BlockShape, BlockStep, attention_operations
 
 
 def test_figures_are_written_and_printed(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(kernels, "LARGE", kernels.FFNShape(64, 16, 32))
-    monkeypatch.setattr(kernels, "MINILM", kernels.FFNShape(48, 16, 32))
-    monkeypatch.setattr(kernels, "ATTENTION", kernels.AttentionShape(256, 2, 16, 1 / 4))
+    monkeypatch.setattr(comparisons, "LARGE", comparisons.FFNShape(64, 16, 32))
+    monkeypatch.setattr(comparisons, "MINILM", comparisons.FFNShape(48, 16, 32))
+    monkeypatch.setattr(comparisons, "ATTENTION", comparisons.AttentionShape(256, 2, 16, 1 / 4))
     monkeypatch.setattr(sys, "argv", ["kernels", "--rounds", "2", "--out", str(tmp_path)])
     cli.run(kernels.main)
     figures = json.loads((tmp_path / "metrics.json").read_text())["figures"]
@@ -31,6 +35,168 @@ def test_figures_are_written_and_printed(monkeypatch, capsys, tmp_path):
     assert figures["routed_ffn_half"]["step_ms"] > 0
     assert f"{figures['sparse_attention_speedup']:.2f}" in capsys.readouterr().out
     assert (tmp_path / "kernels.png").stat().st_size > 1000
+
+
+TINY = comparisons.GPUSizes(
+    lengths=(128,),
+    densities=(1 / 4,),
+    parts_lengths=(128, 2048),
+    heads=2,
+    head_width=16,
+    tokens=256,
+    ffn=comparisons.FFNShape(64, 32, 128, activation="silu", gated=True),
+    block=BlockShape(width=32, heads=2, kv_heads=1, hidden=64, activation="relu"),
+    block_batch=2,
+    block_length=96,
+    dense_attention="xla",
+)
+
+
+def test_what_a_gpu_runs(monkeypatch, capsys, tmp_path):
+    def some():
+        """One comparison of each kind, and of each the methods that differ in kind."""
+        kept = {
+            "routed_ffn_frozen": ("dense", "routed_ffn_frozen_half"),
+            "block": ("full", "lora_skinny", "block_spt"),
+            "sparse_attention_s128": ("dense", "sparse_attention_s128_token_d4"),
+            "parts_s2048_tile": ("dense", "parts_s2048_tile_encode"),
+        }
+        for comparison in comparisons.gpu_comparisons(TINY):
+            if comparison.name in kept:
+                yield dataclasses.replace(
+                    comparison,
+                    **{
+                        field: {
+                            name: method
+                            for name, method in getattr(comparison, field).items()
+                            if name in kept[comparison.name]
+                        }
+                        for field in ("baselines", "candidates")
+                    },
+                )
+
+    monkeypatch.setitem(kernels.COMPARISONS, "cpu", some)
+    monkeypatch.setitem(kernels.LIMITS, "cpu", kernels.Limits(1e12, 1e11))
+    monkeypatch.setitem(kernels.MIN_MEASUREMENT_MS, "cpu", 1.0)
+    monkeypatch.setattr(sys, "argv", ["kernels", "--rounds", "1", "--out", str(tmp_path)])
+    cli.run(kernels.main)
+    figures = json.loads((tmp_path / "metrics.json").read_text())["figures"]
+    for name in ("sparse_attention_s128_token_d4", "routed_ffn_frozen_half", "block_spt"):
+        assert figures[f"{name}_speedup"] > 0
+        assert figures[name]["step_limit_share"] > 0
+    over = [figures[f"block_spt_speedup_over_{name}"] for name in ("full", "lora_skinny")]
+    assert figures["block_spt_speedup"] == pytest.approx(min(over))
+    # nothing to differentiate: the step is the forward pass
+    encode = figures["parts_s2048_tile_encode"]
+    assert encode["step_ms"] == encode["forward_ms"]
+    assert "of limit" in capsys.readouterr().out
+
+
+def test_methods_of_a_gpu():
+    """All of them are consistent: names, shapes, operations; nothing is compiled."""
+    names = set()
+    for comparison in comparisons.gpu_comparisons():
+        methods = comparison.baselines | comparison.candidates
+        assert not names & set(comparison.candidates)
+        names |= set(comparison.candidates)
+        assert set(comparison.density) <= set(comparison.candidates)
+        for name, method in methods.items():
+            assert bool(method.mosaic) == (name in comparison.candidates)
+    assert {
+        "routed_ffn_half",
+        "block_spt",
+        "sparse_attention_s512_token_d8",
+        "sparse_attention_s65536_tile_d16",
+        "parts_s8192_tile_select",
+    } <= names
+    assert "sparse_attention_s2048_token_d8" not in names  # the library takes tiles there
+
+
+def _method(name, function, **options):
+    return comparisons.Method(
+        name=name, function=function, arguments=lambda key: (jnp.ones(8), ()), **options
+    )
+
+
+def _exhausted(x, _):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+
+
+def _broken(x, _):
+    raise NotImplementedError("no such kernel")
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_failures_are_reported_and_stop_nothing(monkeypatch, capsys, tmp_path, optional):
+    comparison = comparisons.Comparison(
+        name="test",
+        shape="8",
+        baselines={
+            "dense": _method("dense", _exhausted),
+            "other": _method("other", _broken, optional=optional),
+        },
+        candidates={"ours": _method("ours", lambda x, _: 2 * x)},
+    )
+    monkeypatch.setitem(kernels.COMPARISONS, "cpu", lambda: iter([comparison]))
+    monkeypatch.setattr(sys, "argv", ["kernels", "--rounds", "1", "--out", str(tmp_path)])
+    if optional:
+        cli.run(kernels.main)
+    else:
+        with pytest.raises(SystemExit) as stop:
+            cli.run(kernels.main)
+        assert "test, other: NotImplementedError: no such kernel" in str(stop.value)
+    figures = json.loads((tmp_path / "metrics.json").read_text())["figures"]
+    assert figures["test_dense"] == {"failure": "out of memory"}
+    assert figures["ours"]["step_ms"] > 0
+    assert "ours_speedup" not in figures
+    assert "out of memory" in capsys.readouterr().out
+
+
+def test_the_limit_is_the_longer_of_operations_and_bytes(monkeypatch):
+    monkeypatch.setitem(kernels.LIMITS, "test", kernels.Limits(1e12, 1e9))
+
+    def share(operations, moved_bytes, kind="test"):
+        program = kernels.Program(
+            call=lambda: None,
+            operations=operations,
+            moved_bytes=moved_bytes,
+            peak_bytes=0,
+            launches={},
+        )
+        return program.limit_share(10.0, kind)
+
+    assert share(2e9, 10) == pytest.approx(0.2)
+    assert share(2e9, 5_000_000) == pytest.approx(0.5)
+    assert share(None, 5_000_000) is None
+    assert share(2e9, 10, "an unknown device") is None
+
+
+def test_operations_of_causal_attention():
+    # four queries that see 1, 2, 3 and 4 keys; then at most 2
+    assert attention_operations(1, 4, 1, 1, 4) == 4 * 10
+    assert attention_operations(1, 4, 1, 1, 2) == 4 * 7
+
+
+def test_forms_of_lora_compute_the_same():
+    shape = TINY.block
+
+    def output(form):
+        step = BlockStep(
+            shape=shape,
+            batch=1,
+            length=8,
+            method="lora",
+            lora_form=form,
+            dense_attention="xla",
+            dtype=jnp.float32,
+        )
+        (parameters, x), frozen = step.arguments(jax.random.key(0))
+        parameters = jax.tree.map(lambda p: p + 0.1, parameters)  # B starts at zero
+        return step.run((parameters, x), frozen)[0]
+
+    expected = output("merged")
+    for form in ("factored", "skinny", "skinny_float32"):
+        assert jnp.allclose(output(form), expected, atol=1e-3)
 
 
 def test_a_mistake_is_named(monkeypatch, capsys, tmp_path):

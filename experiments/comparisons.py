@@ -1,0 +1,553 @@
+"""What `experiments.kernels` measures: baselines, and the candidates that should beat them.
+
+Nothing is computed here: methods are functions and recipes for their arguments, so that a program
+can be compiled for a machine that is not there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from experiments.blocks import OPT_2048, BlockShape, BlockStep, DenseAttention, attention_operations
+from pallas_kernels import (
+    Activation,
+    RoutedFFNLoRA,
+    RoutedFFNWeights,
+    Selection,
+    activation_function,
+    pq_encode,
+    pq_select,
+    routed_ffn,
+    scoring_codewords,
+    sparse_attention,
+)
+from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
+from spt_jax.layers import lora_dot
+
+Trained = Any
+Frozen = Any
+LORA_RANK = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way of computing something: `function(trained, frozen)`, differentiated in `trained`.
+
+    Attributes:
+      name: for tables.
+      function: what is timed; returns any pytree of arrays.
+      arguments: `(trained, frozen)` from a random key; traceable.
+      operations: of its products, forward and then forward with backward; None if not counted.
+      mosaic: kernels that it must launch on a GPU that Mosaic serves; `*` stands for anything.
+      optional: whether a machine without it is complete.
+    """
+
+    name: str
+    function: Callable[[Trained, Frozen], Any]
+    arguments: Callable[[jax.Array], tuple[Trained, Frozen]]
+    operations: tuple[float, float] | None = None
+    mosaic: tuple[str, ...] = ()
+    optional: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Baselines and candidates on one shape.
+
+    Attributes:
+      name: prefix of the baselines' figures.
+      shape: for tables.
+      baselines: by the ends of their figures' names; a candidate is held against the fastest.
+      candidates: by the names of their figures: NAME_speedup.
+      length: of a sequence, for plots over it.
+      density: of each candidate, likewise.
+    """
+
+    name: str
+    shape: str
+    baselines: dict[str, Method]
+    candidates: dict[str, Method]
+    length: int | None = None
+    density: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FFNShape:
+    """Sizes of a feed-forward network: T tokens, width D, F hidden units in G blocks."""
+
+    tokens: int
+    width: int
+    hidden: int
+    blocks: int = 4
+    activation: Activation = "gelu"
+    gated: bool = False
+
+    def __str__(self) -> str:
+        gated = " gated" if self.gated else ""
+        return f"T={self.tokens} D={self.width} F={self.hidden} G={self.blocks}{gated}"
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of an attention layer, and the share of the keys that a query keeps."""
+
+    length: int
+    heads: int
+    head_width: int
+    density: float
+    batch: int = 1
+    causal: bool = False
+
+    def __str__(self) -> str:
+        size = f"S={self.length} N={self.heads} H={self.head_width}"
+        batch = f"B={self.batch} " if self.batch > 1 else ""
+        return f"{batch}{size}{' causal' if self.causal else ''} density={self.density:g}"
+
+
+def _by_block(array: jax.Array, blocks: int) -> jax.Array:
+    """Splits the last axis, hidden units, into blocks and puts them first."""
+    return jnp.moveaxis(array.reshape(*array.shape[:-1], blocks, -1), -2, 0)
+
+
+def _ffn_inputs(shape: FFNShape, dtype: Any, key: jax.Array) -> dict[str, Any]:
+    """Random input, router, weights and LoRA factors, by name."""
+    keys = iter(jax.random.split(key, 12))
+    d, f, r = shape.width, shape.hidden, LORA_RANK
+
+    def normal(*size: int, scale: float = 1.0) -> jax.Array:
+        return scale * jax.random.normal(next(keys), size, dtype)
+
+    ups = ("in", "gate") if shape.gated else ("in",)
+    weights = {f"w_{name}": normal(d, f, scale=d**-0.5) for name in ups}
+    weights |= {} if shape.gated else {"b_in": normal(f), "b_out": normal(d)}
+    factors: dict[str, jax.Array] = {}
+    for name in ups:
+        factors |= {f"a_{name}": normal(d, r, scale=d**-0.5)}
+        factors |= {f"b_{name}": normal(r, f, scale=r**-0.5)}
+    return {
+        "x": normal(shape.tokens, d),
+        "router": normal(d, shape.blocks, scale=d**-0.5),
+        "weights": weights | {"w_out": normal(f, d, scale=f**-0.5)},
+        "factors": factors
+        | {"a_out": normal(f, r, scale=f**-0.5), "b_out": normal(r, d, scale=r**-0.5)},
+    }
+
+
+def _routed_parameters(kind: Any, arrays: dict[str, jax.Array], blocks: int) -> Any:
+    """`RoutedFFNWeights` or `RoutedFFNLoRA` of a dense network's arrays."""
+
+    def split(name: str, array: jax.Array) -> jax.Array:
+        if name in ("w_out", "a_out"):
+            return array.reshape(blocks, -1, array.shape[-1])
+        whole = name == "b_out" or name in ("a_in", "a_gate")
+        return array if whole else _by_block(array, blocks)
+
+    return kind(**{name: split(name, array) for name, array in arrays.items()})
+
+
+def dense_ffn(
+    x: jax.Array,
+    w: dict[str, jax.Array],
+    lora: dict[str, jax.Array] | None = None,
+    *,
+    activation: Activation,
+) -> jax.Array:
+    """The network that the routed one is measured against; LoRA in its fastest form."""
+
+    def linear(name: str, x: jax.Array) -> jax.Array:
+        kernel, bias = w[f"w_{name}"], w.get(f"b_{name}")
+        if lora is None:
+            y = x @ kernel
+        else:
+            y = lora_dot(x, kernel, lora[f"a_{name}"], lora[f"b_{name}"], form="merged")
+        return y if bias is None else y + bias
+
+    act = activation_function(activation)
+    if "w_gate" in w:
+        return linear("out", act(linear("gate", x)) * linear("in", x))
+    return linear("out", act(linear("in", x)))
+
+
+def routed(
+    x: jax.Array,
+    router: jax.Array,
+    weights: RoutedFFNWeights,
+    lora: RoutedFFNLoRA | None,
+    *,
+    active: int,
+    activation: Activation,
+) -> jax.Array:
+    """Router and routed FFN."""
+    p = jax.nn.sigmoid(x @ router)
+    chosen, index = jax.lax.top_k(p, active)
+    return routed_ffn(
+        x, index.astype(jnp.int32), 2 * chosen, weights, lora=lora, activation=activation
+    )
+
+
+def ffn_comparison(
+    name: str,
+    shape: FFNShape,
+    mode: Literal["full", "frozen", "lora"],
+    dtype: Any = jnp.float32,
+) -> Comparison:
+    """Compares routed and dense networks.
+
+    Args:
+      name: prefix of the figures.
+      shape: sizes.
+      mode: what trains beside the input and the router: all weights, none, or LoRA factors.
+      dtype: of everything.
+    """
+    blocks, activation = shape.blocks, shape.activation
+    inputs = partial(_ffn_inputs, shape, dtype)
+
+    def operations(active: int) -> tuple[float, float]:
+        products = (3 if shape.gated else 2) * shape.width * shape.hidden * active / blocks
+        forward = 2.0 * shape.tokens * products
+        return forward, forward * (3 if mode == "full" else 2)
+
+    def dense_arguments(key: jax.Array) -> tuple[Trained, Frozen]:
+        given = inputs(key)
+        if mode == "full":
+            return (given["x"], given["weights"], None), None
+        lora = given["factors"] if mode == "lora" else None
+        return (given["x"], None, lora), given["weights"]
+
+    def dense(trained: Trained, frozen: Frozen) -> jax.Array:
+        x, weights, lora = trained
+        return dense_ffn(x, weights or frozen, lora, activation=activation)
+
+    def routed_arguments(key: jax.Array) -> tuple[Trained, Frozen]:
+        given = inputs(key)
+        weights = _routed_parameters(RoutedFFNWeights, given["weights"], blocks)
+        if mode == "full":
+            return (given["x"], given["router"], weights, None), None
+        factors = _routed_parameters(RoutedFFNLoRA, given["factors"], blocks)
+        return (given["x"], given["router"], None, factors if mode == "lora" else None), weights
+
+    def candidate(active: int) -> Method:
+        def function(trained: Trained, frozen: Frozen) -> jax.Array:
+            x, router, weights, lora = trained
+            weights = weights or frozen
+            return routed(x, router, weights, lora, active=active, activation=activation)
+
+        return Method(
+            name=f"routed, {active} of {blocks}",
+            function=function,
+            arguments=routed_arguments,
+            operations=operations(active),
+            mosaic=("routed_ffn_*",),
+        )
+
+    baseline = Method(
+        name="dense, merged LoRA" if mode == "lora" else "dense",
+        function=dense,
+        arguments=dense_arguments,
+        operations=operations(blocks),
+    )
+    return Comparison(
+        name=name,
+        shape=str(shape),
+        baselines={"dense": baseline},
+        candidates={
+            f"{name}_half": candidate(blocks // 2),
+            f"{name}_quarter": candidate(blocks // 4),
+        },
+        density={f"{name}_half": 1 / 2, f"{name}_quarter": 1 / 4},
+    )
+
+
+def _attention_inputs(shape: AttentionShape, dtype: Any, key: jax.Array) -> tuple[Trained, Frozen]:
+    """Random queries, keys and values, and codebooks of 16 codewords of width 4 made of them."""
+    size = (shape.batch, shape.length, shape.heads, shape.head_width)
+    qkv = tuple(jax.random.normal(k, size, dtype) for k in jax.random.split(key, 3))
+    vectors = (t[0, :16].astype(jnp.float32) for t in qkv[:2])
+    codebooks = tuple(jnp.moveaxis(v.reshape(16, shape.heads, -1, 4), 0, 2) for v in vectors)
+    return qkv, codebooks
+
+
+@dataclass(frozen=True)
+class _Sparse:
+    """Sparse attention in its parts."""
+
+    shape: AttentionShape
+    granularity: Literal["token", "tile"]
+
+    @property
+    def num_keys(self) -> int:
+        return SparseAttentionConfig(density=self.shape.density).num_keys(self.shape.length)
+
+    def encode(self, qkv: Trained, codebooks: Frozen) -> tuple[jax.Array, jax.Array]:
+        return pq_encode(qkv[0], codebooks[0]), pq_encode(qkv[1], codebooks[1])
+
+    def select(self, codes: Any, codebooks: Frozen) -> Selection:
+        query_codes, key_codes = codes
+        query_codewords, key_codewords = scoring_codewords(*codebooks)
+        return pq_select(
+            query_codes,
+            key_codes,
+            query_codewords,
+            key_codewords,
+            num_keys=self.num_keys,
+            granularity=self.granularity,
+            causal=self.shape.causal,
+        )
+
+    def attend(self, qkv: Trained, selection: Selection) -> jax.Array:
+        q, k, v = qkv
+        return sparse_attention(q, k, v, selection, causal=self.shape.causal)
+
+    def whole(self, qkv: Trained, codebooks: Frozen) -> jax.Array:
+        return self.attend(qkv, self.select(self.encode(qkv, codebooks), codebooks))
+
+    def operations(self) -> tuple[float, float] | None:
+        shape = self.shape
+        if not shape.causal:
+            return None
+        forward = attention_operations(
+            shape.batch, shape.length, shape.heads, shape.head_width, self.num_keys
+        )
+        return forward, 3.5 * forward
+
+    def method(self, dtype: Any) -> Method:
+        """All parts, as a layer runs them."""
+        return Method(
+            name=f"sparse, {self.granularity}, density {self.shape.density:g}",
+            function=self.whole,
+            arguments=partial(_attention_inputs, self.shape, dtype),
+            operations=self.operations(),
+            mosaic=("pq_*", "sparse_attention_*"),
+        )
+
+    def parts(self, dtype: Any) -> dict[str, Method]:
+        """The parts alone; the first two have no backward pass."""
+
+        def codes(key: jax.Array) -> tuple[Trained, Frozen]:
+            qkv, codebooks = _attention_inputs(self.shape, dtype, key)
+            return (), (self.encode(qkv, codebooks), codebooks)
+
+        def selected(key: jax.Array) -> tuple[Trained, Frozen]:
+            qkv, codebooks = _attention_inputs(self.shape, dtype, key)
+            return qkv, self.select(self.encode(qkv, codebooks), codebooks)
+
+        return {
+            "encode": Method(
+                name="encode queries and keys",
+                function=lambda _, given: self.encode(*given),
+                arguments=lambda key: ((), _attention_inputs(self.shape, dtype, key)),
+                mosaic=("pq_encode",),
+            ),
+            "select": Method(
+                name=f"select, {self.granularity}",
+                function=lambda _, given: self.select(*given),
+                arguments=codes,
+                mosaic=(f"pq_{self.granularity}_*",),
+            ),
+            "attend": Method(
+                name=f"attend, {self.granularity}",
+                function=self.attend,
+                arguments=selected,
+                operations=self.operations(),
+                mosaic=("sparse_attention_*",),
+            ),
+        }
+
+
+def attention_comparison(name: str, shape: AttentionShape) -> Comparison:
+    """Compares sparse attention, encoding and selection included, with dense attention."""
+    return Comparison(
+        name=name,
+        shape=str(shape),
+        baselines={
+            "dense": Method(
+                name="jax.nn.dot_product_attention",
+                function=lambda qkv, _: jax.nn.dot_product_attention(*qkv),
+                arguments=partial(_attention_inputs, shape, jnp.float32),
+            )
+        },
+        candidates={name: _Sparse(shape, "tile").method(jnp.float32)},
+    )
+
+
+LARGE = FFNShape(4096, 1024, 4096)
+MINILM = FFNShape(4096, 384, 1536)  # 32 sequences of 128 tokens.
+ATTENTION = AttentionShape(4096, 8, 64, 1 / 8)
+
+
+def cpu_comparisons() -> Iterator[Comparison]:
+    """The comparisons that a CPU runs, in float32."""
+    yield ffn_comparison("routed_ffn", LARGE, "full")
+    yield ffn_comparison("routed_ffn_frozen", LARGE, "frozen")
+    yield ffn_comparison("routed_ffn_minilm_lora", MINILM, "lora")
+    yield attention_comparison("sparse_attention", ATTENTION)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPUSizes:
+    """What the sweep on a GPU covers.
+
+    Attributes:
+      lengths: of the sequences of the attention sweep.
+      densities: of that sweep.
+      parts_lengths: sequences for which the parts are timed alone: by token, by tile.
+      heads: attention heads.
+      head_width: of them.
+      tokens: batch times length, or one sequence where that is longer.
+      ffn: the network.
+      block: the decoder block.
+      block_batch: sequences of its step.
+      block_length: their tokens.
+      dense_attention: implementation of the dense baselines.
+    """
+
+    lengths: tuple[int, ...] = tuple(512 << i for i in range(8))
+    densities: tuple[float, ...] = (1 / 4, 1 / 8, 1 / 16)
+    parts_lengths: tuple[int, int] = (512, 8192)
+    heads: int = 32
+    head_width: int = 128
+    tokens: int = 32768
+    ffn: FFNShape = FFNShape(8192, 4096, 11008, activation="silu", gated=True)
+    block: BlockShape = OPT_2048
+    block_batch: int = 16
+    block_length: int = 512
+    dense_attention: DenseAttention = "cudnn"
+
+
+def _tokamax_attention(qkv: Trained, _: Frozen) -> jax.Array:
+    import tokamax  # type: ignore[import-not-found]
+
+    return tokamax.dot_product_attention(*qkv, is_causal=True)
+
+
+def _sweep_shape(sizes: GPUSizes, length: int, density: float) -> AttentionShape:
+    batch = max(1, sizes.tokens // length)
+    return AttentionShape(length, sizes.heads, sizes.head_width, density, batch, causal=True)
+
+
+def _dense_attention(sizes: GPUSizes, length: int) -> dict[str, Method]:
+    """cuDNN, and tokamax where it is installed."""
+    shape = _sweep_shape(sizes, length, 1.0)
+    forward = attention_operations(shape.batch, length, shape.heads, shape.head_width, length)
+    options: dict[str, Any] = {
+        "arguments": partial(_attention_inputs, shape, jnp.bfloat16),
+        "operations": (forward, 3.5 * forward),
+    }
+
+    def dense(qkv: Trained, _: Frozen) -> jax.Array:
+        return jax.nn.dot_product_attention(
+            *qkv, is_causal=True, implementation=sizes.dense_attention
+        )
+
+    methods = {"dense": Method(name=f"dense, {sizes.dense_attention}", function=dense, **options)}
+    if importlib.util.find_spec("tokamax") is not None:
+        methods["tokamax"] = Method(
+            name="dense, tokamax", function=_tokamax_attention, optional=True, **options
+        )
+    return methods
+
+
+def attention_sweep(sizes: GPUSizes, length: int) -> Comparison:
+    """Causal attention at one length, dense against all densities.
+
+    Both granularities run up to the length at which the library goes over from one to the other.
+    """
+    candidates, densities = {}, {}
+    name = f"sparse_attention_s{length}"
+    for density in sizes.densities:
+        shape = _sweep_shape(sizes, length, density)
+        granularities: tuple[Literal["token", "tile"], ...] = ("tile",)
+        if SparseAttentionConfig().granularity_at(length) == "token":
+            granularities = ("token", "tile")
+        for granularity in granularities:
+            figure = f"{name}_{granularity}_d{round(1 / density)}"
+            candidates[figure] = _Sparse(shape, granularity).method(jnp.bfloat16)
+            densities[figure] = density
+    shape = _sweep_shape(sizes, length, 1.0)
+    return Comparison(
+        name=name,
+        shape=f"B={shape.batch} S={length} N={shape.heads} H={shape.head_width} causal",
+        baselines=_dense_attention(sizes, length),
+        candidates=candidates,
+        length=length,
+        density=densities,
+    )
+
+
+def attention_parts(
+    sizes: GPUSizes, length: int, granularity: Literal["token", "tile"]
+) -> Comparison:
+    """The parts of sparse attention at density 1/8, each against dense attention."""
+    shape = _sweep_shape(sizes, length, 1 / 8)
+    name = f"parts_s{length}_{granularity}"
+    parts = _Sparse(shape, granularity).parts(jnp.bfloat16)
+    return Comparison(
+        name=name,
+        shape=str(shape),
+        baselines=_dense_attention(sizes, length),
+        candidates={f"{name}_{part}": method for part, method in parts.items()},
+    )
+
+
+def block_comparison(sizes: GPUSizes) -> Comparison:
+    """One decoder block's training step: full fine-tuning and every form of LoRA against SPT."""
+
+    def step(name: str, **options: Any) -> Method:
+        block = BlockStep(
+            shape=sizes.block,
+            batch=sizes.block_batch,
+            length=sizes.block_length,
+            dense_attention=sizes.dense_attention,
+            **options,
+        )
+        sparse = options["method"] == "spt"
+        return Method(
+            name=name,
+            function=block.run,
+            arguments=block.arguments,
+            operations=block.operations(),
+            mosaic=("pq_*", "sparse_attention_*", "routed_ffn_*") if sparse else (),
+        )
+
+    quarter = RoutedFFNConfig(active_blocks=1)
+    return Comparison(
+        name="block",
+        shape=f"B={sizes.block_batch} S={sizes.block_length} {sizes.block}",
+        baselines={
+            "full": step("full", method="full"),
+            "lora_skinny": step("LoRA, two skinny products", method="lora", lora_form="skinny"),
+            "lora_skinny_float32": step(
+                "LoRA, two skinny float32 products", method="lora", lora_form="skinny_float32"
+            ),
+            "lora_factored": step("LoRA, factored", method="lora", lora_form="factored"),
+            "lora_merged": step("LoRA, merged", method="lora", lora_form="merged"),
+        },
+        candidates={
+            "block_spt": step("SPT", method="spt"),
+            "block_spt_tile": step(
+                "SPT, tile", method="spt", attention=SparseAttentionConfig(granularity="tile")
+            ),
+            "block_spt_quarter": step("SPT, 1 of 4 blocks", method="spt", ffn=quarter),
+        },
+    )
+
+
+def gpu_comparisons(sizes: GPUSizes | None = None) -> Iterator[Comparison]:
+    """The comparisons that a GPU runs, in bfloat16."""
+    sizes = sizes or GPUSizes()
+    yield ffn_comparison("routed_ffn", sizes.ffn, "full", jnp.bfloat16)
+    yield ffn_comparison("routed_ffn_frozen", sizes.ffn, "frozen", jnp.bfloat16)
+    yield ffn_comparison("routed_ffn_lora", sizes.ffn, "lora", jnp.bfloat16)
+    yield block_comparison(sizes)
+    for length in sizes.lengths:
+        yield attention_sweep(sizes, length)
+    short, long = sizes.parts_lengths
+    yield attention_parts(sizes, short, "token")
+    yield attention_parts(sizes, long, "tile")

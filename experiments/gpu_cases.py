@@ -1,0 +1,379 @@
+"""The programs that `experiments.gpu_check` compiles, and the kernels that each must launch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import spt_jax
+from experiments.blocks import LLAMA_4096, OPT_2048, BlockStep
+from experiments.comparisons import GPUSizes, Method, gpu_comparisons
+from experiments.kernels import step_function
+from pallas_kernels import (
+    Activation,
+    RoutedFFNLoRA,
+    RoutedFFNWeights,
+    pq_encode,
+    pq_select,
+    routed_ffn,
+    sparse_attention,
+)
+from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig, SPTConfig, TrainConfig
+from spt_jax.models.config import EncoderConfig
+from spt_jax.models.encoder import Encoder
+from spt_jax.training import (
+    TrainState,
+    cross_entropy,
+    learning_rate_schedule,
+    make_optimizer,
+    partition,
+    train_step,
+)
+
+Program = tuple[Callable[..., Any], tuple[Any, ...]]
+Kind = Literal["kernel", "training step", "block", "benchmark"]
+
+ATTENTION_KERNELS = (
+    "sparse_attention_forward",
+    "sparse_attention_dq",
+    "sparse_attention_dkv",
+)
+FFN_KERNELS = ("routed_ffn_up", "routed_ffn_down", "routed_ffn_down_backward")
+SELECT_KERNELS = {
+    "tile": ("pq_tile_scores", "pq_tile_threshold"),
+    "token": ("pq_token_threshold",),
+}
+
+#: Lengths over which an SPT block's memory must grow linearly.
+GROWTH_LENGTHS = tuple(2048 << i for i in range(6))
+GROWTH_CASE = "llama_block_s{}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A program to compile.
+
+    Attributes:
+      name: unique.
+      kind: what it is there for.
+      program: a function and its arguments, or their shapes; called with the described GPU as the
+        default device.
+      launches: Mosaic kernels that it must launch, by name; `*` stands for anything.
+      figure: name under which its temporaries stand in the figures.
+    """
+
+    name: str
+    kind: Kind
+    program: Callable[[], Program]
+    launches: tuple[str, ...] = ()
+    figure: str | None = None
+
+
+def _spec(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _loss_gradient(function: Callable[..., jax.Array], argnums: tuple[int, ...]) -> Any:
+    """`f(cotangent, *arguments)`: a function's result and its gradients."""
+
+    def run(cotangent: jax.Array, *arguments: Any) -> Any:
+        def chosen(*trained: Any) -> jax.Array:
+            given = dict(zip(argnums, trained, strict=True))
+            return function(*(given.get(i, a) for i, a in enumerate(arguments)))
+
+        y, pullback = jax.vjp(chosen, *(arguments[i] for i in argnums))
+        return y, pullback(cotangent)
+
+    return run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Sizes and options of the attention and selection cases."""
+
+    width: int = 64
+    granularity: Literal["token", "tile"] = "tile"
+    key_group: int = 16
+    causal: bool = True
+    kv_heads: int = 8
+    masked: bool = False
+    batch: int = 2
+    length: int = 1000
+    heads: int = 8
+    dtype: Any = jnp.bfloat16
+
+    def _masks(self) -> dict[str, Any]:
+        if not self.masked:
+            return {}
+        size = (self.batch, self.length)
+        return {
+            "key_mask": _spec(*size, dtype=jnp.bool_),
+            "segment_ids": _spec(*size, dtype=jnp.int32),
+        }
+
+    def _codes(self) -> tuple[Any, ...]:
+        spaces, books = self.width // 4, (self.kv_heads, self.width // 4, 16, 4)
+        return (
+            *(_spec(self.batch, self.length, n, spaces, dtype=jnp.uint8) for n in self._heads()),
+            *(_spec(*books, dtype=jnp.int8) for _ in range(2)),
+        )
+
+    def _heads(self) -> tuple[int, int]:
+        return self.heads, self.kv_heads
+
+    def _select(self, codes: Any, masks: Any) -> Any:
+        return pq_select(
+            *codes,
+            num_keys=128,
+            granularity=self.granularity,
+            causal=self.causal,
+            key_group=self.key_group,
+            **masks,
+        )
+
+    def select(self) -> Program:
+        """Selection from codes."""
+        return self._select, (self._codes(), self._masks())
+
+    def attend(self) -> Program:
+        """Attention over a selection, and its gradients."""
+        selection = jax.eval_shape(self._select, self._codes(), self._masks())
+        q, k = (_spec(self.batch, self.length, n, self.width) for n in self._heads())
+
+        def attend(q: Any, k: Any, v: Any, selection: Any, masks: Any) -> jax.Array:
+            return sparse_attention(q, k, v, selection, causal=self.causal, **masks)
+
+        arguments = (q, q, k, k, selection, self._masks())
+        arguments = jax.tree.map(
+            lambda a: _spec(*a.shape, dtype=self.dtype) if a.dtype == jnp.bfloat16 else a, arguments
+        )
+        return _loss_gradient(attend, (0, 1, 2)), arguments
+
+
+ATTENTION_CASES = {
+    **{f"h{width}": Attention(width=width) for width in (32, 64, 80, 96, 128)},
+    "h128_bidirectional": Attention(width=128, causal=False),
+    "h128_grouped_heads": Attention(width=128, kv_heads=2),
+    "h64_group8": Attention(key_group=8),
+    "h64_group32": Attention(key_group=32),
+    "h64_group64": Attention(key_group=64),
+    "h64_masked": Attention(causal=False, masked=True),
+    "h64_masked_causal": Attention(masked=True),
+    "h64_float16": Attention(dtype=jnp.float16),
+    "h64_token": Attention(granularity="token"),
+    "h128_token": Attention(granularity="token", width=128),
+    "h32_token_masked": Attention(granularity="token", width=32, causal=False, masked=True),
+    "h64_token_grouped_heads": Attention(granularity="token", kv_heads=2),
+}
+
+
+def _encode(width: int, codeword_width: int, codewords: int) -> Program:
+    books = (8, width // codeword_width, codewords, codeword_width)
+    return pq_encode, (_spec(2, 1000, 8, width), _spec(*books, dtype=jnp.float32))
+
+
+def _ffn(mode: Literal["full", "frozen", "lora"], *, gated: bool) -> Program:
+    tokens, width, units, blocks, active, rank = 1000, 512, 512, 4, 2, 16
+    names = ("in", "gate") if gated else ("in",)
+    weights = RoutedFFNWeights(
+        **{f"w_{name}": _spec(blocks, width, units) for name in names},
+        **({} if gated else {"b_in": _spec(blocks, units), "b_out": _spec(width)}),
+        w_out=_spec(blocks, units, width),
+    )
+    lora = RoutedFFNLoRA(
+        **{f"a_{name}": _spec(width, rank) for name in names},
+        **{f"b_{name}": _spec(blocks, rank, units) for name in names},
+        a_out=_spec(blocks, units, rank),
+        b_out=_spec(rank, width),
+    )
+
+    def run(x: Any, coefficients: Any, weights: Any, lora: Any, index: Any) -> jax.Array:
+        activation: Activation = "silu" if gated else "gelu"
+        return routed_ffn(x, index, coefficients, weights, lora=lora, activation=activation)
+
+    x = _spec(tokens, width)
+    trained = {"full": (0, 1, 2), "frozen": (0, 1), "lora": (0, 1, 3)}[mode]
+    return _loss_gradient(run, trained), (
+        x,
+        x,
+        _spec(tokens, active),
+        weights,
+        lora if mode == "lora" else None,
+        _spec(tokens, active, dtype=jnp.int32),
+    )
+
+
+def _kernel_cases() -> Iterator[Case]:
+    for width, codeword_width, codewords in (
+        (64, 4, 16),
+        (128, 8, 256),
+        (64, 16, 64),
+        (64, 32, 16),
+    ):
+        yield Case(
+            name=f"pq_encode_h{width}_c{codeword_width}_e{codewords}",
+            kind="kernel",
+            program=functools.partial(_encode, width, codeword_width, codewords),
+            launches=("pq_encode",),
+        )
+    for name, attention in ATTENTION_CASES.items():
+        yield Case(
+            name=f"pq_select_{name}",
+            kind="kernel",
+            program=attention.select,
+            launches=SELECT_KERNELS[attention.granularity],
+        )
+        yield Case(
+            name=f"sparse_attention_{name}",
+            kind="kernel",
+            program=attention.attend,
+            launches=ATTENTION_KERNELS,
+        )
+    for gated in (False, True):
+        for mode in ("lora", "frozen", "full"):
+            gradients = () if mode == "frozen" else ("routed_ffn_weight_gradient",)
+            yield Case(
+                name=f"routed_ffn_{mode}{'_gated' if gated else ''}",
+                kind="kernel",
+                program=functools.partial(_ffn, mode, gated=gated),
+                launches=(*FFN_KERNELS, *gradients),
+            )
+
+
+def _bert_step() -> Program:
+    """The training step of a small BERT in bfloat16, adapted by `spt_jax.adapt`."""
+    config = EncoderConfig(
+        model_type="bert",
+        vocab_size=1024,
+        width=256,
+        num_layers=2,
+        num_heads=4,
+        hidden=1024,
+        num_positions=512,
+        num_token_types=2,
+    )
+    size = (8, 256)
+    with jax.default_device(jax.devices()[0]):  # this much is computed
+        model = Encoder(
+            config, num_labels=2, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
+        )
+        ids = jax.random.randint(jax.random.key(0), (2, 64), 0, config.vocab_size)
+        model = spt_jax.adapt(model, SPTConfig(), calibration_batch={"input_ids": ids})
+        parts = partition(model, "adapter")
+        train = TrainConfig(steps=100)
+        ranks = {name: p.ndim for name, p in parts.params.items()}
+        optimizer = make_optimizer(train, 100, parts.groups, ranks)
+        state = TrainState(
+            jnp.int32(0), parts.params, optimizer.init(parts.params), jax.random.key(0)
+        )
+    integers, floats = _spec(*size, dtype=jnp.int32), _spec(size[0], dtype=jnp.float32)
+    batch = {"input_ids": integers, "attention_mask": integers, "token_type_ids": integers}
+    batch |= {"label": _spec(size[0], dtype=jnp.int32), "weight": floats}
+    step = functools.partial(
+        train_step,
+        merge=parts.merge,
+        loss=cross_entropy,
+        optimizer=optimizer,
+        schedule=learning_rate_schedule(train, 100),
+    )
+    return jax.jit(step, donate_argnums=0), (state, parts.frozen, batch)
+
+
+def _step_program(method: Method) -> Program:
+    trained, frozen = jax.eval_shape(lambda: method.arguments(jax.random.key(0)))
+    if not jax.tree.leaves(trained):
+        return method.function, (trained, frozen)
+    result = jax.eval_shape(method.function, trained, frozen)
+    return step_function(method), (trained, frozen, result)
+
+
+def _block(name: str, step: BlockStep, figure: str | None = None) -> Case:
+    sparse = step.method == "spt"
+    granularity = step.attention.granularity_at(step.length)
+    launches = (
+        "pq_encode",
+        *SELECT_KERNELS[granularity],
+        *ATTENTION_KERNELS,
+        *FFN_KERNELS,
+        "routed_ffn_weight_gradient",
+    )
+
+    def program() -> Program:
+        method = Method(name=name, function=step.run, arguments=step.arguments)
+        return _step_program(method)
+
+    return Case(
+        name=name,
+        kind="block",
+        program=program,
+        launches=launches if sparse else (),
+        figure=figure,
+    )
+
+
+def _block_cases() -> Iterator[Case]:
+    opt = BlockStep(shape=OPT_2048, batch=16, length=512, method="full")
+    spt, lora = replace(opt, method="spt"), replace(opt, method="lora")
+    yield _block("opt_block_full", opt, "full_block_temp_bytes")
+    for form in ("skinny", "factored", "merged"):
+        step = replace(lora, lora_form=form)
+        yield _block(f"opt_block_lora_{form}", step, f"lora_{form}_block_temp_bytes")
+    step = replace(lora, lora_form="skinny_float32")
+    yield _block("opt_block_lora_skinny_float32", step, "lora_block_temp_bytes")
+    yield _block("opt_block_spt", spt, "spt_block_temp_bytes")
+    tile = SparseAttentionConfig(granularity="tile")
+    yield _block("opt_block_spt_tile", replace(spt, attention=tile), "spt_tile_block_temp_bytes")
+    quarter = RoutedFFNConfig(active_blocks=1)
+    yield _block("opt_block_spt_quarter", replace(spt, ffn=quarter), "spt_quarter_block_temp_bytes")
+    for length in GROWTH_LENGTHS:
+        step = BlockStep(shape=LLAMA_4096, batch=1, length=length, method="spt", attention=tile)
+        yield _block(GROWTH_CASE.format(length), step)
+
+
+def _benchmark_cases(sizes: GPUSizes) -> Iterator[Case]:
+    """The programs of `experiments.kernels --device gpu`; blocks are cases of their own."""
+    for comparison in gpu_comparisons(sizes):
+        if comparison.name == "block":
+            continue
+        methods = {f"{comparison.name}_{name}": m for name, m in comparison.baselines.items()}
+        for name, method in (methods | comparison.candidates).items():
+            yield Case(
+                name=f"benchmark_{name}",
+                kind="benchmark",
+                program=functools.partial(_step_program, method),
+                launches=method.mosaic,
+            )
+
+
+@functools.cache
+def cases(*, all_lengths: bool = False) -> dict[str, Case]:
+    """All cases by name.
+
+    Args:
+      all_lengths: whether benchmarks are compiled at every length and density of their sweep, or
+        only at the lowest density of the shortest and the longest.
+    """
+    sizes = GPUSizes()
+    if not all_lengths:
+        ends = (sizes.lengths[0], sizes.lengths[-1])
+        sizes = replace(sizes, lengths=ends, densities=sizes.densities[-1:])
+    steps = Case(
+        name="bert_training_step",
+        kind="training step",
+        program=_bert_step,
+        launches=(
+            "pq_encode",
+            *SELECT_KERNELS["token"],
+            *ATTENTION_KERNELS,
+            *FFN_KERNELS,
+            "routed_ffn_weight_gradient",
+        ),
+    )
+    found = [*_kernel_cases(), steps, *_block_cases(), *_benchmark_cases(sizes)]
+    return {case.name: case for case in found}
