@@ -278,7 +278,7 @@ def _multiply_rows(
     compute: Compute,
     terms: Sequence[_Term],
     plan: Plan,
-    inputs: Sequence[Array],
+    inputs: Sequence[Any],
     outputs: Sequence[jax.ShapeDtypeStruct],
     scratch: Sequence[Any],
     config: Config,
@@ -295,7 +295,7 @@ def _multiply_rows(
         tile and multiplying warpgroup, calls `multiply()` for the accumulators, and stores.
       terms: The depth of the product, of at least one term.
       plan: Blocks of the tiles.
-      inputs: What `compute` reads besides.
+      inputs: What `compute` reads besides; arrays, or `jax.new_ref`s that it also writes.
       outputs: Types of the results.
       scratch: Memory that `compute` has.
       config: Tile sizes.
@@ -351,10 +351,10 @@ def _multiply_rows(
                 def _(k: Array) -> None:
                     of_a = pl.ds(tile * bm, bm), pl.ds(s * term.depth + k * bk, bk)
                     if transposed:
-                        of_b = (first_row + column, bn), (first_column + k * bk, bk)
+                        spans = (first_row + column, bn), (first_column + k * bk, bk)
                     else:
-                        of_b = (first_row + k * bk, bk), (first_column + column, bn)
-                    of_b = tuple(pl.ds(*span) for span in of_b)
+                        spans = (first_row + k * bk, bk), (first_column + column, bn)
+                    of_b = tuple(pl.ds(*span) for span in spans)
 
                     def copy(stage: Array, barrier: Any) -> None:
                         plgpu.copy_gmem_to_smem(a_ref.at[of_a], a_s.at[stage], barrier)
@@ -555,6 +555,8 @@ def routed_ffn_down_backward(
 ) -> dict[str, Any]:
     """Gradients that follow from `dy w_out^T` element by element.
 
+    Those of `hidden` are written over it, so that both never take memory at once.
+
     Args:
       terms: Depth of that product.
       hidden: What `routed_ffn_up` saved: products with `w_in` and, if gated, `w_gate`.
@@ -570,27 +572,25 @@ def routed_ffn_down_backward(
     """
     columns, slots, count = terms[0].bs[0].shape[1], plan.blocks.shape[0], len(hidden)
     dtype, wgs, parts = hidden[0].dtype, config.warpgroups, pl.cdiv(columns, config.block_n)
-    shape = jax.ShapeDtypeStruct(hidden[0].shape, dtype)
-    partial = jax.ShapeDtypeStruct((slots * parts, hidden[0].shape[0]), jnp.float32)
-    types = {"hidden": [shape] * count, "coefficients": [partial]}
-    types = {name: types[name] for name in types if name in wanted}
+    sums_type = jax.ShapeDtypeStruct((slots * parts, hidden[0].shape[0]), jnp.float32)
     chunks, depth = config.block_n // CHUNK, 2
 
     def compute(tile: _Tile, multiply: Any, in_refs: Any, out_refs: Any, scratch: Any) -> None:
         *hidden_refs, c_ref = in_refs
-        refs = iter(out_refs)
-        outs = {name: [next(refs) for _ in group] for name, group in types.items()}
         loaded, chunk_s, sums_s = scratch
         wg, base = tile.warpgroup, tile.slot * columns + tile.column
 
         def load(number: int) -> None:
-            slot = number % depth
-            for j, ref in enumerate(hidden_refs):
-                plgpu.copy_gmem_to_smem(
-                    ref.at[tile.rows, _chunk(base + number * CHUNK)],
-                    chunk_s.at[wg, slot, j],
-                    loaded.at[wg * depth + slot],
-                )
+            def copy() -> None:
+                slot = number % depth
+                for j, ref in enumerate(hidden_refs):
+                    plgpu.copy_gmem_to_smem(
+                        ref.at[tile.rows, _chunk(base + number * CHUNK)],
+                        chunk_s.at[wg, slot, j],
+                        loaded.at[wg * depth + slot],
+                    )
+
+            _when(tile.stores(number * CHUNK), copy)
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for number in range(min(depth, chunks)):
@@ -600,7 +600,8 @@ def routed_ffn_down_backward(
         total = None
         for number in range(chunks):
             n = number * CHUNK
-            plgpu.barrier_wait(loaded.at[wg * depth + number % depth])
+            mine, barrier = tile.stores(n), loaded.at[wg * depth + number % depth]
+            _when(mine, functools.partial(plgpu.barrier_wait, barrier))
             buffers = [chunk_s.at[wg, number % depth, j] for j in range(count)]
             values = [plgpu.load(b, layout=plgpu.Layout.WGMMA).astype(jnp.float32) for b in buffers]
             c_rows = mosaic.rows(c, (WARPGROUP_ROWS, CHUNK))
@@ -614,54 +615,55 @@ def routed_ffn_down_backward(
                 slopes = [slope]
             if "coefficients" in wanted:
                 sums = (inner * d_inner).sum(axis=1)
-                if tile.first is not None:
-                    sums *= jnp.where(tile.stores(n), jnp.float32(1), jnp.float32(0))
+                if tile.first is not None:  # what is not its own was not loaded
+                    own = jnp.full_like(sums, jnp.where(mine, 1.0, 0.0))
+                    sums = jnp.where(own > 0, sums, 0.0)
                 total = sums if total is None else total + sums
-            results: list[tuple[Any, Any, Any]] = []
-            if "hidden" in wanted:
-                d_hidden = [(scaled * slope).astype(dtype) for slope in slopes]
-                results += zip(d_hidden, buffers, outs["hidden"], strict=True)
+            results = [(scaled * slope).astype(dtype) for slope in slopes]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if 0 < number <= chunks - depth:
                 load(number + depth - 1)
-            for value, buffer, _ in results:
+            if "hidden" not in wanted:
+                continue
+            for value, buffer in zip(results, buffers, strict=True):
                 buffer[...] = value
             plgpu.commit_smem()
 
-            def put(results: Any = results, n: int = n) -> None:
-                for _, buffer, ref in results:
+            def put(buffers: Any = buffers, n: int = n) -> None:
+                for buffer, ref in zip(buffers, hidden_refs, strict=True):
                     plgpu.copy_smem_to_gmem(buffer, ref.at[tile.rows, _chunk(base + n)])
 
-            _when(tile.stores(n), put)
+            _when(mine, put)
         if "coefficients" in wanted:
             sums_s[wg] = total
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(sums_s.at[wg], outs["coefficients"][0].at[tile.part, tile.rows])
+            plgpu.copy_smem_to_gmem(sums_s.at[wg], out_refs[0].at[tile.part, tile.rows])
 
     scratch = [
         plgpu.Barrier(num_arrivals=count, num_barriers=wgs * depth),
         mosaic.matrix((wgs, depth, count, WARPGROUP_ROWS, CHUNK), dtype),
         plgpu.SMEM((wgs, WARPGROUP_ROWS), jnp.float32),
     ]
-    results = iter(
-        _multiply_rows(
-            compute,
-            terms,
-            plan,
-            [*hidden, coefficients],
-            [shape for group in types.values() for shape in group],
-            scratch,
-            config,
-            columns=columns,
-            slots=slots,
-            transposed=True,
-            name="routed_ffn_down_backward",
-        )
+    refs: list[Any] = [jax.new_ref(h) if "hidden" in wanted else h for h in hidden]
+    sums = _multiply_rows(
+        compute,
+        terms,
+        plan,
+        [*refs, coefficients],
+        [sums_type] if "coefficients" in wanted else [],
+        scratch,
+        config,
+        columns=columns,
+        slots=slots,
+        transposed=True,
+        name="routed_ffn_down_backward",
     )
-    named: dict[str, Any] = {name: [next(results) for _ in group] for name, group in types.items()}
-    if "coefficients" in named:
-        named["coefficients"] = named["coefficients"][0].reshape(slots, parts, -1).sum(axis=1)
-    return named
+    found: dict[str, Any] = {}
+    if "hidden" in wanted:
+        found["hidden"] = [jax.freeze(ref) for ref in refs]
+    if "coefficients" in wanted:
+        found["coefficients"] = sums[0].reshape(slots, parts, -1).sum(axis=1)
+    return found
 
 
 def routed_ffn_weight_gradient(
@@ -926,16 +928,22 @@ def _forward(
 
 
 def _inner(
-    activation: Activation, hidden: Sequence[Array], coefficients: Float[Array, "S R"]
+    activation: Activation,
+    hidden: Sequence[Array],
+    coefficients: Float[Array, "S R"],
+    part: int = 0,
+    parts: int = 1,
 ) -> Float[Array, "R SFb"]:
-    """What `routed_ffn_up` made of the products that it saved."""
-    *linear, pre = (h.astype(jnp.float32) for h in hidden)
+    """What `routed_ffn_up` made of the products that it saved, or a part of every block's units."""
+    slots, rows = coefficients.shape
+    width = hidden[0].shape[1] // slots // parts
+    columns = slice(part * width, (part + 1) * width)
+    *linear, pre = (h.reshape(rows, slots, -1)[..., columns].astype(jnp.float32) for h in hidden)
     inner = activation_function(activation)(pre)
     for h in linear:
         inner *= h
-    shape = len(inner), len(coefficients), -1
-    inner = inner.reshape(shape) * coefficients.T[:, :, None]
-    return inner.reshape(hidden[0].shape).astype(hidden[0].dtype)
+    inner *= coefficients.T[:, :, None]
+    return inner.reshape(rows, -1).astype(hidden[0].dtype)
 
 
 def _backward(
@@ -964,8 +972,7 @@ def _backward(
         grads["b_out"] = dy.astype(jnp.float32).sum(axis=0)
     if "lora_b_out" in wanted:
         grads["lora_b_out"] = _product(ha, dy, (0, 0))[: p["lora_b_out"].shape[0]]
-    by_inner = wanted & {"w_out", "lora_a_out"}
-    if not results | by_inner:
+    if not results | (wanted & {"w_out", "lora_a_out"}):
         return grads
 
     dys = plans.rows_of_tokens(dy, plan)
@@ -996,18 +1003,23 @@ def _backward(
             side_by_side=side_by_side,
         )
 
-    if by_inner:
+    # The memory of `inner` is free again before the gradients of `hidden` are made.
+    if "w_out" in wanted:
         inner = _inner(activation, hidden, coefficients)
-        if "w_out" in wanted:
-            grads["w_out"] = weight_gradient(inner, dys, units, width)
-        if "lora_a_out" in wanted:
-            rank = p["lora_a_out"].shape[-1]
-            grads["lora_a_out"] = weight_gradient(inner, dyb, units, dyb.shape[1])[..., :rank]
-        # Memory of `inner` is free before that of the gradients of `hidden` is taken.
+        grads["w_out"] = weight_gradient(inner, dys, units, width)
         hidden, grads = lax.optimization_barrier((hidden, grads))
+    if "lora_a_out" in wanted:
+        parts = 2 if units % (2 * CHUNK) == 0 else 1
+        found = []
+        for part in range(parts):
+            inner = _inner(activation, hidden, coefficients, part, parts)
+            found.append(weight_gradient(inner, dyb, units // parts, dyb.shape[1]))
+            hidden, found = lax.optimization_barrier((hidden, found))
+        rank = p["lora_a_out"].shape[-1]
+        grads["lora_a_out"] = jnp.concatenate(found, axis=1)[..., :rank]
     if not results:
         return grads
-    found = routed_ffn_down_backward(
+    made = routed_ffn_down_backward(
         terms,
         hidden,
         coefficients,
@@ -1017,11 +1029,11 @@ def _backward(
         wanted=frozenset(results),
     )
     if "coefficients" in wanted:
-        grads["coefficients"] = plans.choices_of_rows(found["coefficients"], plan)
-    if "hidden" not in found:
+        grads["coefficients"] = plans.choices_of_rows(made["coefficients"], plan)
+    if "hidden" not in made:
         return grads
 
-    dh = dict(zip(names, found["hidden"], strict=True))
+    dh = dict(zip(names, made["hidden"], strict=True))
     for name in names:
         if wanted & {f"b_{name}", f"lora_b_{name}"}:
             d_second = weight_gradient(dh[name], columns, units, extra.width)

@@ -1117,8 +1117,8 @@ def _vjp_backward(
     problem: Problem, saved: Saved, dout: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
     q, k, v, selection, tags, out, lse = saved
-    # Without the barrier, XLA would keep what the forward pass made of the selection instead.
-    selection = lax.optimization_barrier(selection)
+    # Without the barrier, XLA would make what the kernels need of the selection long before.
+    selection, dout = lax.optimization_barrier((selection, dout))
     given = _given(problem, q, k, v, selection, tags)
     delta = jnp.einsum("bsnh,bsnh->bns", out, dout, preferred_element_type=jnp.float32)
     delta = jnp.pad(delta, ((0, 0), (0, 0), (0, problem.padded - problem.length)))

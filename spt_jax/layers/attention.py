@@ -142,7 +142,8 @@ def _sampled_codebook_loss(
     sample = strata * stride + strata % stride  # every offset in a stride has its turn
     valid = jnp.ones(total, bool) if mask is None else mask.reshape(total)
     flat = [a.reshape(1, total, *a.shape[2:])[:, sample] for a in (x, codes)]
-    loss = codebook_loss(flat[0], codebooks, flat[1], valid[None, sample])
+    # Made again in the backward pass: distances to all codewords are larger than the sample.
+    loss = jax.checkpoint(codebook_loss)(flat[0], codebooks, flat[1], valid[None, sample])
     return loss * valid.sum() / jnp.maximum(valid[sample].sum(), 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -161,7 +162,10 @@ class RoutedFFN(nnx.Module):
             implementation=self.config.implementation,
         )
         absent = 1 - jax.nn.one_hot(index, self.config.num_blocks, dtype=jnp.float32).sum(1)
-        y = y + jnp.dot(absent, self.absent_output[...]).astype(y.dtype)
+        # Not as a matrix product, which would store the sum before it is added.
+        means = self.absent_output[...]
+        shares = [absent[:, g, None] * means[g] for g in range(len(means))]
+        y = y + functools.reduce(jnp.add, shares).astype(y.dtype)
         aux: AuxLosses = {}
         if self.config.load_balance_weight > 0:
             valid = jnp.ones(rows.shape[0], bool) if mask is None else mask.reshape(-1)

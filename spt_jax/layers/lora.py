@@ -79,13 +79,16 @@ def lora_dot(
         a: first factor, any float dtype.
         b: second factor, scaling included.
         form: "merged" (the sum formed once for all tokens), "factored" (two skinny products
-            beside the dense one), or None for whichever needs fewer operations here.
+            beside the dense one), or None for whichever needs fewer operations here; with weights
+            of 16 bits always factored, since a sum rounded to them would lose small updates.
 
     Returns:
         The product, `[..., out]`.
     """
     rows = x.reshape(-1, x.shape[-1])
-    form = form or cheaper_form(rows.shape[0], *w.shape)
+    if form is None:
+        half = jnp.finfo(w.dtype).bits < 32
+        form = "factored" if half else cheaper_form(rows.shape[0], *w.shape)
     product = _merged_dot if form == "merged" else _factored_dot
     return product(rows, w, a, b).reshape(*x.shape[:-1], w.shape[-1])
 
@@ -95,7 +98,8 @@ _dot = partial(jnp.dot, preferred_element_type=jnp.float32)
 
 def _factored_dot(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     narrow = _dot(x, a.astype(x.dtype)).astype(x.dtype)
-    return (_dot(x, w) + _dot(narrow, b.astype(x.dtype))).astype(x.dtype)
+    # Rounded before they are added: a sum of float32 would be twice as large.
+    return _dot(x, w).astype(x.dtype) + _dot(narrow, b.astype(x.dtype)).astype(x.dtype)
 
 
 def _merge(w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
