@@ -197,6 +197,8 @@ def ffn_comparison(
     shape: FFNShape,
     mode: Literal["full", "frozen", "lora"],
     dtype: Any = jnp.float32,
+    *,
+    whole: bool = False,
 ) -> Comparison:
     """Compares routed and dense networks.
 
@@ -205,6 +207,8 @@ def ffn_comparison(
       shape: sizes.
       mode: what trains beside the input and the router: all weights, none, or LoRA factors.
       dtype: of everything.
+      whole: whether the routed network is given dense weights and cuts them into blocks itself,
+        as a model does. The Mosaic kernels read blocks where they lie in dense weights.
     """
     blocks, activation = shape.blocks, shape.activation
     inputs = partial(_ffn_inputs, shape, dtype)
@@ -227,16 +231,23 @@ def ffn_comparison(
 
     def routed_arguments(key: jax.Array) -> tuple[Trained, Frozen]:
         given = inputs(key)
-        weights = _routed_parameters(RoutedFFNWeights, given["weights"], blocks)
+        weights, factors = given["weights"], given["factors"] if mode == "lora" else None
+        if not whole:
+            weights, factors = in_blocks(weights, factors)
         if mode == "full":
             return (given["x"], given["router"], weights, None), None
-        factors = _routed_parameters(RoutedFFNLoRA, given["factors"], blocks)
-        return (given["x"], given["router"], None, factors if mode == "lora" else None), weights
+        return (given["x"], given["router"], None, factors), weights
+
+    def in_blocks(weights: Any, factors: Any) -> tuple[Any, Any]:
+        weights = _routed_parameters(RoutedFFNWeights, weights, blocks)
+        return weights, factors and _routed_parameters(RoutedFFNLoRA, factors, blocks)
 
     def candidate(active: int) -> Method:
         def function(trained: Trained, frozen: Frozen) -> jax.Array:
             x, router, weights, lora = trained
             weights = weights or frozen
+            if whole:
+                weights, lora = in_blocks(weights, lora)
             return routed(x, router, weights, lora, active=active, activation=activation)
 
         return Method(
@@ -542,9 +553,9 @@ def block_comparison(sizes: GPUSizes) -> Comparison:
 def gpu_comparisons(sizes: GPUSizes | None = None) -> Iterator[Comparison]:
     """The comparisons that a GPU runs, in bfloat16."""
     sizes = sizes or GPUSizes()
-    yield ffn_comparison("routed_ffn", sizes.ffn, "full", jnp.bfloat16)
-    yield ffn_comparison("routed_ffn_frozen", sizes.ffn, "frozen", jnp.bfloat16)
-    yield ffn_comparison("routed_ffn_lora", sizes.ffn, "lora", jnp.bfloat16)
+    yield ffn_comparison("routed_ffn", sizes.ffn, "full", jnp.bfloat16, whole=True)
+    yield ffn_comparison("routed_ffn_frozen", sizes.ffn, "frozen", jnp.bfloat16, whole=True)
+    yield ffn_comparison("routed_ffn_lora", sizes.ffn, "lora", jnp.bfloat16, whole=True)
     yield block_comparison(sizes)
     for length in sizes.lengths:
         yield attention_sweep(sizes, length)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int8, Int32, Num, UInt8
 
 from pallas_kernels import mosaic as m
+from pallas_kernels import tuning
 from pallas_kernels.pq.reference import tile_groups
 from pallas_kernels.pq.types import Selection, TileSelection, TokenSelection
 
@@ -294,7 +295,10 @@ def encode(
     dtype, tokens = x.dtype, batch * length
     parts = _parts(dtype, codebooks.dtype)
     if config is None:
-        config = encode_config(tokens, heads * spaces, num_codewords, width, parts)
+        sizes = tokens, heads * spaces, num_codewords, width, parts
+        best = encode_config(*sizes)
+        fewer = [replace(best, ctas=n) for n in (best.ctas // 2, best.ctas // 4) if n]
+        config = tuning.choose("pq_encode", f"{dtype.name}, {sizes}", best, fewer)
     wgs, stages = config.warpgroups, config.stages
     books, norms = _encode_operands(codebooks, heads // kv_heads, dtype, parts, config)
     size, norm_rows = config.slices * SLICE, config.slabs * config.chunks
@@ -546,7 +550,11 @@ def _tile_scores(
     """
     batch, heads, tiles, width = totals.shape
     length, kv_heads = keys.shape[1:3]
-    config = config or tile_scores_config(tiles, width)
+    if config is None:
+        best = tile_scores_config(tiles, width)
+        fewer = [replace(best, stages=n) for n in range(2, best.stages)]
+        sizes = batch, heads, kv_heads, tiles, length, width, key_group
+        config = tuning.choose("pq_tile_scores", str(sizes), best, fewer)
     wgs, groups = config.warpgroups, config.groups
     tile_blocks = -(-tiles // (wgs * ROWS))
     group_blocks = -(-length // (key_group * groups))
@@ -981,7 +989,11 @@ def _token_thresholds(
       config: Tile sizes.
     """
     batch, length, heads, width = queries.shape
-    config = config or token_threshold_config(length, width)
+    if config is None:
+        best = token_threshold_config(length, width)
+        fewer = [replace(best, stages=n) for n in range(2, best.stages)]
+        sizes = batch, heads, keys.shape[2], length, width
+        config = tuning.choose("pq_token_threshold", str(sizes), best, fewer)
     wgs, size, stages = config.warpgroups, config.columns, config.stages
     padded = -(-length // max(wgs * ROWS, size)) * max(wgs * ROWS, size)
     pad = (0, 0), (0, padded - length)

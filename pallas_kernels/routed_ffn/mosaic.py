@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, tuning
 from pallas_kernels.mosaic import WARPGROUP_ROWS
 from pallas_kernels.routed_ffn import plan as plans
 from pallas_kernels.routed_ffn.plan import Plan
@@ -76,10 +76,10 @@ class Config:
         return self.block_m // WARPGROUP_ROWS
 
 
-def config_for(
+def configs_for(
     block_m: int, row_tiles: float, columns: int, *, products: int = 1, buffers: int = 2
-) -> Config:
-    """Chooses the columns of a tile: the least time for full waves of tiles.
+) -> list[Config]:
+    """Tile sizes, the likely fastest first: the least time for full waves of tiles.
 
     Args:
       block_m: Rows of a tile.
@@ -90,15 +90,26 @@ def config_for(
     """
     overhead = 24  # Columns that take as long as the start and the end of a tile.
 
-    def time(block_n: int) -> int:
+    def order(block_n: int) -> tuple[int, int]:
         waves = math.ceil(row_tiles * math.ceil(columns / block_n) / Config.num_sms)
-        return waves * (products * block_n + overhead)
+        return waves * (products * block_n + overhead), -block_n
+
+    def config(block_n: int) -> Config:
+        kept = block_m // WARPGROUP_ROWS * buffers * WARPGROUP_ROWS * CHUNK * 2
+        stage = (block_m + products * block_n) * Config.block_k * 2
+        return Config(block_m, block_n, stages=min(6, (_SHARED_BYTES - kept) // stage))
 
     widths = range(CHUNK, min(256 // products, columns) + 1, CHUNK)
-    block_n = min(reversed(widths), key=time)
-    kept = block_m // WARPGROUP_ROWS * buffers * WARPGROUP_ROWS * CHUNK * 2
-    stage = (block_m + products * block_n) * Config.block_k * 2
-    return Config(block_m, block_n, stages=min(6, (_SHARED_BYTES - kept) // stage))
+    return [config(block_n) for block_n in sorted(widths, key=order)]
+
+
+def config_for(
+    kernel: str, dtype: Any, block_m: int, row_tiles: float, *args: int, **kwargs: int
+) -> Config:
+    """Tile sizes of a launch: the first of `configs_for`, or what `autotune` found better."""
+    best, *others = configs_for(block_m, row_tiles, *args, **kwargs)
+    shapes = f"{jnp.dtype(dtype).name}, block_m={block_m}, row_tiles={row_tiles}, {args}, {kwargs}"
+    return tuning.choose(kernel, shapes, best, others)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -893,12 +904,14 @@ def _projections(p: Arrays) -> tuple[str, ...]:
     return ("in", "gate") if "w_gate" in p else ("in",)
 
 
-def _config(plan: Plan, columns: int, slots: int = 1, **kwargs: int) -> Config:
+def _config(
+    kernel: str, dtype: Any, plan: Plan, columns: int, slots: int = 1, **kwargs: int
+) -> Config:
     """Tile sizes of a product of all rows, with `columns` for each of `slots`."""
     most = plan.blocks.shape[1]
     block_m = plan.order.size // most
     expected = (plan.rank.size / block_m + most) / 2  # Half a tile of padding a group.
-    return config_for(block_m, expected * slots, columns, **kwargs)
+    return config_for(kernel, dtype, block_m, expected * slots, columns, **kwargs)
 
 
 def _forward(
@@ -914,16 +927,18 @@ def _forward(
     if columns is not None:
         terms.append(_Term(columns, tuple(_second_factor(p, extra, name) for name in names)))
     coefficients = plans.rows_of_choices(p["coefficients"], plan)
-    config = _config(plan, units, slots, products=len(names))
+    config = _config("routed_ffn_up", x.dtype, plan, units, slots, products=len(names))
     inner, *hidden = routed_ffn_up(terms, coefficients, plan, activation, config, save=save)
     terms, ha = [_Term(inner, (p["w_out"],), slots)], None
     if (factors := _out_factors(p)) is not None:
         a, b = factors
         rank = b.shape[0]
-        ha = routed_ffn_down([_Term(inner, (a,), slots)], plan, _config(plan, rank), columns=rank)
+        config = _config("routed_ffn_down", x.dtype, plan, rank)
+        ha = routed_ffn_down([_Term(inner, (a,), slots)], plan, config, columns=rank)
         terms.append(_Term(ha, (b,)))
         ha = plans.tokens_of_rows(ha, plan) if save else None
-    ys = routed_ffn_down(terms, plan, _config(plan, width), columns=width)
+    config = _config("routed_ffn_down", x.dtype, plan, width)
+    ys = routed_ffn_down(terms, plan, config, columns=width)
     return plans.tokens_of_rows(ys, plan, p.get("b_out")), (plan, hidden, columns, ha)
 
 
@@ -975,12 +990,9 @@ def _backward(
     if not results | (wanted & {"w_out", "lora_a_out"}):
         return grads
 
-    dys = plans.rows_of_tokens(dy, plan)
-    terms = [_Term(dys, (p["w_out"],))]
     if factors is not None:
         dyb = _product(dy, factors[1], (1, 1)).astype(dy.dtype)
         dyb = plans.rows_of_tokens(dyb, plan)
-        terms.append(_Term(dyb, (factors[0],)))
     coefficients = plans.rows_of_choices(p["coefficients"], plan)
 
     @functools.cache
@@ -997,7 +1009,7 @@ def _backward(
             b,
             lists(),
             slots,
-            config_for(block_m, tiles, columns_of_b),
+            config_for("routed_ffn_weight_gradient", a.dtype, block_m, tiles, columns_of_b),
             columns_of_a=columns_of_a,
             columns_of_b=columns_of_b,
             side_by_side=side_by_side,
@@ -1006,26 +1018,29 @@ def _backward(
     # The memory of `inner` is free again before the gradients of `hidden` are made.
     if "w_out" in wanted:
         inner = _inner(activation, hidden, coefficients)
-        grads["w_out"] = weight_gradient(inner, dys, units, width)
-        hidden, grads = lax.optimization_barrier((hidden, grads))
+        grads["w_out"] = weight_gradient(inner, plans.rows_of_tokens(dy, plan), units, width)
+        hidden, dy, grads = lax.optimization_barrier((hidden, dy, grads))
     if "lora_a_out" in wanted:
         parts = 2 if units % (2 * CHUNK) == 0 else 1
         found = []
         for part in range(parts):
             inner = _inner(activation, hidden, coefficients, part, parts)
             found.append(weight_gradient(inner, dyb, units // parts, dyb.shape[1]))
-            hidden, found = lax.optimization_barrier((hidden, found))
+            hidden, dy, found = lax.optimization_barrier((hidden, dy, found))
         rank = p["lora_a_out"].shape[-1]
         grads["lora_a_out"] = jnp.concatenate(found, axis=1)[..., :rank]
     if not results:
         return grads
+    terms = [_Term(plans.rows_of_tokens(dy, plan), (p["w_out"],))]
+    if factors is not None:
+        terms.append(_Term(dyb, (factors[0],)))
     made = routed_ffn_down_backward(
         terms,
         hidden,
         coefficients,
         plan,
         activation,
-        _config(plan, units, slots, buffers=2 * len(hidden)),
+        _config("routed_ffn_down_backward", x.dtype, plan, units, slots, buffers=2 * len(hidden)),
         wanted=frozenset(results),
     )
     if "coefficients" in wanted:
@@ -1052,7 +1067,7 @@ def _backward(
         dhb = routed_ffn_down(
             [_Term(dh[name], (_second_factor(p, extra, name),), slots) for name in extra.columns],
             plan,
-            _config(plan, extra.width),
+            _config("routed_ffn_down", x.dtype, plan, extra.width),
             columns=extra.width,
             transposed=True,
         )
@@ -1063,7 +1078,8 @@ def _backward(
                 if f"lora_a_{name}" in wanted:
                     grads[f"lora_a_{name}"] = d_first[:, where]
     if "x" in wanted:
-        dxs = routed_ffn_down(terms, plan, _config(plan, width), columns=width, transposed=True)
+        config = _config("routed_ffn_down", x.dtype, plan, width)
+        dxs = routed_ffn_down(terms, plan, config, columns=width, transposed=True)
         grads["x"] = plans.tokens_of_rows(dxs, plan)
     return grads
 

@@ -203,7 +203,7 @@ def test_a_failure_ends_in_one_line_and_code_1(monkeypatch, compiled, capsys, tm
 
     monkeypatch.setattr(gpu_check, "compile_all", spills)
     with pytest.raises(SystemExit) as stop:
-        _run(monkeypatch, "--out", tmp_path, "--only", "pq_encode")
+        _run(monkeypatch, "--out", tmp_path, "--only", "pq_encode", "--max-spilled-bytes", "0")
     assert "error: 1 check failed, the first: " in str(stop.value.code)
     assert "pq_encode spills 4 bytes, more than the 0 allowed" in str(stop.value.code)
     assert (tmp_path / "metrics.json").exists()

@@ -46,13 +46,14 @@ def by_combination(monkeypatch):
 @pytest.fixture
 def wide_tiles(monkeypatch):
     """Tiles that do not divide the columns, two stages, and several tiles a thread block."""
-    chosen = kernels.config_for
+    chosen = kernels.configs_for
 
-    def config_for(block_m, row_tiles, columns, **kwargs):
-        config = chosen(block_m, row_tiles, columns, **kwargs)
-        return dataclasses.replace(config, block_n=min(128, columns), stages=2, panel=2, num_sms=2)
+    def configs_for(block_m, row_tiles, columns, **kwargs):
+        config = chosen(block_m, row_tiles, columns, **kwargs)[0]
+        block_n = min(128, columns)
+        return [dataclasses.replace(config, block_n=block_n, stages=2, panel=2, num_sms=2)]
 
-    monkeypatch.setattr(kernels, "config_for", config_for)
+    monkeypatch.setattr(kernels, "configs_for", configs_for)
 
 
 def weighted_sum(y):
@@ -240,13 +241,15 @@ def test_values_of_choices():
 def test_tile_sizes():
     shapes = itertools.product((64, 128), (1, 66, 500), (64, 384, 2752, 4096), (1, 2), (2, 3, 5))
     for block_m, tiles, columns, products, buffers in shapes:
-        config = kernels.config_for(block_m, tiles, columns, products=products, buffers=buffers)
-        assert config.block_n <= min(columns, 256 // products)
-        assert config.stages >= 3
+        configs = kernels.configs_for(block_m, tiles, columns, products=products, buffers=buffers)
+        assert len(set(configs)) == len(configs)
+        for config in configs:
+            assert config.block_n <= min(columns, 256 // products)
+            assert config.stages >= 3
     # Narrow tiles where wide ones would leave multiprocessors idle, or half a wave.
-    assert kernels.config_for(128, 64, 4096).block_n == 256
-    assert kernels.config_for(128, 67, 2048).block_n == 192
-    assert kernels.config_for(128, 4, 2048).block_n == 64
+    assert kernels.configs_for(128, 64, 4096)[0].block_n == 256
+    assert kernels.configs_for(128, 67, 2048)[0].block_n == 192
+    assert kernels.configs_for(128, 4, 2048)[0].block_n == 64
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
