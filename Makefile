@@ -37,10 +37,10 @@ glue: $(STAMP)
 test: $(STAMP)
 	$(PYTHON) -m pytest -n auto --dist loadfile $(if $(DATA_DIR),--data-dir=$(DATA_DIR)) $(PYTEST_ARGS)
 
-test-gpu: $(STAMP)
-	$(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+# On a GPU, PYTHON=... names an interpreter that has the packages and JAX for the GPU.
+test-gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(STAMP))
+	$(PYTHON) -m pytest -m "gpu or mosaic" --slow $(PYTEST_ARGS)
 
-# PYTHON=... for an interpreter that has the packages and JAX for the GPU
 bench-gpu: OUT ?= runs/kernels
 bench-gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(STAMP))
 	$(PYTHON) -m experiments.kernels --device gpu --out $(OUT)

@@ -46,6 +46,7 @@ from tqdm import tqdm
 from experiments import cli, comparisons
 from experiments.comparisons import Comparison, Method
 from experiments.gpu_targets import mosaic_launches
+from pallas_kernels import autotune
 from spt_jax.training import environment, write_json_atomic
 
 matplotlib.use("Agg")
@@ -64,6 +65,8 @@ class Options:
     """Timed rounds of each comparison."""
     seed: int = 0
     """Seed of the random inputs."""
+    autotune: bool = False
+    """Measure the kernels' tile sizes first, and keep the fastest for these shapes."""
 
 
 @dataclass(frozen=True)
@@ -190,17 +193,22 @@ def _program(function: Callable[..., Any], arguments: Any, operations: float | N
     )
 
 
-def _compile(method: Method, key: jax.Array) -> tuple[Program, Program]:
+def _compile(method: Method, key: jax.Array, tune: bool) -> tuple[Program, Program]:
     """The forward pass, and forward with backward; the same where nothing is differentiated."""
     arguments = jax.jit(method.arguments)(key)
     forward_operations, step_operations = method.operations or (None, None)
+    differentiated = bool(jax.tree.leaves(arguments[0]))
+    step, step_arguments = method.function, arguments
+    if differentiated:
+        result = jax.eval_shape(method.function, *arguments)
+        cotangent = jax.tree.map(lambda y: jnp.ones(y.shape, y.dtype), result)
+        step, step_arguments = step_function(method), (*arguments, cotangent)
+    if tune and method.mosaic:
+        autotune(step, *step_arguments, report=lambda line: tqdm.write(line, file=sys.stderr))
     forward = _program(method.function, arguments, forward_operations)
-    if not jax.tree.leaves(arguments[0]):
+    if not differentiated:
         return forward, forward
-    result = jax.eval_shape(method.function, *arguments)
-    cotangent = jax.tree.map(lambda y: jnp.ones(y.shape, y.dtype), result)
-    step = _program(step_function(method), (*arguments, cotangent), step_operations)
-    return forward, step
+    return forward, _program(step, step_arguments, step_operations)
 
 
 def _time_ms(function: Callable[[], Any], calls: int = 1) -> float:
@@ -232,10 +240,12 @@ def measure(
     rounds: int,
     least_ms: float,
     advance: Callable[[], Any],
+    tune: bool = False,
 ) -> dict[str, Measurement]:
     """Times baselines and candidates in turn, round by round; the first round is not kept.
 
-    A method that fails is left out of the rounds, and its measurement says why.
+    A method that fails is left out of the rounds, and its measurement says why. With `tune`, tile
+    sizes are measured before.
 
     Returns:
       Measurements by the names of `comparison.baselines` and `comparison.candidates`.
@@ -245,7 +255,7 @@ def measure(
     ready: dict[str, tuple[Program, Program, int, int]] = {}
     for name, method in methods.items():
         try:
-            forward, step = _compile(method, key)
+            forward, step = _compile(method, key, tune)
             ready[name] = (
                 forward,
                 step,
@@ -336,7 +346,9 @@ def run(options: Options) -> tuple[dict[str, Any], list[str]]:
         for comparison, key in zip(chosen, keys, strict=True):
             progress.set_description(comparison.name)
             least_ms = MIN_MEASUREMENT_MS[options.device]
-            measured = measure(comparison, key, options.rounds, least_ms, progress.update)
+            measured = measure(
+                comparison, key, options.rounds, least_ms, progress.update, options.autotune
+            )
             more, new_rows = compare(comparison, measured)
             figures |= more
             rows += new_rows

@@ -50,7 +50,7 @@ def sparse_attention(
 
     Raises:
       ValueError: The shapes do not fit together.
-      NotImplementedError: The implementation does not exist for this op.
+      NotImplementedError: The implementation does not exist for this op, or cannot run here.
     """
     batch, length, heads, width = q.shape
     if k.shape != v.shape:
