@@ -198,7 +198,8 @@ def _compile(method: Method, key: jax.Array, tune: bool) -> tuple[Program, Progr
     arguments = jax.jit(method.arguments)(key)
     forward_operations, step_operations = method.operations or (None, None)
     differentiated = bool(jax.tree.leaves(arguments[0]))
-    step, step_arguments = method.function, arguments
+    step: Callable[..., Any] = method.function
+    step_arguments: tuple[Any, ...] = arguments
     if differentiated:
         result = jax.eval_shape(method.function, *arguments)
         cotangent = jax.tree.map(lambda y: jnp.ones(y.shape, y.dtype), result)
