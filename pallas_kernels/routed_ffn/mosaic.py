@@ -33,15 +33,13 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import mosaic, tuning
 from pallas_kernels.mosaic import WARPGROUP_ROWS
 from pallas_kernels.routed_ffn import plan as plans
+from pallas_kernels.routed_ffn.differentiation import Arrays, differentiable
 from pallas_kernels.routed_ffn.plan import Plan
 from pallas_kernels.routed_ffn.types import (
     Activation,
-    RoutedFFNLoRA,
     RoutedFFNWeights,
     activation_function,
 )
-
-Arrays = dict[str, Array]
 
 CHUNK = 64  # Columns that an epilogue handles at a time; sizes are multiples of it.
 _SHARED_BYTES = 224 * 1024  # For operands and results; the rest of 227 KiB has the barriers.
@@ -1084,38 +1082,6 @@ def _backward(
     return grads
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Wanted:
-    """Names of the arrays that are differentiated: part of the residuals' structure."""
-
-    names: frozenset[str]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _routed_ffn(activation: Activation, p: Arrays, block_index: Array) -> Array:
-    return _forward(activation, p, block_index, save=False)[0]
-
-
-def _vjp_forward(activation: Activation, p: dict[str, Any], block_index: Any) -> tuple[Array, Any]:
-    wanted = _Wanted(frozenset(name for name, primal in p.items() if primal.perturbed))
-    p = {name: primal.value for name, primal in p.items()}
-    y, saved = _forward(activation, p, block_index.value, save=True)
-    return y, (wanted, p, *saved)
-
-
-def _vjp_backward(activation: Activation, residuals: Any, dy: Any) -> tuple[Any, None]:
-    wanted, p, plan, hidden, columns, ha = residuals
-    if isinstance(dy, jax.custom_derivatives.SymbolicZero):
-        return None, None
-    grads = _backward(activation, wanted.names, p, plan, hidden, columns, ha, dy)
-    grads = {name: grad.astype(p[name].dtype) for name, grad in grads.items()}
-    return {name: grads.get(name) for name in p}, None
-
-
-_routed_ffn.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)
-
-
 def unfit(x: Float[Array, "T D"], weights: RoutedFFNWeights) -> str | None:
     """Why these kernels cannot take arguments of these sizes and types; None if they can."""
     width, units = weights.w_in.shape[1:]
@@ -1129,25 +1095,5 @@ def unfit(x: Float[Array, "T D"], weights: RoutedFFNWeights) -> str | None:
     return None
 
 
-def _named(
-    x: Array, coefficients: Array, weights: RoutedFFNWeights, lora: RoutedFFNLoRA | None
-) -> Arrays:
-    """The arrays that may have gradients, by name."""
-    arrays = {"x": x, "coefficients": coefficients, **vars(weights)}
-    if lora is not None:
-        arrays |= {f"lora_{name}": array for name, array in vars(lora).items()}
-    return {name: array for name, array in arrays.items() if array is not None}
-
-
-def routed_ffn_mosaic(
-    x: Float[Array, "T D"],
-    block_index: Int[Array, "T A"],
-    coefficients: Float[Array, "T A"],
-    weights: RoutedFFNWeights,
-    lora: RoutedFFNLoRA | None = None,
-    activation: Activation = "gelu",
-) -> Float[Array, "T D"]:
-    """See `routed_ffn`. Keeps the rows' hidden pre-activations, `T * A * Fb`, for the backward."""
-    if not x.shape[0]:
-        return x
-    return _routed_ffn(activation, _named(x, coefficients, weights, lora), block_index)
+# Keeps the rows' hidden pre-activations, `T * A * Fb`, for the backward pass.
+routed_ffn_mosaic = differentiable(_forward, _backward)

@@ -7,7 +7,6 @@ backward pass. A block's last tile may reach into the rows of the next block: fo
 wrote there is overwritten by the next block; backward, such rows also count for nothing in sums.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,16 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Int32
 
+from pallas_kernels.routed_ffn.differentiation import Arrays, differentiable
 from pallas_kernels.routed_ffn.types import (
     Activation,
-    RoutedFFNLoRA,
-    RoutedFFNWeights,
     activation_function,
 )
-
-Arrays = dict[str, Array]
 
 # Arrays with a leading axis of blocks, by their names in `_named`.
 _BY_BLOCK = frozenset(
@@ -106,8 +102,9 @@ def _scan_blocks(
 
 
 def _forward(
-    activation: Activation, p: Arrays, block_index: Array
+    activation: Activation, p: Arrays, block_index: Array, save: bool
 ) -> tuple[Array, tuple[_Plan, Arrays]]:
+    del save  # what is not used is not kept
     x, (num_blocks, width, units) = p["x"], p["w_in"].shape
     active = block_index.shape[1]
     tiles = _tile_rows(block_index.size, num_blocks)
@@ -243,59 +240,8 @@ def _backward(
         grads["lora_b_out"] = _dot(by_token["ha"], dy, (0, 0))
     if "b_out" in wanted:
         grads["b_out"] = dy.astype(jnp.float32).sum(axis=0)
-    return {k: v.astype(p[k].dtype) for k, v in grads.items()}
+    return grads
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Wanted:
-    """Names of the arrays that are differentiated: part of the residuals' structure."""
-
-    names: frozenset[str]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _routed_ffn(activation: Activation, p: Arrays, block_index: Array) -> Array:
-    return _forward(activation, p, block_index)[0]
-
-
-def _vjp_forward(activation: Activation, p: dict[str, Any], block_index: Any) -> tuple[Array, Any]:
-    wanted = _Wanted(frozenset(name for name, primal in p.items() if primal.perturbed))
-    p = {name: primal.value for name, primal in p.items()}
-    y, saved = _forward(activation, p, block_index.value)
-    return y, (wanted, p, *saved)
-
-
-def _vjp_backward(activation: Activation, residuals: Any, dy: Any) -> tuple[Any, None]:
-    wanted, p, plan, hidden = residuals
-    if isinstance(dy, jax.custom_derivatives.SymbolicZero):
-        return None, None
-    grads = _backward(activation, wanted.names, p, plan, hidden, dy)
-    return {name: grads.get(name) for name in p}, None
-
-
-_routed_ffn.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)
-
-
-def _named(
-    x: Array, coefficients: Array, weights: RoutedFFNWeights, lora: RoutedFFNLoRA | None
-) -> Arrays:
-    """The arrays that may have gradients, by name."""
-    arrays = {"x": x, "coefficients": coefficients, **vars(weights)}
-    if lora is not None:
-        arrays |= {f"lora_{name}": array for name, array in vars(lora).items()}
-    return {name: array for name, array in arrays.items() if array is not None}
-
-
-def routed_ffn_xla(
-    x: Float[Array, "T D"],
-    block_index: Int[Array, "T A"],
-    coefficients: Float[Array, "T A"],
-    weights: RoutedFFNWeights,
-    lora: RoutedFFNLoRA | None = None,
-    activation: Activation = "gelu",
-) -> Float[Array, "T D"]:
-    """See `routed_ffn`. Keeps the rows' hidden pre-activations, `T * A * Fb`, for the backward."""
-    if not x.shape[0]:
-        return x
-    return _routed_ffn(activation, _named(x, coefficients, weights, lora), block_index)
+# Keeps the rows' hidden pre-activations, `T * A * Fb`, for the backward pass.
+routed_ffn_xla = differentiable(_forward, _backward)
