@@ -304,9 +304,13 @@ def _block(name: str, step: BlockStep, figure: str | None = None) -> Case:
         "routed_ffn_weight_gradient",
     )
 
+    def loss(trained: Any, frozen: Any) -> jax.Array:
+        y, losses = step.run(trained, frozen)
+        return y.astype(jnp.float32).sum() + sum(losses.values())
+
     def program() -> Program:
-        method = Method(name=name, function=step.run, arguments=step.arguments)
-        return _step_program(method)
+        arguments = jax.eval_shape(lambda: step.arguments(jax.random.key(0)))
+        return jax.value_and_grad(loss), arguments
 
     return Case(
         name=name,
