@@ -25,7 +25,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import mosaic, tuning
-from pallas_kernels.pq.mosaic import codeword_rows
+from pallas_kernels.pq.mosaic import codeword_rows, row_width
 from pallas_kernels.pq.types import Selection, TileSelection, TokenSelection
 
 ROWS = mosaic.WARPGROUP_ROWS
@@ -217,14 +217,11 @@ def _problem(
     q: jax.Array, k: jax.Array, selection: Selection, scale: float, causal: bool, tagged: bool
 ) -> Problem:
     batch, length, heads, width = q.shape
-    cell = CELL
     if isinstance(selection, TileSelection):
         block_q, group, code_width = selection.block_q, min(ROWS, selection.key_group), 0
     else:
-        books = selection.query_codewords
-        block_q, group = cell, ROWS
-        code_width = max(32, -(-books.shape[1] * books.shape[3] // 32) * 32)
-    whole = math.lcm(cell, block_q)
+        block_q, group, code_width = CELL, ROWS, row_width(selection.query_codewords)
+    whole = math.lcm(CELL, block_q)
     return Problem(
         batch=batch,
         length=length,
@@ -284,7 +281,7 @@ class Buffers(NamedTuple):
       first: q or k.
       second: dout or v; None for the queries of the forward kernel.
       codes: Codeword rows; None with `tile`.
-      vectors: int32 and float32 vectors: tags, level, lse, delta, as far as there are any.
+      vectors: int32 and float32 vectors: tags, threshold, radius, lse, delta, as far as needed.
     """
 
     first: Any
