@@ -26,8 +26,8 @@ from tokenizers import Tokenizer
 import spt_jax
 from experiments import acceptability, cli
 from experiments.glue_tasks import TASKS, GlueTask, Split, read_split
-from spt_jax.models import EncoderConfig
-from spt_jax.models.config import read_config
+from spt_jax.models.config import ModelConfig, read_config
+from spt_jax.models.encoder_config import EncoderConfig
 from spt_jax.models.hub import find_files
 from spt_jax.training import (
     Examples,
@@ -172,7 +172,7 @@ class Data:
 
 
 def load_data(
-    task: GlueTask, options: Options, tokenizer: Tokenizer, config: EncoderConfig
+    task: GlueTask, options: Options, tokenizer: Tokenizer, config: ModelConfig
 ) -> Data:
     """Read and tokenize all splits of a task, to one sequence length."""
 
@@ -198,7 +198,7 @@ def load_data(
             max_positions=config.max_length,
             pad_to_max_length=options.pad_to_max_length,
         )
-        if config.num_token_types > 1:
+        if isinstance(config, EncoderConfig) and config.num_token_types > 1:
             return examples
         columns = {n: column for n, column in examples.columns.items() if n != "token_type_ids"}
         return replace(examples, columns=columns)

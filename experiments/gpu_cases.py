@@ -25,8 +25,8 @@ from pallas_kernels import (
     sparse_attention,
 )
 from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig, SPTConfig, TrainConfig
-from spt_jax.models.config import EncoderConfig
 from spt_jax.models.encoder import Encoder
+from spt_jax.models.encoder_config import EncoderConfig
 from spt_jax.training import (
     TrainState,
     cross_entropy,

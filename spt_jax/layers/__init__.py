@@ -1,10 +1,17 @@
 """NNX layers that models are made of, dense and sparse."""
 
-from spt_jax.layers.attention import Attention, AuxLosses, SparseAttention, dense_attention
+from spt_jax.layers.attention import (
+    Attention,
+    AuxLosses,
+    RotaryAngles,
+    SparseAttention,
+    dense_attention,
+)
 from spt_jax.layers.feed_forward import FeedForward, RoutedFFN
 from spt_jax.layers.linear import Embedding, Linear, dropout, split_key
 from spt_jax.layers.lora import LoRA, lora_dot
 from spt_jax.layers.recording import record, recording
+from spt_jax.layers.rotary import RotaryConfig, rotary_angles, rotate
 from spt_jax.layers.variables import (
     ADAPTER,
     CalibrationStat,
@@ -26,6 +33,8 @@ __all__ = [
     "Linear",
     "LoRA",
     "LoRAParam",
+    "RotaryAngles",
+    "RotaryConfig",
     "RoutedFFN",
     "RouterParam",
     "SparseAttention",
@@ -34,5 +43,7 @@ __all__ = [
     "lora_dot",
     "record",
     "recording",
+    "rotary_angles",
+    "rotate",
     "split_key",
 ]

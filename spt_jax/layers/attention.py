@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,9 +16,11 @@ from spt_jax.config import SparseAttentionConfig
 from spt_jax.layers.linear import Linear, split_key
 from spt_jax.layers.quantizer import codebook_loss
 from spt_jax.layers.recording import record
+from spt_jax.layers.rotary import rotate
 from spt_jax.layers.variables import CalibrationStat, CodebookParam
 
 AuxLosses = dict[str, Float[Array, ""]]
+RotaryAngles = tuple[Float[Array, "B S h"], Float[Array, "B S h"]]  # cosine, sine
 
 
 def dense_attention(
@@ -26,21 +29,31 @@ def dense_attention(
     v: Float[Array, "B S K H"],
     *,
     causal: bool = False,
+    window: int | None = None,
     key_mask: Bool[Array, "B S"] | None = None,
     segment_ids: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B S N H"]:
-    """Softmax attention over all valid keys; a query without one gets zeros."""
+    """Softmax attention over all valid keys; a query without one gets zeros.
+
+    With `window`, which needs `causal`, a query sees only the last `window` keys up to itself.
+    """
     mask = None
+    sides = None if window is None else (window - 1, 0)
     if key_mask is not None:
         mask = key_mask[:, None, None, :]
     if segment_ids is not None:
         same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
         mask = same if mask is None else mask & same
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
+    out = jax.nn.dot_product_attention(
+        q, k, v, mask=mask, is_causal=causal, local_window_size=sides
+    )
     if mask is None:
         return out
     if causal:
-        mask = mask & jnp.tri(q.shape[1], dtype=bool)
+        reach = jnp.tri(q.shape[1], dtype=bool)
+        if window is not None:
+            reach &= ~jnp.tri(q.shape[1], k=-window, dtype=bool)
+        mask = mask & reach
     return jnp.where(mask.any(-1)[:, 0, :, None, None], out, 0)
 
 
@@ -156,7 +169,10 @@ class Attention(nnx.Module):
         num_kv_heads: key/value heads K, a divisor of N; None for N.
         head_width: H; None for D / N.
         causal: whether a query sees only itself and earlier keys.
-        use_bias: whether the projections have biases.
+        window: keys that a query of causal attention sees, itself included; None for all.
+        use_bias: whether the query, key and value projections have biases.
+        output_bias: whether the output projection has one; None for `use_bias`.
+        qk_norm_epsilon: epsilon of an RMSNorm of each query's and key's head; None for no norm.
         dtype: compute dtype.
         param_dtype: dtype of the projections.
         rngs: source of the initial values.
@@ -170,7 +186,10 @@ class Attention(nnx.Module):
         num_kv_heads: int | None = None,
         head_width: int | None = None,
         causal: bool = False,
+        window: int | None = None,
         use_bias: bool = True,
+        output_bias: bool | None = None,
+        qk_norm_epsilon: float | None = None,
         dtype: Dtype = jnp.float32,
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
@@ -185,17 +204,25 @@ class Attention(nnx.Module):
         if head_width is None and width % num_heads:
             raise ValueError(f"width {width} does not split into {num_heads} heads")
         self.head_width = head_width or width // num_heads
+        if window is not None and not causal:
+            raise ValueError(f"a window of {window} keys needs causal attention")
         self.causal = causal
-        options: dict[str, Any] = {
-            "use_bias": use_bias,
-            "dtype": dtype,
-            "param_dtype": param_dtype,
-            "rngs": rngs,
-        }
-        self.q_proj = Linear(width, num_heads * self.head_width, **options)
-        self.k_proj = Linear(width, self.num_kv_heads * self.head_width, **options)
-        self.v_proj = Linear(width, self.num_kv_heads * self.head_width, **options)
-        self.o_proj = Linear(num_heads * self.head_width, width, **options)
+        self.window = window
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        kv_width = self.num_kv_heads * self.head_width
+        output_bias = use_bias if output_bias is None else output_bias
+        self.q_proj = Linear(width, num_heads * self.head_width, use_bias=use_bias, **options)
+        self.k_proj = Linear(width, kv_width, use_bias=use_bias, **options)
+        self.v_proj = Linear(width, kv_width, use_bias=use_bias, **options)
+        self.o_proj = Linear(num_heads * self.head_width, width, use_bias=output_bias, **options)
+
+        def head_norm() -> nnx.RMSNorm | None:
+            if qk_norm_epsilon is None:
+                return None
+            return nnx.RMSNorm(self.head_width, epsilon=qk_norm_epsilon, **options)
+
+        self.q_norm: nnx.RMSNorm | None = nnx.data(head_norm())
+        self.k_norm: nnx.RMSNorm | None = nnx.data(head_norm())
         self.sparse: SparseAttention | None = nnx.data(None)
 
     def __call__(
@@ -204,6 +231,7 @@ class Attention(nnx.Module):
         *,
         key_mask: Bool[Array, "B S"] | None = None,
         segment_ids: Int[Array, "B S"] | None = None,
+        rotary: RotaryAngles | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B S D"], AuxLosses]:
         """Attend within each sequence.
@@ -212,26 +240,47 @@ class Attention(nnx.Module):
             x: inputs.
             key_mask: False where a key is padding.
             segment_ids: tokens see only tokens with their own id.
+            rotary: angles by which queries and keys are rotated, from `rotary_angles`.
             dropout_key: draws this step's LoRA dropout; None leaves it out.
 
         Returns:
             The output, and auxiliary losses summed over valid tokens.
+
+        Raises:
+            NotImplementedError: sparse attention is to reach past the window.
         """
-        batch, length, _ = x.shape
         keys = split_key(dropout_key, 4)
-
-        def heads(projection: Linear, number: int, key: jax.Array | None) -> jax.Array:
-            y = projection(x, dropout_key=key)
-            return y.reshape(batch, length, number, self.head_width)
-
-        q = heads(self.q_proj, self.num_heads, keys[0])
-        k = heads(self.k_proj, self.num_kv_heads, keys[1])
-        v = heads(self.v_proj, self.num_kv_heads, keys[2])
+        q, k, v = self._project(x, rotary, keys)
         record(self, q=q, k=k)
         masks: dict[str, Any] = {"key_mask": key_mask, "segment_ids": segment_ids}
         aux: AuxLosses = {}
         if self.sparse is None:
-            out = dense_attention(q, k, v, causal=self.causal, **masks)
+            out = dense_attention(q, k, v, causal=self.causal, window=self.window, **masks)
+        elif self.window is not None and x.shape[1] > self.window:
+            raise NotImplementedError(
+                f"sparse attention does not know the model's window of {self.window} keys: give "
+                f"sequences of at most {self.window} tokens, got {x.shape[1]}, or adapt the model "
+                "with attention=None"
+            )
         else:
             out, aux = self.sparse(q, k, v, **masks)
-        return self.o_proj(out.reshape(batch, length, -1), dropout_key=keys[3]), aux
+        return self.o_proj(out.reshape(*x.shape[:2], -1), dropout_key=keys[3]), aux
+
+    def _project(
+        self,
+        x: Float[Array, "B S D"],
+        rotary: RotaryAngles | None,
+        keys: Sequence[jax.Array | None],
+    ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+        def heads(projection: Linear, number: int, key: jax.Array | None) -> jax.Array:
+            y = projection(x, dropout_key=key)
+            return y.reshape(*x.shape[:2], number, self.head_width)
+
+        q = heads(self.q_proj, self.num_heads, keys[0])
+        k = heads(self.k_proj, self.num_kv_heads, keys[1])
+        v = heads(self.v_proj, self.num_kv_heads, keys[2])
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        return q, k, v

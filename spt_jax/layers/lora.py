@@ -37,18 +37,17 @@ class LoRA(nnx.Module):
             jax.random.uniform(rngs.params(), shape, jnp.float32, minval=-bound, maxval=bound)
         )
         self.b = LoRAParam(jnp.zeros((config.rank, out_features), jnp.float32))
-        self.scaling = config.scaling
-        self.dropout = config.dropout
+        self.config = config
 
     def factors(
         self, dropout_key: jax.Array | None = None
     ) -> tuple[Float[Array, "in r"], Float[Array, "r out"]]:
         """A with this step's dropout, and B with the scaling folded in."""
-        a = self.a[...]
-        if dropout_key is not None and self.dropout > 0:
-            kept = jax.random.bernoulli(dropout_key, 1 - self.dropout, (a.shape[0], 1))
-            a = jnp.where(kept, a / (1 - self.dropout), 0)
-        return a, self.b[...] * self.scaling
+        a, rate = self.a[...], self.config.dropout
+        if dropout_key is not None and rate > 0:
+            kept = jax.random.bernoulli(dropout_key, 1 - rate, (a.shape[0], 1))
+            a = jnp.where(kept, a / (1 - rate), 0)
+        return a, self.b[...] * self.config.scaling
 
 
 def cheaper_form(tokens: int, in_features: int, out_features: int) -> LoRAForm:

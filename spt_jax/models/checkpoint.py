@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -23,25 +22,36 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Checkpoint:
-    """The tensors of a checkpoint, read from disk when asked for.
+    """The tensors of safetensors files, read from disk when asked for.
+
+    A file is mapped only while one of its tensors is read, so that no more than that is resident.
 
     Attributes:
         names: all tensors.
+
+    Args:
+        files: the safetensors files.
+
+    Raises:
+        ValueError: a file is truncated or corrupt, or two hold a tensor of one name.
     """
 
-    def __init__(self, files: dict[Path, Any]) -> None:
-        self._files = files
+    def __init__(self, files: Iterable[Path]) -> None:
         self._owner: dict[str, Path] = {}
-        for path, file in files.items():
-            names = file.keys()
-            if shared := self._owner.keys() & names:
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for path in files:
+            with _naming(path), safe_open(path, framework="numpy") as file:
+                names = file.keys()
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            if shared := self._owner.keys() & shapes:
                 raise ValueError(f"tensor {min(shared)} is in {path} and in another shard too")
-            self._owner |= dict.fromkeys(names, path)
+            self._owner |= dict.fromkeys(shapes, path)
+            self._shapes |= shapes
         self.names: list[str] = list(self._owner)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        return tuple(self._files[self._owner[name]].get_slice(name).get_shape())
+        return self._shapes[name]
 
     def read(self, name: str) -> np.ndarray:
         """A floating-point tensor.
@@ -50,17 +60,16 @@ class Checkpoint:
             ValueError: it is of another type, or its bytes cannot be read.
         """
         path = self._owner[name]
-        with _naming(path):
-            dtype = self._files[path].get_slice(name).get_dtype()
+        with _naming(path), safe_open(path, framework="numpy") as file:
+            dtype = file.get_slice(name).get_dtype()
             if dtype not in _FLOATS:
                 raise ValueError(
                     f"{path}: tensor {name} has dtype {dtype}; supported: {', '.join(_FLOATS)}"
                 )
-            return self._files[path].get_tensor(name)
+            return file.get_tensor(name)
 
 
-@contextmanager
-def open_checkpoint(directory: Path) -> Iterator[Checkpoint]:
+def open_checkpoint(directory: Path) -> Checkpoint:
     """Open `model.safetensors`, or the shards of `model.safetensors.index.json`.
 
     Raises:
@@ -68,19 +77,16 @@ def open_checkpoint(directory: Path) -> Iterator[Checkpoint]:
             the message names the file.
     """
     single = directory / WEIGHTS_FILE
-    shards = _read_index(directory) if not single.is_file() else {single: None}
-    with ExitStack() as stack:
-        files = {}
-        for path, expected in shards.items():
-            with _naming(path):
-                files[path] = stack.enter_context(safe_open(path, framework="numpy"))
-            names = set(files[path].keys())
-            if expected is not None and names != expected:
-                raise ValueError(
-                    f"{INDEX_FILE} and {path} disagree: missing {sorted(expected - names)}, not "
-                    f"listed {sorted(names - expected)}"
-                )
-        yield Checkpoint(files)
+    if single.is_file():
+        return Checkpoint([single])
+    shards = _read_index(directory)
+    for path, expected in shards.items():
+        if (names := set(Checkpoint([path]).names)) != expected:
+            raise ValueError(
+                f"{INDEX_FILE} and {path} disagree: missing {sorted(expected - names)}, not "
+                f"listed {sorted(names - expected)}"
+            )
+    return Checkpoint(shards)
 
 
 @contextmanager

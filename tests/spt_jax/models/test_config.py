@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from spt_jax.models.config import EncoderConfig, parse_config, read_config
+from spt_jax.models.config import parse_config, read_config
+from spt_jax.models.encoder_config import EncoderConfig
 from tests.spt_jax.models.builders import FAMILIES, GOLDEN, raw_config
 
 
@@ -64,7 +65,7 @@ def test_activation_names(name, ours):
         ({"model_type": None}, "None is not supported"),
         ({"model_type": ["bert"]}, "is not supported"),
         ({"hidden_size": 0}, "hidden_size must be a positive integer, got 0"),
-        ({"hidden_size": None}, "hidden_size must be a positive integer, got None"),
+        ({"hidden_size": None}, "a bert config needs hidden_size"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers must be a positive integer, got '2'"),
         ({"num_hidden_layers": True}, "num_hidden_layers must be a positive integer, got True"),
         ({"num_attention_heads": 5}, "hidden_size must be a multiple of num_attention_heads=5"),

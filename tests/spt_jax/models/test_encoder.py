@@ -8,8 +8,10 @@ from flax import nnx
 
 from spt_jax.layers import Attention, Embedding, FeedForward, HeadParam
 from spt_jax.models import load_pretrained
+from spt_jax.models.common import sum_aux
 from spt_jax.models.config import parse_config
-from spt_jax.models.encoder import Encoder, _sum_aux, tensor_slots
+from spt_jax.models.encoder import Encoder
+from spt_jax.models.slots import tensor_slots
 from tests.spt_jax.models.builders import FAMILIES, GOLDEN, golden, raw_config
 
 TOLERANCE = 1e-4  # float32, absolute; outputs are of size 1 to 4
@@ -242,7 +244,7 @@ def test_parts_are_found_by_type(family):
 
 def test_auxiliary_losses_are_summed_by_name():
     one, two = jnp.array(1.0), jnp.array(2.0)
-    assert _sum_aux({}, {"a": one}, {"a": two, "b": two}) == {"a": 3.0, "b": 2.0}
+    assert sum_aux({}, {"a": one}, {"a": two, "b": two}) == {"a": 3.0, "b": 2.0}
 
 
 def test_layers_report_auxiliary_losses():

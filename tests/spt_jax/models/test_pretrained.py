@@ -12,7 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from spt_jax.models import load_pretrained
-from spt_jax.models.encoder import tensor_slots
+from spt_jax.models.slots import tensor_slots
 from tests.spt_jax.models.builders import FAMILIES, GOLDEN, edited, golden, write_checkpoint
 
 CLASSIFY = {"task": "sequence-classification", "num_labels": 3}

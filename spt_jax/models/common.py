@@ -1,0 +1,75 @@
+"""What encoders and decoders share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.typing import Dtype
+from jaxtyping import Array, Bool, Int
+
+from spt_jax.layers import AuxLosses
+
+Tokens = Int[Array | np.ndarray, "B S"]
+Mask = Bool[Array | np.ndarray, "B S"] | Tokens
+
+
+def layer_norm(
+    width: int, epsilon: float, *, dtype: Dtype, param_dtype: Dtype, rngs: nnx.Rngs
+) -> nnx.LayerNorm:
+    """LayerNorm with the two-pass variance: the other cancels where a token's mean is large."""
+    return nnx.LayerNorm(
+        width,
+        epsilon=epsilon,
+        use_fast_variance=False,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+
+
+def positions_in_segments(
+    tokens: Bool[Array, "B S"], segment_ids: Int[Array, "B S"] | None
+) -> Int[Array, "B S"]:
+    """How many of `tokens` precede each position, counted from the start of its segment."""
+    count = jnp.cumsum(tokens, axis=1, dtype=jnp.int32)
+    before = count - tokens.astype(jnp.int32)
+    if segment_ids is not None:
+        starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+        before = before - jax.lax.cummax(jnp.where(starts, before, 0), axis=1)
+    return before
+
+
+def rematerialized(layer: Callable[..., Any]) -> Callable[..., Any]:
+    """`layer`, whose activations are computed again in the backward pass."""
+    # a function of its own for every call: checkpoint caches by function what it closed over
+    return jax.checkpoint(lambda *args: layer(*args))
+
+
+def sum_aux(*losses: AuxLosses) -> AuxLosses:
+    """Sum of auxiliary losses by name."""
+    total: AuxLosses = {}
+    for aux in losses:
+        total |= {name: total[name] + loss if name in total else loss for name, loss in aux.items()}
+    return total
+
+
+def check_inputs(input_ids: jax.Array, max_length: int, **others: jax.Array | None) -> None:
+    """Raise a ValueError unless all are `[B, S]` and S lies in 1..max_length."""
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids must be [batch, sequence], got shape {input_ids.shape}")
+    for name, array in others.items():
+        if array is not None and array.shape != input_ids.shape:
+            raise ValueError(
+                f"{name} has shape {array.shape}, input_ids has {input_ids.shape}; they must agree"
+            )
+    length = input_ids.shape[1]
+    if not 1 <= length <= max_length:
+        raise ValueError(
+            f"the sequence has {length} tokens, but the model's positions serve 1 to "
+            f"{max_length}; truncate or split it"
+        )
