@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import tyro
@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 import spt_jax
 from experiments import acceptability, cli
 from experiments.glue_tasks import TASKS, GlueTask, Split, read_split
+from experiments.methods import Method, MethodOptions, results_table, speed_note, write_metrics
 from spt_jax.models.config import ModelConfig, read_config
 from spt_jax.models.encoder_config import EncoderConfig
 from spt_jax.models.hub import find_files
@@ -33,19 +34,16 @@ from spt_jax.training import (
     Examples,
     TrainResult,
     cross_entropy,
-    environment,
     mean_squared_error,
+    supervised,
     tokenize,
     train,
-    write_json_atomic,
 )
 
-Method = Literal["spt", "lora", "full"]
 TaskName = Literal[
     "acceptability", "cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli", "all"
 ]
 
-LEARNING_RATES: Mapping[Method, float] = {"spt": 1e-3, "lora": 1e-3, "full": 5e-5}
 CALIBRATION_EXAMPLES = 64
 DEFAULT_MAX_LENGTH = 128
 BUILT_IN = GlueTask(
@@ -54,7 +52,7 @@ BUILT_IN = GlueTask(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(MethodOptions):
     """Options of the experiment."""
 
     task: TaskName = "acceptability"
@@ -62,105 +60,21 @@ class Options:
     GLUE."""
     model: str = "minilm"
     """Hugging Face directory or hub id; minilm is the model that the set-up installs."""
-    method: str = "spt,lora"
-    """Methods to compare, separated by commas: spt, lora, full."""
     data_dir: Path | None = None
     """TFDS data directory; a task that is not there is downloaded into it."""
     out: Path = Path("runs/glue")
     """Folder for checkpoints, TensorBoard events and metrics.json."""
-    resume: bool = False
-    """Go on with the run in --out."""
-    overwrite: bool = False
-    """Delete the run in --out."""
-
-    epochs: float | None = None
-    """Passes over the training examples; by default 3, and 1 for the built-in task."""
-    steps: int | None = None
-    """Optimizer steps, in place of --epochs."""
-    batch_size: int = 32
-    """Examples an optimizer step."""
-    accumulation: int = 1
-    """Microbatches into which a batch is cut to save memory."""
-    learning_rate: float | None = None
-    """Peak learning rate; by default 1e-3 for spt and lora, 5e-5 for full."""
-    warmup: float = 0.06
-    """Warm-up: share of the steps below 1, number of steps from 1 on."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay of the learning rate."""
-    eval_every: int | None = None
-    """Steps between evaluations; by default once an epoch."""
-    patience: int | None = None
-    """Stop after so many evaluations without improvement."""
-    result: Literal["last", "best"] = "last"
-    """Which evaluation the table shows."""
-    seed: int = 0
-    """Seed of fresh weights, the order of examples, and dropout."""
 
     max_length: int | None = None
     """Longer examples are cut; by default 128 or, if that is less, what the model has positions
     for."""
     pad_to_max_length: bool = False
     """Pad to --max-length, not to the longest example of the task."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute dtype, and that of frozen weights."""
-    remat: bool = False
-    """Recompute activations in the backward pass to save memory."""
-
-    rank: int = 16
-    """LoRA rank."""
-    density: float = 1 / 8
-    """Share of the keys that a query attends to."""
-    num_blocks: int = 4
-    """Blocks of FFN units."""
-    active_blocks: int = 2
-    """Blocks that a token computes."""
 
     @property
-    def methods(self) -> tuple[Method, ...]:
-        """The methods named by `method`, in order."""
-        names = tuple(dict.fromkeys(name.strip() for name in self.method.split(",")))
-        unknown = [name for name in names if name not in get_args(Method)]
-        if unknown:
-            raise ValueError(
-                f"unknown method {unknown[0]!r} in --method {self.method}; choose from "
-                f"{', '.join(get_args(Method))}"
-            )
-        return names  # type: ignore[return-value]
-
-    def spt_config(self, method: Method) -> spt_jax.SPTConfig | None:
-        """What `method` adds to the model; None for nothing."""
-        lora = spt_jax.LoRAConfig(rank=self.rank)
-        if method == "full":
-            return None
-        if method == "lora":
-            return spt_jax.SPTConfig(lora=lora, attention=None, ffn=None)
-        return spt_jax.SPTConfig(
-            lora=lora,
-            attention=spt_jax.SparseAttentionConfig(density=self.density),
-            ffn=spt_jax.RoutedFFNConfig(
-                num_blocks=self.num_blocks, active_blocks=self.active_blocks
-            ),
-        )
-
-    def train_config(self, method: Method) -> spt_jax.TrainConfig:
-        """How `method` trains."""
-        epochs = 1.0 if self.task == BUILT_IN.name else 3.0
-        rate = LEARNING_RATES[method] if self.learning_rate is None else self.learning_rate
-        return spt_jax.TrainConfig(
-            trainable="all" if method == "full" else "adapter",
-            epochs=epochs if self.epochs is None else self.epochs,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            accumulation=self.accumulation,
-            learning_rate=rate,
-            warmup=self.warmup,
-            schedule=self.schedule,
-            remat=self.remat,
-            eval_every=self.eval_every,
-            patience=self.patience,
-            result=self.result,
-            seed=self.seed,
-        )
+    def default_epochs(self) -> float:
+        """One epoch of the built-in task, three of the others."""
+        return 1.0 if self.task == BUILT_IN.name else 3.0
 
 
 @dataclass(frozen=True)
@@ -171,9 +85,7 @@ class Data:
     validation: Mapping[str, Examples]
 
 
-def load_data(
-    task: GlueTask, options: Options, tokenizer: Tokenizer, config: ModelConfig
-) -> Data:
+def load_data(task: GlueTask, options: Options, tokenizer: Tokenizer, config: ModelConfig) -> Data:
     """Read and tokenize all splits of a task, to one sequence length."""
 
     def read(split: str) -> Split:
@@ -247,7 +159,7 @@ def run_task(
             data.train,
             options.train_config(method),
             out / method,
-            loss=mean_squared_error if task.num_labels is None else cross_entropy,
+            objective=supervised(mean_squared_error if task.num_labels is None else cross_entropy),
             eval_data=data.validation,
             metrics=task.metrics,
             identity={"spt": asdict(spt) if (spt := options.spt_config(method)) else None},
@@ -255,50 +167,11 @@ def run_task(
             overwrite=options.overwrite,
         )
     figures = {method: result.figures() for method, result in results.items()}
-    console.print(results_table(task, results))
-    if "spt" in results and "lora" in results:
-        ratio = results["lora"].step_ms / results["spt"].step_ms
-        console.print(f"an spt step is {ratio:.2f}x as fast as a lora step")
-    write_metrics(out, options, figures)
+    console.print(results_table(f"{task.name}, validation", results))
+    if note := speed_note(results):
+        console.print(note)
+    write_metrics(out, "glue", options, figures)
     return figures
-
-
-def results_table(task: GlueTask, results: Mapping[str, TrainResult]) -> Table:
-    """One row a method."""
-    table = Table(title=f"{task.name}, validation")
-    metrics = [name for name in next(iter(results.values())).metrics if name != "eval_loss"]
-    headers = ["method", *metrics, "train loss", "step ms", "tokens/s", "peak MB", "trainable"]
-    for header in headers:
-        table.add_column(header, justify="left" if header == "method" else "right")
-    for method, result in results.items():
-        table.add_row(
-            method,
-            *(f"{result.metrics[name]:.4f}" for name in metrics),
-            f"{result.train_loss:.4f}",
-            f"{result.step_ms:.0f}",
-            f"{result.tokens_per_s:.0f}",
-            f"{result.peak_bytes / 1e6:.0f}",
-            f"{result.trainable_parameters:,}",
-        )
-    return table
-
-
-def write_metrics(out: Path, options: Options, figures: Mapping[str, Any]) -> None:
-    """Write `metrics.json`."""
-    configuration = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in asdict(options).items()
-    }
-    write_json_atomic(
-        out / "metrics.json",
-        {
-            "experiment": "glue",
-            "configuration": configuration,
-            "seed": options.seed,
-            **environment(),
-            "figures": figures,
-        },
-    )
 
 
 def summarize(
@@ -330,9 +203,7 @@ def main() -> None:
     options = tyro.cli(Options, prog="experiments.glue", description=__doc__)
     console = Console(width=None if sys.stdout.isatty() else 120)
     methods = options.methods
-    for method in methods:  # every mistake in the options shows before anything is read
-        options.spt_config(method)
-        options.train_config(method)
+    options.check()
     tokenizer = spt_jax.load_tokenizer(options.model)
     if options.task != "all":
         task = BUILT_IN if options.task == BUILT_IN.name else TASKS[options.task]
@@ -347,7 +218,7 @@ def main() -> None:
     }
     table, figures = summarize(by_task, methods)
     console.print(table)
-    write_metrics(options.out, options, figures)
+    write_metrics(options.out, "glue", options, figures)
 
 
 if __name__ == "__main__":

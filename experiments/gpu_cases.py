@@ -33,6 +33,7 @@ from spt_jax.training import (
     learning_rate_schedule,
     make_optimizer,
     partition,
+    supervised,
     train_step,
 )
 
@@ -278,7 +279,7 @@ def _bert_step() -> Program:
     step = functools.partial(
         train_step,
         merge=parts.merge,
-        loss=cross_entropy,
+        objective=supervised(cross_entropy),
         optimizer=optimizer,
         schedule=learning_rate_schedule(train, 100),
     )

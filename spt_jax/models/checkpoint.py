@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ _SHARD = re.compile(r"[\w.-]+\.safetensors")
 
 #: Floating dtypes of a safetensors header.
 _FLOATS = ("F64", "F32", "F16", "BF16")
+
+_BAND = 1 << 22  # bytes read and converted at a time
+_ALIGNMENT = 64  # bytes; what XLA's CPU client asks of a buffer
 
 
 class Checkpoint:
@@ -53,20 +57,28 @@ class Checkpoint:
         """Shape of a tensor."""
         return self._shapes[name]
 
-    def read(self, name: str) -> np.ndarray:
-        """A floating-point tensor.
+    def read(self, name: str, dtype: np.dtype, *, transpose: bool = False) -> np.ndarray:
+        """A floating-point tensor, converted and transposed a band of rows at a time.
+
+        The result is aligned such that JAX takes it over on a CPU, without a copy.
 
         Raises:
             ValueError: it is of another type, or its bytes cannot be read.
         """
-        path = self._owner[name]
-        with _naming(path), safe_open(path, framework="numpy") as file:
-            dtype = file.get_slice(name).get_dtype()
-            if dtype not in _FLOATS:
-                raise ValueError(
-                    f"{path}: tensor {name} has dtype {dtype}; supported: {', '.join(_FLOATS)}"
-                )
-            return file.get_tensor(name)
+        path, shape = self._owner[name], self._shapes[name]
+        array = _aligned(shape[::-1] if transpose else shape, dtype)
+        rows = array.T if transpose else array
+        band = max(1, _BAND * len(rows) // max(1, array.nbytes))
+        for start in range(0, len(rows), band):
+            with _naming(path), safe_open(path, framework="numpy") as file:
+                part = file.get_slice(name)
+                if part.get_dtype() not in _FLOATS:
+                    raise ValueError(
+                        f"{path}: tensor {name} has dtype {part.get_dtype()}; supported: "
+                        f"{', '.join(_FLOATS)}"
+                    )
+                rows[start : start + band] = part[start : start + band].astype(dtype, copy=False)
+        return array
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
@@ -87,6 +99,13 @@ def open_checkpoint(directory: Path) -> Checkpoint:
                 f"listed {sorted(names - expected)}"
             )
     return Checkpoint(shards)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    size = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 @contextmanager

@@ -303,7 +303,7 @@ def _window_fields(config: DecoderConfig) -> dict[str, Any]:
 
 def _rotary(raw: Mapping[str, Any], num_positions: int) -> RotaryConfig:
     """From `rope_theta` and `rope_scaling`, or from `rope_parameters`, which replaced both."""
-    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     check("rope_scaling", given, isinstance(given, Mapping), "an object or null")
     theta = given.get("rope_theta") or raw.get("rope_theta") or 10000.0
     kind = given.get("rope_type", given.get("type", "default"))

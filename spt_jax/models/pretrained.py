@@ -170,8 +170,7 @@ def _fill(
         )
     for name, slot in slots.items():
         dtype = slot.variable.get_value().dtype
-        array = checkpoint.read(stored[name]).astype(dtype, copy=False)
-        array = np.ascontiguousarray(array.T) if slot.transpose else array
+        array = checkpoint.read(stored[name], dtype, transpose=slot.transpose)
         if sharding is None:
             value = jnp.asarray(array)
         else:

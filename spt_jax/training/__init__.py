@@ -3,35 +3,57 @@
 from spt_jax.training.checkpoint import CheckpointError, Checkpoints, weights_fingerprint
 from spt_jax.training.data import Examples, check_labels, eval_batches, tokenize, train_batches
 from spt_jax.training.loop import Interrupted, NonFiniteLoss, TrainResult, train
-from spt_jax.training.losses import cross_entropy, mean_squared_error
+from spt_jax.training.losses import cross_entropy, linear_cross_entropy, mean_squared_error
 from spt_jax.training.metrics import (
     environment,
     evaluation_metrics,
     glue_metrics,
     write_json_atomic,
 )
+from spt_jax.training.objectives import Objective, Outcome, next_token, supervised
 from spt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from spt_jax.training.step import TrainState, eval_step, partition, train_step, write_back
+from spt_jax.training.text import (
+    Document,
+    encode_documents,
+    pack,
+    read_jsonl,
+    read_text,
+    read_tfds_text,
+    strided_windows,
+)
 
 __all__ = [
     "CheckpointError",
     "Checkpoints",
+    "Document",
     "Examples",
     "Interrupted",
     "NonFiniteLoss",
+    "Objective",
+    "Outcome",
     "TrainResult",
     "TrainState",
     "check_labels",
     "cross_entropy",
+    "encode_documents",
     "environment",
     "eval_batches",
     "eval_step",
     "evaluation_metrics",
     "glue_metrics",
     "learning_rate_schedule",
+    "linear_cross_entropy",
     "make_optimizer",
     "mean_squared_error",
+    "next_token",
+    "pack",
     "partition",
+    "read_jsonl",
+    "read_text",
+    "read_tfds_text",
+    "strided_windows",
+    "supervised",
     "tokenize",
     "train",
     "train_batches",

@@ -25,8 +25,8 @@ from tqdm import tqdm
 from spt_jax.config import TrainConfig
 from spt_jax.training.checkpoint import Checkpoints, weights_fingerprint
 from spt_jax.training.data import Examples, eval_batches, train_batches
-from spt_jax.training.losses import Loss
 from spt_jax.training.metrics import evaluation_metrics
+from spt_jax.training.objectives import Objective
 from spt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from spt_jax.training.step import (
     Partition,
@@ -114,7 +114,7 @@ def train(
     config: TrainConfig,
     out_dir: Path | str,
     *,
-    loss: Loss,
+    objective: Objective,
     eval_data: Examples | Mapping[str, Examples] | None = None,
     metrics: Sequence[str] = (),
     identity: Mapping[str, Any] | None = None,
@@ -130,7 +130,7 @@ def train(
         train_data: training examples.
         config: how to train.
         out_dir: gets `checkpoints/` and `tensorboard/`.
-        loss: task loss, one of `spt_jax.training.losses` or alike.
+        objective: what is minimised: `next_token`, or `supervised(loss)` with a task loss.
         eval_data: examples to evaluate on; if several splits by name, each metric's name ends in
             `_` and that of its split.
         metrics: names for `evaluation_metrics`, the most important first; `eval_loss` comes
@@ -197,7 +197,7 @@ def train(
         run_step = partial(
             train_step,
             merge=parts.merge,
-            loss=loss,
+            objective=objective,
             optimizer=optimizer,
             schedule=learning_rate_schedule(config, total),
             accumulation=config.accumulation,
@@ -213,7 +213,7 @@ def train(
                 partial(
                     eval_step,
                     merge=parts.merge,
-                    loss=loss,
+                    objective=objective,
                     with_outputs=any(name != "perplexity" for name in metrics),
                 )
             ),

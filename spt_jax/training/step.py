@@ -17,7 +17,8 @@ from flax import nnx
 
 from spt_jax.config import Trainable
 from spt_jax.layers.variables import ADAPTER
-from spt_jax.training.losses import Batch, Loss
+from spt_jax.training.losses import Batch
+from spt_jax.training.objectives import Objective
 from spt_jax.training.optimizer import group_of
 
 Params = dict[str, jax.Array]
@@ -110,24 +111,13 @@ def write_back(model: nnx.Module, params: Mapping[str, jax.Array]) -> None:
             variable[...] = params[name]
 
 
-def forward(model: Any, batch: Batch, dropout_key: jax.Array | None) -> tuple[jax.Array, Params]:
-    """The model's outputs and auxiliary losses on a batch."""
-    return model.forward(
-        batch["input_ids"],
-        batch["attention_mask"],
-        batch.get("token_type_ids"),
-        batch.get("segment_ids"),
-        dropout_key=dropout_key,
-    )
-
-
 def train_step(
     state: TrainState,
     frozen: nnx.State,
     batch: Batch,
     *,
     merge: Callable[[Params, nnx.State], nnx.Module],
-    loss: Loss,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     accumulation: int = 1,
@@ -145,7 +135,7 @@ def train_step(
         batch: arrays of B examples: input_ids, attention_mask, label, weight and, if the model
             wants them, token_type_ids and segment_ids.
         merge: `Partition.merge`.
-        loss: task loss, as in `spt_jax.training.losses`.
+        objective: what is minimised, as in `spt_jax.training.objectives`.
         optimizer: see `make_optimizer`.
         schedule: its learning rate, for the record.
         accumulation: microbatches, one after the other.
@@ -162,10 +152,9 @@ def train_step(
 
     def microbatch_loss(params: Params, microbatch: Batch, key: jax.Array) -> Any:
         model = merge(params, frozen)
-        outputs, aux = forward(model, microbatch, key if dropout else None)
-        task, _ = loss(outputs, microbatch["label"], microbatch["weight"])
-        parts = {"task_loss": task / weight}
-        parts |= {name: value.astype(jnp.float32) / tokens for name, value in aux.items()}
+        outcome = objective(model, microbatch, key if dropout else None)
+        parts = {"task_loss": outcome.loss / weight}
+        parts |= {name: x.astype(jnp.float32) / tokens for name, x in outcome.aux.items()}
         total = sum(parts.values())
         return total, {"loss": total, **parts}
 
@@ -207,10 +196,11 @@ def eval_step(
     batch: Batch,
     *,
     merge: Callable[[Params, nnx.State], nnx.Module],
-    loss: Loss,
+    objective: Objective,
     with_outputs: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Loss sum, weight sum, and float32 outputs (or None) of a batch, without dropout."""
-    outputs, _ = forward(merge(params, frozen), batch, None)
-    total, weight = loss(outputs, batch["label"], batch["weight"])
-    return total, weight, outputs.astype(jnp.float32) if with_outputs else None
+    outcome = objective(merge(params, frozen), batch, None)
+    outputs = outcome.outputs if with_outputs else None
+    outputs = None if outputs is None else outputs.astype(jnp.float32)
+    return outcome.loss, outcome.weight, outputs

@@ -16,7 +16,7 @@ from pathlib import Path
 from flax import nnx
 
 from spt_jax.config import TrainConfig
-from spt_jax.training import cross_entropy, train, weights_fingerprint
+from spt_jax.training import cross_entropy, supervised, train, weights_fingerprint
 from tests.spt_jax.training.toy import Toy, examples
 
 CONFIG = TrainConfig(
@@ -52,7 +52,7 @@ def main(out: Path, how: list[str]) -> None:
         examples(100),
         CONFIG,
         out,
-        loss=cross_entropy,
+        objective=supervised(cross_entropy),
         eval_data=examples(40, 1),
         metrics=("matthews", "accuracy"),
         resume=True,

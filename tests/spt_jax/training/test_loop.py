@@ -18,6 +18,7 @@ from spt_jax.training import (
     NonFiniteLoss,
     cross_entropy,
     mean_squared_error,
+    supervised,
     train,
     weights_fingerprint,
 )
@@ -31,7 +32,7 @@ CONFIG = TrainConfig(
     eval_every=4,
     log_every=1,
 )
-OPTIONS = {"loss": cross_entropy, "metrics": ("matthews", "accuracy")}
+OPTIONS = {"objective": supervised(cross_entropy), "metrics": ("matthews", "accuracy")}
 
 
 def quiet(_: str) -> None:
@@ -157,7 +158,12 @@ def test_non_finite_loss_stops_with_step_and_checkpoint(tmp_path):
     model = Toy()
     start = outcome_params(model)
     with pytest.raises(NonFiniteLoss) as caught:
-        run(tmp_path, TrainConfig(**{**vars(CONFIG), "eval_every": 2}), model=model, loss=explodes)
+        run(
+            tmp_path,
+            TrainConfig(**{**vars(CONFIG), "eval_every": 2}),
+            model=model,
+            objective=supervised(explodes),
+        )
     message = str(caught.value)
     step = int(message.split("at step ")[1].split(";")[0])
     assert "loss is inf" in message
@@ -208,7 +214,7 @@ def test_regression_with_two_splits_and_accumulation(tmp_path):
         model=Toy(classes=1),
         data=examples(50, scores=True),
         eval_data={n: examples(20, i, scores=True) for i, n in enumerate(("near", "far"))},
-        loss=mean_squared_error,
+        objective=supervised(mean_squared_error),
         metrics=("pearson", "spearman"),
         log=messages.append,
     )

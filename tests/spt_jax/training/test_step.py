@@ -19,6 +19,7 @@ from spt_jax.training import (
     make_optimizer,
     mean_squared_error,
     partition,
+    supervised,
     train_step,
     write_back,
 )
@@ -36,7 +37,7 @@ def setup(model, *, optimizer=None, trainable="adapter", loss=cross_entropy, **o
     step = partial(
         train_step,
         merge=parts.merge,
-        loss=loss,
+        objective=supervised(loss),
         optimizer=optimizer,
         schedule=learning_rate_schedule(config, 10),
         **options,
@@ -83,7 +84,7 @@ def test_accumulated_gradient_is_that_of_the_full_batch(accumulation, scores):
 def test_filler_examples_do_not_touch_the_task_loss():
     model, batch = Toy(), batch_of(6)
     parts = partition(model, "adapter")
-    step = jax.jit(partial(eval_step, merge=parts.merge, loss=cross_entropy))
+    step = jax.jit(partial(eval_step, merge=parts.merge, objective=supervised(cross_entropy)))
     evaluate = partial(step, parts.params, parts.frozen)
     expected = evaluate(batch)
     padded = {name: np.concatenate([x, x[:2]]) for name, x in batch.items()}
