@@ -17,6 +17,8 @@ _hook = jaxtyping.install_import_hook(
         "pallas_kernels",
         "spt_jax.adapt",
         "spt_jax.calibration",
+        "spt_jax.chat",
+        "spt_jax.generation",
         "spt_jax.layers",
         "spt_jax.models",
         "spt_jax.training",

@@ -2,7 +2,7 @@
 
 from spt_jax.training.checkpoint import CheckpointError, Checkpoints, weights_fingerprint
 from spt_jax.training.data import Examples, check_labels, eval_batches, tokenize, train_batches
-from spt_jax.training.loop import Interrupted, NonFiniteLoss, TrainResult, train
+from spt_jax.training.loop import Interrupted, NonFiniteLoss, TrainResult, evaluate, train
 from spt_jax.training.losses import cross_entropy, linear_cross_entropy, mean_squared_error
 from spt_jax.training.metrics import (
     environment,
@@ -40,6 +40,7 @@ __all__ = [
     "environment",
     "eval_batches",
     "eval_step",
+    "evaluate",
     "evaluation_metrics",
     "glue_metrics",
     "learning_rate_schedule",

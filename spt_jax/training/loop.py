@@ -207,16 +207,9 @@ def train(
         compiling = time.perf_counter()
         compiled = jax.jit(run_step, donate_argnums=0).lower(state, parts.frozen, sample).compile()
         compile_s = time.perf_counter() - compiling
-        evaluate = partial(
+        evaluate_splits = partial(
             _evaluate,
-            jax.jit(
-                partial(
-                    eval_step,
-                    merge=parts.merge,
-                    objective=objective,
-                    with_outputs=any(name != "perplexity" for name in metrics),
-                )
-            ),
+            _evaluation_step(parts, objective, metrics),
             frozen=parts.frozen,
             splits=splits,
             batch_size=config.eval_batch_size or config.batch_size,
@@ -252,7 +245,7 @@ def train(
                 saving = finished or evaluating or _multiple(step, config.checkpoint_every)
                 if saving or stop():
                     settle()
-                    if evaluating and (values := evaluate(state.params)) is not None:
+                    if evaluating and (values := evaluate_splits(state.params)) is not None:
                         if not math.isfinite(values[monitor]):
                             raise NonFiniteLoss(_not_finite(step, values, checkpoints))
                         progress.add_evaluation(step, values, monitor)
@@ -312,6 +305,48 @@ def train(
         compiled_peak_bytes=compiled_peak,
         trainable_parameters=parts.num_trainable,
         total_parameters=parts.num_parameters,
+    )
+
+
+def evaluate(
+    model: nnx.Module,
+    data: Examples,
+    *,
+    objective: Objective,
+    metrics: Sequence[str] = (),
+    batch_size: int = 32,
+) -> dict[str, float]:
+    """Metrics of a model as it is.
+
+    Args:
+        model: what `objective` takes.
+        data: examples to evaluate on.
+        objective: gives the loss and, for metrics other than perplexity, outputs.
+        metrics: names for `evaluation_metrics`; `eval_loss` comes without asking.
+        batch_size: examples a step.
+
+    Returns:
+        Metrics by name.
+    """
+    graphdef, state = nnx.split(model)
+    parts = Partition({}, {}, state, lambda _, state: nnx.merge(graphdef, state))
+    values = _evaluate(
+        _evaluation_step(parts, objective, metrics),
+        parts.params,
+        frozen=parts.frozen,
+        splits={"": data},
+        batch_size=batch_size,
+        names=metrics,
+        stop=lambda: None,
+    )
+    assert values is not None
+    return values
+
+
+def _evaluation_step(parts: Partition, objective: Objective, metrics: Sequence[str]) -> Any:
+    with_outputs = any(name != "perplexity" for name in metrics)
+    return jax.jit(
+        partial(eval_step, merge=parts.merge, objective=objective, with_outputs=with_outputs)
     )
 
 

@@ -1,0 +1,239 @@
+"""Conversations as text and tokens, through the chat template that comes with a model."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import numpy as np
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from spt_jax.training.text import Document, unlimited
+
+Message = Mapping[str, Any]  # of "role", "content" and what else the template reads
+
+_PLAIN = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{{- message['role'] | capitalize }}: {{ message['content'] | trim -}}
+{{- eos_token if message['role'] == 'assistant' }}{{ '\\n' -}}
+{%- endfor -%}
+{{- 'Assistant:' if add_generation_prompt -}}
+"""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    r"""How a model wants a conversation written.
+
+    Templates are Jinja programs from outside. They run in a sandbox, with the functions and
+    options that transformers gives them, and see nothing but their arguments.
+
+    Attributes:
+        source: the template.
+        special_tokens: what it knows them by, such as bos_token, to what they are.
+        now: what templates that write the date take for it; None for the moment of the call,
+            at which the same conversation differs from day to day.
+
+    Example:
+        >>> template = ChatTemplate.plain(eos_token="</s>")
+        >>> template.render([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+        'User: Hi\nAssistant:'
+    """
+
+    source: str = field(repr=False)
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    now: datetime.datetime | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            _ = self._compiled
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"the chat template has an error: {error}") from error
+
+    @classmethod
+    def load(
+        cls, directory: str | os.PathLike[str], *, now: datetime.datetime | None = None
+    ) -> ChatTemplate:
+        """The template of a Hugging Face model directory.
+
+        It is `chat_template.jinja`, or else `chat_template` in `tokenizer_config.json`, of several
+        the one named "default". Special tokens are those of `tokenizer_config.json`.
+
+        Args:
+            directory: the model.
+            now: see the attribute.
+
+        Raises:
+            ValueError: there is no template, or it or `tokenizer_config.json` is not well-formed.
+        """
+        directory = Path(directory)
+        path = directory / "tokenizer_config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{path} is no JSON object")
+        alone = directory / "chat_template.jinja"
+        source = alone.read_text("utf-8") if alone.exists() else config.get("chat_template")
+        if isinstance(source, list):
+            named = {template["name"]: template["template"] for template in source}
+            if "default" not in named:
+                raise ValueError(
+                    f'{path} has several chat templates, but none named "default": '
+                    f"{', '.join(named)}; make a ChatTemplate of the one that you want"
+                )
+            source = named["default"]
+        if not isinstance(source, str):
+            raise ValueError(
+                f"{directory} has no chat template (chat_template.jinja, or chat_template in "
+                "tokenizer_config.json): it holds a base model; choose a template, for example "
+                "ChatTemplate.plain(eos_token=...)"
+            )
+        tokens = {
+            name: token["content"] if isinstance(token, dict) else token
+            for name, token in config.items()
+            if name.endswith("_token") and isinstance(token, dict | str)
+        }
+        return cls(source, tokens, now)
+
+    @classmethod
+    def plain(cls, *, eos_token: str, bos_token: str = "") -> ChatTemplate:
+        """A template for base models, without tokens of its own.
+
+        Every message is a line `Role: content`, a reply of the assistant ends with `eos_token`.
+
+        Args:
+            eos_token: tells the model where a reply ends, and generation where to stop.
+            bos_token: comes first.
+        """
+        return cls(_PLAIN, {"eos_token": eos_token, "bos_token": bos_token})
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """A conversation as text, special tokens included.
+
+        Args:
+            messages: in order.
+            add_generation_prompt: end with what comes before a reply of the assistant.
+
+        Raises:
+            ValueError: the template refuses the messages.
+        """
+        try:
+            return self._compiled.render(
+                **self.special_tokens,
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            roles = ", ".join(str(message.get("role")) for message in messages)
+            raise ValueError(
+                f"the chat template refuses messages of the roles {roles}: {error}"
+            ) from error
+
+    @cached_property
+    def _compiled(self) -> jinja2.Template:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_GenerationBlocks, jinja2.ext.loopcontrols],
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = self._strftime_now
+        return environment.from_string(self.source)
+
+    def _strftime_now(self, pattern: str) -> str:
+        return (self.now or datetime.datetime.now()).strftime(pattern)
+
+
+def encode_messages(
+    messages: Sequence[Message], tokenizer: Tokenizer, template: ChatTemplate
+) -> list[Document]:
+    """A conversation in tokens, of which the assistant's replies are predicted.
+
+    A reply is its content and what the template writes after it to end the turn. What is
+    predicted is what the model would have to generate after the template's generation prompt.
+
+    Args:
+        messages: at least one of the role "assistant".
+        tokenizer: left as it is; its own truncation and padding are not used. It adds no special
+            tokens, as the template writes them.
+        template: of the model.
+
+    Returns:
+        One document. But where the template writes a reply differently once more messages follow
+        it (as Qwen3's, which drops earlier reasoning), one document a reply: the conversation up
+        to it, with that reply predicted.
+
+    Raises:
+        ValueError: there is no reply, or one does not begin with the template's generation prompt.
+    """
+    replies = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+    if not replies:
+        raise ValueError("no message by the assistant, so there is nothing to learn from")
+    tokenizer = unlimited(tokenizer)
+    spans, texts = [], []
+    for i in replies:
+        prompt = template.render(messages[:i], add_generation_prompt=True)
+        text = template.render(messages[: i + 1])
+        if not text.startswith(prompt):
+            raise ValueError(
+                f"reply {i} cannot be told from what is before it: the chat template renders "
+                f"{text[-80:]!r}, which does not go on from its generation prompt {prompt[-40:]!r}"
+            )
+        spans.append((len(prompt), len(text)))
+        texts.append(text)
+    whole = template.render(messages)
+    if all(whole.startswith(text) for text in texts):
+        return [_document(whole, spans, tokenizer)]
+    return [_document(text, [span], tokenizer) for text, span in zip(texts, spans, strict=True)]
+
+
+def _document(text: str, spans: Sequence[tuple[int, int]], tokenizer: Tokenizer) -> Document:
+    """Tokens of `text`, of which those are predicted that end within one of the spans."""
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    ends = np.array([end for _, end in encoding.offsets], np.int64)
+    predicted = np.zeros(len(ends), bool)
+    for start, stop in spans:
+        predicted |= (ends > start) & (ends <= stop)
+    return Document(np.array(encoding.ids, np.int32), predicted)
+
+
+class _GenerationBlocks(jinja2.ext.Extension):
+    """`{% generation %}` marks replies for transformers; here its content is just rendered."""
+
+    tags = {"generation"}  # noqa: RUF012  Jinja's type
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As transformers has it; Jinja's own escapes HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)

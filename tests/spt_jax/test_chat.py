@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from spt_jax.chat import ChatTemplate, encode_messages
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden/chat.json").read_text(encoding="utf-8"))
+TALK = GOLDEN["conversations"]["talk"]
+SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>")
+SPECIAL += ("<|end_header_id|>", "<|eot_id|>")
+
+
+def template(name):
+    return ChatTemplate(GOLDEN["templates"][name]["source"], GOLDEN["tokens"])
+
+
+def trained(tokenizer):
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=list(SPECIAL),
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    texts = [message["content"] for message in TALK] + [
+        "user assistant system Be of help. Assistant: "
+    ]
+    tokenizer.train_from_iterator(texts * 3, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return trained(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def metaspace():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    return trained(tokenizer)
+
+
+@pytest.mark.parametrize("name", list(GOLDEN["templates"]))
+def test_renders_as_transformers_does(name):
+    for case in GOLDEN["templates"][name]["cases"]:
+        messages = GOLDEN["conversations"][case["conversation"]]
+        if case["text"] is None:
+            with pytest.raises(ValueError, match=r"roles system, user, assistant: Conv.*alternate"):
+                template(name).render(messages, case["add_generation_prompt"])
+        else:
+            assert template(name).render(messages, case["add_generation_prompt"]) == case["text"]
+
+
+REPLIES = {
+    "llama3": ["4.<|eot_id|>", "De rien<|eot_id|>"],
+    "chatml": ["4.\n<|im_end|>\n", "De rien<|im_end|>\n"],
+    "mistral": [" 4.\n</s>", " De rien</s>"],
+}
+
+
+@pytest.mark.parametrize("name", list(REPLIES))
+def test_only_replies_are_predicted(byte_level, name):
+    (found,) = encode_messages(TALK, byte_level, template(name))
+    text = template(name).render(TALK)
+    assert byte_level.decode(found.ids.tolist(), skip_special_tokens=False) == text
+    edges = np.flatnonzero(np.diff(found.predicted, prepend=False, append=False))
+    replies = [
+        byte_level.decode(found.ids[a:b].tolist(), skip_special_tokens=False)
+        for a, b in edges.reshape(-1, 2)
+    ]
+    assert replies == REPLIES[name]
+    if text.startswith("<s>"):
+        assert found.ids[:2].tolist() != [0, 0]
+
+
+def test_replies_of_a_tokenizer_with_metaspace(metaspace):
+    (found,) = encode_messages(TALK[2:], metaspace, template("mistral"))
+    chosen = metaspace.decode(found.ids[found.predicted].tolist(), skip_special_tokens=False)
+    assert chosen.replace(" ", "") == "Derien</s>"
+
+
+def test_a_template_that_rewrites_earlier_replies_gives_a_document_each(byte_level):
+    found = encode_messages(TALK, byte_level, template("qwen3"))
+    texts = [byte_level.decode(d.ids.tolist(), skip_special_tokens=False) for d in found]
+    assert texts == [template("qwen3").render(TALK[:n]) for n in (2, 4)]
+    for document, reply in zip(found, ("4.\n", "De rien"), strict=True):
+        predicted = document.ids[document.predicted].tolist()
+        wanted = f"<think>\n\n</think>\n\n{reply}<|im_end|>\n"
+        assert byte_level.decode(predicted, skip_special_tokens=False) == wanted
+
+
+def test_limits_of_the_tokenizer_are_not_used(byte_level):
+    (expected,) = encode_messages(TALK, byte_level, template("chatml"))
+    limited = Tokenizer.from_str(byte_level.to_str())
+    limited.enable_truncation(4)
+    limited.enable_padding(length=64)
+    (found,) = encode_messages(TALK, limited, template("chatml"))
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    assert limited.truncation is not None
+
+
+def test_conversations_that_cannot_be_learned_from(byte_level):
+    with pytest.raises(ValueError, match="no message by the assistant"):
+        encode_messages(TALK[:1], byte_level, template("chatml"))
+    thinking = ChatTemplate(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: <think>{% endif %}"
+    )
+    with pytest.raises(ValueError, match=r"reply 1 cannot be told .*prompt '.*assistant: <think>'"):
+        encode_messages(TALK, byte_level, thinking)
+
+
+def test_plain():
+    plain = ChatTemplate.plain(eos_token="</s>", bos_token="<s>")
+    messages = [{"role": "system", "content": "Be brief.\n"}, *TALK[:2]]
+    asked = "<s>System: Be brief.\nUser: What is <b>2 + 2</b>?\n"
+    assert plain.render(messages[:2], add_generation_prompt=True) == asked + "Assistant:"
+    assert plain.render(messages) == asked + "Assistant: 4.</s>\n"
+
+
+def write(directory, config=None, template=None):
+    if config is not None:
+        (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    if template is not None:
+        (directory / "chat_template.jinja").write_text(template)
+    return directory
+
+
+def test_loads_from_a_model_directory(tmp_path):
+    config = {
+        "chat_template": "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ messages[0].role }}",
+        "bos_token": "<s>",
+        "eos_token": {"content": "</s>", "lstrip": False},
+        "pad_token": None,
+        "add_bos_token": True,
+    }
+    loaded = ChatTemplate.load(write(tmp_path, config))
+    assert loaded.render([{"role": "user", "content": "a"}]) == "<s>|</s>||user"
+    sources = [{"name": "tool_use", "template": "b"}, {"name": "default", "template": "c"}]
+    assert ChatTemplate.load(write(tmp_path, {"chat_template": sources})).render([]) == "c"
+    assert ChatTemplate.load(write(tmp_path, template="d")).render([]) == "d"
+
+
+def test_templates_that_cannot_be_loaded(tmp_path):
+    with pytest.raises(ValueError, match=r"has no chat template .* ChatTemplate\.plain"):
+        ChatTemplate.load(tmp_path)
+    sources = [{"name": "tool_use", "template": "b"}]
+    with pytest.raises(ValueError, match='none named "default": tool_use'):
+        ChatTemplate.load(write(tmp_path, {"chat_template": sources}))
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is no JSON object"):
+        ChatTemplate.load(write(tmp_path, []))
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
+        ChatTemplate.load(tmp_path)
+    with pytest.raises(ValueError, match=r"the chat template has an error: .*'endfor'"):
+        ChatTemplate("{% for m in messages %}")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__base__.__subclasses__() }}",
+        "{{ strftime_now.__globals__['__builtins__'] }}",
+    ],
+)
+def test_templates_cannot_leave_the_sandbox(source):
+    with pytest.raises(ValueError, match="the chat template refuses"):
+        ChatTemplate(source).render(TALK)
+
+
+def test_the_date_can_be_fixed():
+    source = "{{ strftime_now('%d %b %Y') }}"
+    fixed = ChatTemplate(source, now=datetime.datetime(2024, 7, 26))
+    assert fixed.render([]) == "26 Jul 2024"
+    assert ChatTemplate(source).render([]) == datetime.datetime.now().strftime("%d %b %Y")
