@@ -154,13 +154,14 @@ def _activations(
 
 def _add_lora(modules: Mapping[Path, nnx.Module], config: LoRAConfig, rngs: nnx.Rngs) -> None:
     targets: list[Linear | Embedding] = []
-    for module in modules.values():
+    for path, module in modules.items():
         match module:
             case Attention() if "attention" in config.targets:
                 targets += [module.q_proj, module.k_proj, module.v_proj, module.o_proj]
             case FeedForward() if "ffn" in config.targets:
                 targets += [m for m in (module.up, module.gate, module.down) if m is not None]
-            case Embedding() if "embeddings" in config.targets:
+            # not OPT's positions, for which PEFT looks up rows without their offset
+            case Embedding() if "embeddings" in config.targets and path != ("position",):
                 targets.append(module)
     for target in targets:
         shape = target.kernel.shape if isinstance(target, Linear) else target.embedding.shape

@@ -18,6 +18,7 @@ _hook = jaxtyping.install_import_hook(
         "spt_jax.adapt",
         "spt_jax.calibration",
         "spt_jax.chat",
+        "spt_jax.export",
         "spt_jax.generation",
         "spt_jax.layers",
         "spt_jax.models",

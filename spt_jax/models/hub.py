@@ -19,7 +19,7 @@ MODEL_PACKAGES = {
 
 #: What is downloaded: never pickles, never code.
 CHECKPOINT_FILES = ("*.json", "model*.safetensors")
-TOKENIZER_FILES = ("*.json",)
+TOKENIZER_FILES = ("*.json", "chat_template.jinja")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 

@@ -100,8 +100,8 @@ def load_pretrained(
         raise ValueError(f"unknown task {task!r}; choose from {', '.join(get_args(Task))}")
     if num_labels < 1:
         raise ValueError(f"num_labels must be at least 1, got {num_labels}")
-    compute = _dtype("dtype", dtype)
-    stored = compute if param_dtype is None else _dtype("param_dtype", param_dtype)
+    compute = checked_dtype("dtype", dtype)
+    stored = compute if param_dtype is None else checked_dtype("param_dtype", param_dtype)
     directory = find_files(
         source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
     )
@@ -127,7 +127,8 @@ def _build(config: ModelConfig, task: Task, **dtypes: Any) -> Encoder | Decoder:
     return Decoder(config, task=kind, rngs=nnx.Rngs(0), **dtypes)
 
 
-def _dtype(argument: str, dtype: Dtype) -> np.dtype:
+def checked_dtype(argument: str, dtype: Dtype) -> np.dtype:
+    """The dtype, if it is one of `DTYPES`; else a ValueError that names the argument."""
     try:
         parsed = jnp.dtype(dtype)
     except TypeError:
@@ -154,9 +155,9 @@ def _fill(
             raise ValueError(f"{directory} holds both {stored[name]} and {original}")
         if not name.endswith(_BUFFERS):
             stored[name] = original
-    slots = {name.removeprefix(prefix): slot for name, slot in tensor_slots(model).items()}
-    fresh = _head_modules_without_weights(slots, stored)
-    slots = {name: slot for name, slot in slots.items() if _module(name) not in fresh}
+    places = {name.removeprefix(prefix): slot for name, slot in tensor_slots(model).items()}
+    fresh = _head_modules_without_weights(places, stored)
+    slots = {name: slot for name, slot in places.items() if _module(name) not in fresh}
     skipped = [stored.pop(name) for name in list(stored) if name not in slots and _is_head(name)]
     _check_names(slots, stored, checkpoint, directory)
     for name, slot in slots.items():
@@ -168,15 +169,12 @@ def _fill(
         _log.info(
             "%s: no weights for %s; initialised anew, to be trained", directory, ", ".join(fresh)
         )
-    for name, slot in slots.items():
-        dtype = slot.variable.get_value().dtype
-        array = checkpoint.read(stored[name], dtype, transpose=slot.transpose)
-        if sharding is None:
-            value = jnp.asarray(array)
-        else:
-            place = sharding(slot.path, array.shape) if callable(sharding) else sharding
-            value = jax.device_put(array, place)
-        slot.variable.set_value(value)
+    for name, slot in places.items():
+        array = slot.variable.get_value()
+        if name in slots:
+            array = checkpoint.read(stored[name], array.dtype, transpose=slot.transpose)
+        place = sharding(slot.path, array.shape) if callable(sharding) else sharding
+        slot.variable.set_value(jax.device_put(array, place))
 
 
 def _module(name: str) -> str:

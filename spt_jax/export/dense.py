@@ -1,0 +1,55 @@
+"""What an adapted model is to other tools: its task, and its hidden units in their first order."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from flax import nnx
+
+from spt_jax.layers import Linear, RoutedFFN
+from spt_jax.models.decoder import Decoder
+from spt_jax.models.encoder import Encoder
+from spt_jax.models.pretrained import Task
+
+_ALL = slice(None)
+
+
+def classifier(model: Encoder | Decoder) -> Linear | None:
+    """The map to the labels, where the model has one."""
+    if isinstance(model, Decoder):
+        return model.score
+    return None if model.head is None else model.head.out
+
+
+def task_of(model: Encoder | Decoder) -> Task:
+    """The task as `load_pretrained` names it."""
+    if classifier(model) is not None:
+        return "sequence-classification"
+    return model.task if isinstance(model, Decoder) else "backbone"
+
+
+class Units(NamedTuple):
+    """Rows and columns of a linear map, in the original order."""
+
+    rows: np.ndarray | slice = _ALL
+    columns: np.ndarray | slice = _ALL
+
+    def of(self, kernel: np.ndarray) -> np.ndarray:
+        """The kernel `[in, out]` in the original order."""
+        return kernel[self.rows][:, self.columns]
+
+
+def original_units(model: nnx.Module) -> dict[int, Units]:
+    """`id(linear map) -> Units` for those of routed FFNs; others are in the original order."""
+    units = {}
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, RoutedFFN):
+            inverse = np.argsort(np.asarray(module.permutation[...]))
+            units[id(module.down)] = Units(rows=inverse)
+            units |= {
+                id(linear): Units(columns=inverse)
+                for linear in (module.up, module.gate)
+                if linear is not None
+            }
+    return units

@@ -1,0 +1,405 @@
+"""LoRA adapters as PEFT writes them: `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from spt_jax.config import LoRAConfig
+from spt_jax.export.dense import Units, original_units, task_of
+from spt_jax.export.files import (
+    Tensor,
+    read_json,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+)
+from spt_jax.layers import Embedding, HeadParam, Linear, LoRA
+from spt_jax.models.decoder import Decoder
+from spt_jax.models.encoder import Encoder
+from spt_jax.models.pretrained import Task
+from spt_jax.models.slots import Slot, module_at, tensor_slots
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+#: PEFT's names begin with those of its wrappers.
+_PREFIX = "base_model.model."
+#: PEFT's suffix of a factor, for linear maps and for embeddings.
+_LINEAR = ("lora_A.weight", "lora_B.weight")
+_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+_FACTOR = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)")
+
+#: Linear maps of transformers' backbones that these models do not have.
+_POOLERS = ("pooler.dense",)
+#: A module of transformers' that holds several of ours, which PEFT saves as a whole.
+_HEAD_OF_TWO = "classifier"
+
+#: Fields of adapter_config.json that are read here.
+_READ = {
+    "alpha_pattern",
+    "bias",
+    "init_lora_weights",
+    "lora_alpha",
+    "lora_dropout",
+    "peft_type",
+    "r",
+    "rank_pattern",
+    "use_rslora",
+}
+#: Fields that tell how factors were trained, or where, and nothing about what they compute.
+_NEUTRAL = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "megatron_config",
+    "megatron_core",
+    "modules_to_save",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+}
+#: Initialisations that leave the base weights as they are.
+_PLAIN_INITIALISATIONS = ("gaussian", "eva", "orthogonal")
+#: Our name of a task -> PEFT's.
+_TASKS: dict[Task, str] = {
+    "backbone": "FEATURE_EXTRACTION",
+    "causal-lm": "CAUSAL_LM",
+    "sequence-classification": "SEQ_CLS",
+}
+
+
+def adapted_modules(model: Encoder | Decoder) -> dict[str, Linear | Embedding]:
+    """Transformers' name of each module with LoRA factors -> the module."""
+    modules = {name: module_at(model, path) for name, path in model.module_paths().items()}
+    return {
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, Linear | Embedding) and module.lora is not None
+    }
+
+
+def write_peft(
+    model: Encoder | Decoder,
+    adapted: Mapping[str, Linear | Embedding],
+    directory: Path,
+    base_model: str | None,
+) -> None:
+    """Write the factors of `adapted`, and the task head."""
+    write_json(directory / CONFIG_FILE, _config(model, adapted, base_model))
+    write_safetensors(directory / WEIGHTS_FILE, _tensors(model, adapted))
+
+
+def _config(
+    model: Encoder | Decoder, adapted: Mapping[str, Linear | Embedding], base_model: str | None
+) -> dict[str, Any]:
+    configs = {name: m.lora.config for name, m in adapted.items() if m.lora is not None}
+    if len({config.use_rslora for config in configs.values()}) > 1:
+        raise ValueError("factors with and without rsLoRA scaling do not fit into one adapter")
+    ranks = {name: config.rank for name, config in configs.items()}
+    alphas = {name: _number(config.alpha) for name, config in configs.items()}
+    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    others = [name for name in model.module_paths() if name not in adapted]
+    others += _POOLERS
+    heads = dict.fromkeys(
+        _HEAD_OF_TWO if name.startswith(f"{_HEAD_OF_TWO}.") else name.rpartition(".")[0]
+        for name in _heads(model)
+    )
+    return {
+        "alpha_pattern": _pattern(alphas, alpha),
+        "auto_mapping": None,
+        "base_model_name_or_path": base_model,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": alpha,
+        "lora_dropout": _most_common(config.dropout for config in configs.values()),
+        "modules_to_save": list(heads) or None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": _pattern(ranks, rank),
+        "revision": None,
+        "target_modules": _suffixes(adapted, others),
+        "task_type": _TASKS[task_of(model)],
+        "use_dora": False,
+        "use_rslora": next(iter(configs.values())).use_rslora,
+    }
+
+
+def _suffixes(wanted: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Shortest endings, in whole parts, that the names `wanted` have and `others` have not."""
+    others = list(others)
+    endings = []
+    for name in wanted:
+        parts = name.split(".")
+        tails = [".".join(parts[i:]) for i in reversed(range(len(parts)))]
+        endings += [t for t in tails if not any(f".{o}".endswith(f".{t}") for o in others)][:1]
+    return list(dict.fromkeys(endings))
+
+
+def _pattern(values: Mapping[str, Any], common: Any) -> dict[str, Any]:
+    """`{ending: value}` for the names whose value is not the common one."""
+    pattern: dict[str, Any] = {}
+    for value in sorted(set(values.values()) - {common}):
+        wanted = [name for name in values if values[name] == value]
+        others = [name for name in values if values[name] != value]
+        pattern |= {re.escape(e): value for e in _suffixes(wanted, others)}
+    return pattern
+
+
+def _number(value: float) -> float:
+    return int(value) if float(value).is_integer() else value
+
+
+def _most_common(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _heads(model: Encoder | Decoder) -> dict[str, Slot]:
+    """Tensors that are saved whole."""
+    slots = tensor_slots(model)
+    return {name: slot for name, slot in slots.items() if isinstance(slot.variable, HeadParam)}
+
+
+def _tensors(model: Encoder | Decoder, adapted: Mapping[str, Linear | Embedding]) -> list[Tensor]:
+    units = original_units(model)
+    tensors: dict[str, np.ndarray] = {}
+    for name, module in adapted.items():
+        assert module.lora is not None
+        order = units.get(id(module), Units())
+        suffixes = _LINEAR if isinstance(module, Linear) else _EMBEDDING
+        factors = (
+            np.asarray(module.lora.a[...])[order.rows],
+            np.asarray(module.lora.b[...])[:, order.columns],
+        )
+        for suffix, factor in zip(suffixes, factors, strict=True):
+            tensors[f"{_PREFIX}{name}.{suffix}"] = factor.T
+    for name, slot in _heads(model).items():
+        array = np.asarray(slot.variable[...])
+        tensors[_PREFIX + name] = array.T if slot.transpose else array
+    return [Tensor.of(name, array) for name, array in tensors.items()]
+
+
+class _Factors(NamedTuple):
+    config: LoRAConfig
+    a: np.ndarray  # [in, r]
+    b: np.ndarray  # [r, out]
+
+    def to_module(self) -> LoRA:
+        shape = len(self.a), self.b.shape[1]
+        lora = nnx.eval_shape(lambda: LoRA(*shape, config=self.config, rngs=nnx.Rngs(0)))
+        lora.a.set_value(jnp.asarray(self.a))
+        lora.b.set_value(jnp.asarray(self.b))
+        return lora
+
+
+class PEFTAdapter(NamedTuple):
+    """A PEFT adapter as it was read, checked against a model, not installed yet."""
+
+    factors: dict[str, _Factors]  # by path of the module
+    weights: dict[str, np.ndarray]  # saved whole and trainable, by transformers' name of the tensor
+    tables: dict[str, np.ndarray]  # base weights of adapted embeddings, likewise
+
+    def install(self, model: Encoder | Decoder) -> None:
+        """Put it into `model`, in place."""
+        for path, factors in self.factors.items():
+            module: Any = module_at(model, path)
+            module.lora = factors.to_module()
+        slots = tensor_slots(model)
+        for name, array in (self.weights | self.tables).items():
+            slot = slots[name]
+            old = slot.variable.get_value()
+            array = array.T if slot.transpose else array
+            value = jax.device_put(array.astype(old.dtype), old.sharding)
+            path, _, attribute = slot.path.rpartition(".")
+            if name in self.weights:
+                setattr(module_at(model, path), attribute, HeadParam(value))
+            else:
+                slot.variable.set_value(value)
+
+
+def read_peft(model: Encoder | Decoder, directory: Path) -> PEFTAdapter:
+    """Read a PEFT adapter for `model`, which is not changed.
+
+    Raises:
+        ValueError: it is incomplete, of a kind that is not supported, or does not fit the model.
+    """
+    path = directory / CONFIG_FILE
+    config = read_json(path)
+    try:
+        _check_supported(config)
+        default = LoRAConfig(
+            rank=config.get("r", 8),
+            alpha=config.get("lora_alpha", 8),
+            use_rslora=bool(config.get("use_rslora")),
+            dropout=config.get("lora_dropout") or 0.0,
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not (directory / WEIGHTS_FILE).is_file():
+        pickles = sorted(p.name for p in directory.glob("*.bin"))
+        found = f"only {', '.join(pickles)}, which is a pickle" if pickles else "no weights"
+        raise ValueError(
+            f"{directory} needs {WEIGHTS_FILE} and holds {found}; save the adapter anew with "
+            "peft's save_pretrained(..., safe_serialization=True)"
+        )
+    try:
+        return _fit(model, config, default, read_safetensors(directory / WEIGHTS_FILE))
+    except ValueError as error:
+        raise ValueError(f"the adapter {directory} cannot be added: {error}") from None
+
+
+def _check_supported(config: Mapping[str, Any]) -> None:
+    if (kind := config.get("peft_type")) != "LORA":
+        raise ValueError(f"peft_type {kind!r} is not supported, only LORA")
+    if config.get("use_dora"):
+        raise ValueError(
+            "the adapter is a DoRA one (use_dora), which is not supported; merge it into its model "
+            "with peft's merge_and_unload, and load that"
+        )
+    if (bias := config.get("bias", "none")) != "none":
+        raise ValueError(f"bias={bias!r} is not supported: the adapter changes biases too")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower() not in _PLAIN_INITIALISATIONS:
+        raise ValueError(
+            f"init_lora_weights={init!r} is not supported: it changes the base weights; convert "
+            "the adapter to plain LoRA with peft's path_initial_model_for_weight_conversion"
+        )
+    for name in sorted(config.keys() - _NEUTRAL - _READ):
+        if config[name]:
+            raise ValueError(f"{name}={config[name]!r} is not supported")
+
+
+def _fit(
+    model: Encoder | Decoder,
+    config: Mapping[str, Any],
+    default: LoRAConfig,
+    tensors: Mapping[str, np.ndarray],
+) -> PEFTAdapter:
+    """Sort the tensors of an adapter by what they are to the model.
+
+    Raises:
+        ValueError: one of them is nothing to it.
+    """
+    paths = model.module_paths()
+    names = {_plain(model, name): name for name in paths}
+    slots = tensor_slots(model)
+    pairs: dict[str, dict[str, np.ndarray]] = {}  # by the adapter's names, which patterns match
+    found = PEFTAdapter({}, {}, {})
+    for key, array in tensors.items():
+        stored = key.removeprefix(_PREFIX)
+        if match := _FACTOR.fullmatch(stored):
+            if _plain(model, match[1]) not in names:
+                raise ValueError(f"the model has no module {match[1]}")
+            pairs.setdefault(match[1], {})[match[2]] = array.astype(np.float32)
+            continue
+        base = stored.removesuffix(".base_layer.weight")
+        own = names.get(_plain(model, base if base != stored else stored.rpartition(".")[0]))
+        name = f"{own}.{stored.rpartition('.')[2]}"
+        if name not in slots:
+            raise ValueError(f"tensor {key} is nothing that the model has")
+        if array.shape != slots[name].shape:
+            raise ValueError(f"tensor {key} has shape {array.shape}, expected {slots[name].shape}")
+        (found.weights if base == stored else found.tables)[name] = array
+    if not pairs:
+        raise ValueError("it has no LoRA factors")
+    for name, factors in pairs.items():
+        path = paths[names[_plain(model, name)]]
+        if path == "position":
+            raise ValueError(f"LoRA factors of {name} are not supported")
+        module_config = _config_of(name, config, default)
+        found.factors[path] = _factors(module_at(model, path), name, factors, module_config)
+    for name in {name.rpartition(".")[0] for name in found.weights}:
+        if missing := [n for n in slots if n.rpartition(".")[0] == name and n not in found.weights]:
+            raise ValueError(f"tensor {missing[0]} is missing")
+        if paths[name] in found.factors:
+            raise ValueError(f"{name} has LoRA factors and is saved whole too")
+    _check_ties(model, found)
+    return found
+
+
+def _plain(model: Encoder | Decoder, name: str) -> str:
+    """A module's name whatever head its model has."""
+    return name.removeprefix(model.base_prefix)
+
+
+def _config_of(name: str, config: Mapping[str, Any], default: LoRAConfig) -> LoRAConfig:
+    """The configuration of a module: the first pattern that matches its name's end counts."""
+    values: dict[str, Any] = {"rank": default.rank, "alpha": default.alpha}
+    for field, patterns in (("rank", "rank_pattern"), ("alpha", "alpha_pattern")):
+        for pattern, value in (config.get(patterns) or {}).items():
+            try:
+                if re.match(rf"(.*\.)?({pattern})$", name):
+                    values[field] = value
+                    break
+            except re.error as error:
+                raise ValueError(f"{patterns} has the pattern {pattern!r}: {error}") from None
+    try:
+        return LoRAConfig(
+            rank=values["rank"],
+            alpha=values["alpha"],
+            use_rslora=default.use_rslora,
+            dropout=default.dropout,
+        )
+    except TypeError:
+        raise ValueError(
+            f"rank {values['rank']!r} or alpha {values['alpha']!r} of {name}"
+        ) from None
+
+
+def _factors(
+    module: nnx.Module, name: str, found: Mapping[str, np.ndarray], config: LoRAConfig
+) -> _Factors:
+    match module:
+        case Linear():
+            suffixes, rows, columns = _LINEAR, module.in_features, module.out_features
+        case Embedding():
+            suffixes, rows, columns = _EMBEDDING, module.num_embeddings, module.width
+        case _:
+            raise ValueError(f"{name} is a {type(module).__name__}, which takes no LoRA factors")
+    shapes = ((config.rank, rows), (columns, config.rank))
+    for suffix, shape in zip(suffixes, shapes, strict=True):
+        if suffix not in found:
+            raise ValueError(f"tensor {name}.{suffix} is missing")
+        if found[suffix].shape != shape:
+            raise ValueError(
+                f"tensor {name}.{suffix} has shape {found[suffix].shape}, expected {shape}"
+            )
+    if unknown := found.keys() - set(suffixes):
+        raise ValueError(f"tensor {name}.{min(unknown)} does not fit a {type(module).__name__}")
+    a, b = (np.ascontiguousarray(found[suffix].T) for suffix in suffixes)
+    return _Factors(config, a, b)
+
+
+def _check_ties(model: Encoder | Decoder, found: PEFTAdapter) -> None:
+    """A tied embedding that is trained on its own would no longer be the output matrix."""
+    if not isinstance(model, Decoder) or task_of(model) != "causal-lm":
+        return
+    if not model.config.tie_embeddings:
+        return
+    for name, slot in tensor_slots(model).items():
+        if slot.path == "embedding.embedding" and name in found.weights:
+            raise ValueError(
+                f"{name} is saved whole, but the model's output matrix is tied to it; merge the "
+                "adapter with peft's merge_and_unload, and load that"
+            )

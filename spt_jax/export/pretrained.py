@@ -1,0 +1,209 @@
+"""Writes a model as a merged Hugging Face directory."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from flax.typing import Dtype
+
+from spt_jax.export.dense import Units, classifier, original_units, task_of
+from spt_jax.export.files import (
+    Tensor,
+    check_replaceable,
+    new_directory,
+    write_json,
+    write_safetensors,
+)
+from spt_jax.export.modules import describe, sparse_modules, write_modules
+from spt_jax.models.checkpoint import INDEX_FILE, WEIGHTS_FILE
+from spt_jax.models.decoder import Decoder
+from spt_jax.models.encoder import Encoder
+from spt_jax.models.hub import find_files
+from spt_jax.models.pretrained import Task, checked_dtype
+from spt_jax.models.slots import Slot, module_at, tensor_slots
+
+#: Files of a tokenizer, and the defaults of generation that lie beside it.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+#: Model type -> how transformers begins the names of its classes.
+_CLASSES = {
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "distilbert": "DistilBert",
+    "opt": "OPT",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+}
+_CLASS_ENDINGS: dict[Task, str] = {
+    "backbone": "Model",
+    "causal-lm": "ForCausalLM",
+    "sequence-classification": "ForSequenceClassification",
+}
+
+_log = logging.getLogger(__name__)
+
+
+def save_pretrained(
+    model: Encoder | Decoder,
+    out_dir: str | os.PathLike[str],
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    dtype: Dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+) -> None:
+    """Write `model` as a Hugging Face directory, LoRA merged into the weights.
+
+    A dense model, or one with LoRA alone, is the same function when transformers or
+    `load_pretrained` loads it. transformers does not know sparse attention and routed FFNs: it
+    computes those layers densely, which a warning says, and the modules are written beside
+    (`spt_config.json`, `spt_modules.safetensors`); `load_adapter` adds them to the model that
+    `load_pretrained` loads from the directory. Merging is in float32. The directory appears whole
+    or not at all; tensors are made and written one by one.
+
+    Args:
+        model: a model of `load_pretrained`, adapted or not.
+        out_dir: the directory, absent or empty.
+        tokenizer: where to copy the tokenizer's files and `generation_config.json` from: a
+            directory, model package or Hub id, as for `load_tokenizer`; None for no copy.
+        dtype: dtype of the weights; None for the model's own.
+        max_shard_bytes: where a file would grow beyond this, another is begun.
+        overwrite: replace the whole of an earlier export in `out_dir`.
+
+    Raises:
+        ValueError: `out_dir` holds files that must not be replaced, `tokenizer` has no tokenizer,
+            or an argument is wrong.
+        OSError: the directory cannot be written; what was there is as before.
+
+    Example:
+        >>> spt_jax.save_pretrained(model, "merged", tokenizer="minilm")  # doctest: +SKIP
+    """
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
+    stored = None if dtype is None else checked_dtype("dtype", dtype)
+    out = Path(out_dir)
+    check_replaceable(out, overwrite=overwrite)
+    copied = [] if tokenizer is None else _tokenizer_files(tokenizer)
+    tensors = _tensors(model, stored)
+    with new_directory(out, overwrite=overwrite) as directory:
+        write_json(directory / "config.json", _config(model, tensors))
+        _write_weights(directory, tensors, max_shard_bytes)
+        for path in copied:
+            shutil.copyfile(path, directory / path.name)
+        if sparse_modules(model):
+            write_modules(model, directory, with_head=False)
+    if sparse_modules(model):
+        _log.warning(
+            "%s: %s are not part of a Hugging Face model: transformers computes these layers "
+            "densely. They are written beside, and spt_jax.load_adapter adds them to the model",
+            out,
+            describe(model),
+        )
+
+
+def _tokenizer_files(source: str | os.PathLike[str]) -> list[Path]:
+    directory = find_files(source, files=TOKENIZER_FILES)
+    found = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    if not any(path.stem in ("tokenizer", "vocab") for path in found):
+        raise ValueError(f"{directory} has no tokenizer: none of {', '.join(TOKENIZER_FILES[:-1])}")
+    return found
+
+
+def _unties(model: Encoder | Decoder) -> bool:
+    """Whether LoRA on a tied embedding changes the input alone, so that an output is needed."""
+    return (
+        isinstance(model, Decoder)
+        and task_of(model) == "causal-lm"
+        and model.config.tie_embeddings
+        and model.embedding.lora is not None
+    )
+
+
+def _config(model: Encoder | Decoder, tensors: Sequence[Tensor]) -> dict[str, Any]:
+    dtype = tensors[0].dtype.name
+    fields: dict[str, Any] = {"dtype": dtype, "torch_dtype": dtype}  # transformers 5, and 4
+    if (head := classifier(model)) is not None:
+        labels = [f"LABEL_{i}" for i in range(head.out_features)]
+        fields["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        fields["label2id"] = {label: i for i, label in enumerate(labels)}
+    if _unties(model):
+        fields["tie_word_embeddings"] = False
+    described = model.config.to_hugging_face()
+    architecture = _CLASSES[model.config.model_type] + _CLASS_ENDINGS[task_of(model)]
+    return {"architectures": [architecture]} | described | fields
+
+
+def _tensors(model: Encoder | Decoder, dtype: np.dtype | None) -> list[Tensor]:
+    """The dense tensors of the model, under transformers' names."""
+    units, paths = original_units(model), model.module_paths()
+    tensors = []
+    for name, slot in tensor_slots(model).items():
+        module = module_at(model, paths[name.rpartition(".")[0]])
+        own = np.dtype(slot.variable.get_value().dtype)
+        order = units.get(id(module), Units())
+        make = partial(_dense, module, slot, order, dtype or own)
+        tensors.append(Tensor(name, slot.shape, dtype or own, make))
+    if _unties(model):
+        assert isinstance(model, Decoder)
+        table = model.embedding.embedding
+        own = np.dtype(table.get_value().dtype)
+        output = Tensor("lm_head.weight", table.shape, dtype or own, lambda: np.asarray(table[...]))
+        tensors.append(output)
+    return tensors
+
+
+def _dense(module: nnx.Module, slot: Slot, units: Units, dtype: np.dtype) -> np.ndarray:
+    array = np.asarray(slot.variable[...])
+    if array.ndim == 1:
+        return array[units.columns]
+    if (lora := getattr(module, "lora", None)) is not None:
+        a, b = (np.asarray(factor) for factor in lora.factors())
+        merged = a @ b
+        merged += array.astype(np.float32, copy=False)
+        array = merged.astype(dtype, copy=False)
+    array = units.of(array)
+    return array.T if slot.transpose else array
+
+
+def _write_weights(directory: Path, tensors: Sequence[Tensor], max_shard_bytes: int) -> None:
+    shards: list[list[Tensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.size_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.size_bytes
+    if len(shards) == 1:
+        write_safetensors(directory / WEIGHTS_FILE, tensors)
+        return
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, start=1):
+        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(directory / name, shard)
+        weight_map |= {tensor.name: name for tensor in shard}
+    total = sum(tensor.size_bytes for tensor in tensors)
+    write_json(
+        directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map}
+    )
