@@ -1,4 +1,4 @@
-"""One decoder block, made of the product's layers, as full fine-tuning, LoRA and SPT train it."""
+"""Decoder layers of the product, as full fine-tuning, LoRA and SPT train them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels import Activation
-from spt_jax.config import LoRAConfig, RoutedFFNConfig, SparseAttentionConfig
+from spt_jax import adapt
+from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig, SPTConfig
 from spt_jax.layers import (
     ADAPTER,
-    Attention,
     AuxLosses,
-    FeedForward,
     Linear,
-    LoRA,
+    RotaryAngles,
     RoutedFFN,
     SparseAttention,
+    rotary_angles,
 )
+from spt_jax.models.common import rematerialized, sum_aux
+from spt_jax.models.decoder import DecoderLayer
+from spt_jax.models.decoder_config import DecoderConfig, parse_decoder_config
 
 BlockMethod = Literal["full", "lora", "spt"]
 DenseAttention = Literal["cudnn", "xla"]
@@ -32,34 +34,41 @@ DenseAttention = Literal["cudnn", "xla"]
 LoRAForm = Literal["merged", "factored", "skinny", "skinny_float32"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class BlockShape:
-    """Sizes and style of a pre-norm decoder block.
-
-    Attributes:
-      width: model width D.
-      heads: query heads N.
-      kv_heads: key/value heads K.
-      hidden: hidden units F.
-      activation: the FFN's activation.
-      llama: RMSNorm, a gated FFN and no biases; else LayerNorm, a plain FFN and biases.
-    """
-
-    width: int
-    heads: int
-    kv_heads: int
-    hidden: int
-    activation: Activation
-    llama: bool = False
-
-    def __str__(self) -> str:
-        return f"D={self.width} N={self.heads} K={self.kv_heads} F={self.hidden}"
+def opt_config(*, width: int, heads: int, hidden: int, layers: int = 1) -> DecoderConfig:
+    """Layers of OPT: LayerNorm, a plain FFN, biases."""
+    return parse_decoder_config(
+        {
+            "model_type": "opt",
+            "vocab_size": 1,
+            "hidden_size": width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "ffn_dim": hidden,
+            "max_position_embeddings": 1,
+        }
+    )
 
 
-OPT_2048 = BlockShape(width=2048, heads=32, kv_heads=32, hidden=8192, activation="relu")
-LLAMA_4096 = BlockShape(
-    width=4096, heads=32, kv_heads=8, hidden=11008, activation="silu", llama=True
-)
+def llama_config(
+    *, width: int, heads: int, kv_heads: int, hidden: int, layers: int = 1
+) -> DecoderConfig:
+    """Layers of LLaMA: RMSNorm, a gated FFN, rotary embedding, no biases."""
+    return parse_decoder_config(
+        {
+            "model_type": "llama",
+            "vocab_size": 1,
+            "hidden_size": width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "intermediate_size": hidden,
+            "max_position_embeddings": 1,
+        }
+    )
+
+
+OPT_2048 = opt_config(width=2048, heads=32, hidden=8192)
+LLAMA_4096 = llama_config(width=4096, heads=32, kv_heads=8, hidden=11008)
 
 
 class FlashAttention(nnx.Module):
@@ -73,9 +82,12 @@ class FlashAttention(nnx.Module):
         q: Float[Array, "B S N H"],
         k: Float[Array, "B S K H"],
         v: Float[Array, "B S K H"],
+        *,
+        capacity: int,
         **masks: None,
     ) -> tuple[Float[Array, "B S N H"], AuxLosses]:
         """Attention output, and no auxiliary losses."""
+        del capacity  # all keys are kept, however many
         if any(mask is not None for mask in masks.values()):
             raise NotImplementedError("this baseline knows no masks but the causal one")
         return jax.nn.dot_product_attention(
@@ -106,150 +118,139 @@ class SkinnyLinear(Linear):
         return (y if self.bias is None else y + self.bias[...]).astype(self.dtype)
 
 
-class DecoderBlock(nnx.Module):
-    """`x + attention(norm(x))`, then `x + ffn(norm(x))`.
-
-    Args:
-      shape: sizes and style.
-      dtype: compute dtype and that of the weights.
-      rngs: source of the initial values.
-    """
-
-    def __init__(self, shape: BlockShape, *, dtype: Any, rngs: nnx.Rngs) -> None:
-        options: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype, "rngs": rngs}
-        norm: Any = nnx.RMSNorm if shape.llama else nnx.LayerNorm
-        self.attention_norm = norm(shape.width, **options)
-        self.attention = Attention(
-            shape.width,
-            shape.heads,
-            num_kv_heads=shape.kv_heads,
-            causal=True,
-            use_bias=not shape.llama,
-            **options,
-        )
-        self.ffn_norm = norm(shape.width, **options)
-        self.ffn: FeedForward | RoutedFFN = FeedForward(
-            shape.width,
-            shape.hidden,
-            activation=shape.activation,
-            gated=shape.llama,
-            use_bias=not shape.llama,
-            **options,
-        )
-
-    def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], AuxLosses]:
-        """Output and auxiliary losses."""
-        y, attention_aux = self.attention(self.attention_norm(x))
-        x = x + y
-        y, ffn_aux = self.ffn(self.ffn_norm(x))
-        return x + y, attention_aux | ffn_aux
+Layers = nnx.List[DecoderLayer]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockStep:
-    """A training step of one block.
+    """A training step of decoder layers.
 
     Attributes:
-      shape: the block.
+      config: the layers' family, number and sizes.
       batch: sequences.
       length: their tokens.
       method: "full" trains the weights, "lora" and "spt" the adapter; all pass a gradient to x.
       lora_form: how products with LoRA factors are taken; None for the library's choice.
       attention: sparse attention of SPT.
       ffn: routed FFN of SPT.
+      remat: whether a layer's activations are computed again in the backward pass.
       dense_attention: implementation of dense attention: "cudnn", or "xla" where there is no GPU.
       dtype: of activations and frozen weights; what an adapter trains is float32.
     """
 
-    shape: BlockShape
+    config: DecoderConfig
     batch: int
     length: int
     method: BlockMethod
     lora_form: LoRAForm | None = None
     attention: SparseAttentionConfig = field(default_factory=SparseAttentionConfig)
     ffn: RoutedFFNConfig = field(default_factory=RoutedFFNConfig)
+    remat: bool = False
     dense_attention: DenseAttention = "cudnn"
     dtype: Any = jnp.bfloat16
 
-    def model(self, key: jax.Array) -> DecoderBlock:
-        """The block with random weights, codebooks and routers: time depends on shapes alone."""
+    def __str__(self) -> str:
+        config = self.config
+        layers = f"{config.num_layers} layers " if config.num_layers > 1 else ""
+        return (
+            f"{layers}B={self.batch} S={self.length} D={config.width} N={config.num_heads} "
+            f"K={config.num_kv_heads} F={config.hidden}"
+        )
+
+    def model(self, key: jax.Array) -> Layers:
+        """Layers with random weights, codebooks and routers: time depends on shapes alone."""
         rngs = nnx.Rngs(params=key)
-        block = DecoderBlock(self.shape, dtype=self.dtype, rngs=rngs)
+        options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.dtype, "rngs": rngs}
+        layers = nnx.List(
+            [DecoderLayer(self.config, i, **options) for i in range(self.config.num_layers)]
+        )
         if self.method != "full":
-            self._add_lora(block, rngs)
-        if self.method == "spt":
-            self._sparsify(block, rngs)
-        else:
-            block.attention.sparse = cast(Any, FlashAttention(self.dense_attention))
-        return block
+            adapt(layers, SPTConfig(attention=None, ffn=None), rngs=rngs)
+            self._choose_lora_form(layers)
+        for layer in layers:
+            if self.method == "spt":
+                self._sparsify(layer, rngs)
+            else:
+                layer.attention.sparse = cast(Any, FlashAttention(self.dense_attention))
+        return layers
 
-    def _add_lora(self, block: DecoderBlock, rngs: nnx.Rngs) -> None:
-        owners: dict[nnx.Module, tuple[str, ...]] = {
-            block.attention: ("q_proj", "k_proj", "v_proj", "o_proj"),
-            block.ffn: ("up", "gate", "down") if self.shape.llama else ("up", "down"),
-        }
-        for owner, names in owners.items():
-            for name in names:
-                linear = getattr(owner, name)
-                linear.lora = LoRA(*linear.kernel.shape, config=LoRAConfig(), rngs=rngs)
-                if self.lora_form in ("skinny", "skinny_float32"):
-                    wide = self.lora_form == "skinny_float32"
-                    linear = SkinnyLinear(linear, jnp.float32 if wide else self.dtype)
-                    setattr(owner, name, linear)
-                else:
-                    linear.lora_form = self.lora_form
+    def _choose_lora_form(self, layers: Layers) -> None:
+        form = self.lora_form
+        adapted = [
+            (owner, name, linear)
+            for _, owner in nnx.iter_modules(layers)
+            for name, linear in vars(owner).items()
+            if isinstance(linear, Linear)
+        ]
+        for owner, name, linear in adapted:
+            if form == "skinny" or form == "skinny_float32":
+                wide = form == "skinny_float32"
+                setattr(owner, name, SkinnyLinear(linear, jnp.float32 if wide else self.dtype))
+            else:
+                linear.lora_form = form
 
-    def _sparsify(self, block: DecoderBlock, rngs: nnx.Rngs) -> None:
-        attention, config = block.attention, self.attention
-        heads, width = attention.num_kv_heads, attention.head_width
+    def _sparsify(self, layer: DecoderLayer, rngs: nnx.Rngs) -> None:
+        config, heads, width = self.attention, self.config.num_kv_heads, self.config.head_width
         books = (heads, width // config.codeword_width, config.num_codewords, config.codeword_width)
-        attention.sparse = SparseAttention(
+        layer.attention.sparse = SparseAttention(
             jax.random.normal(rngs.params(), books),
             jax.random.normal(rngs.params(), books),
             jnp.zeros((heads, width)),
             config=config,
             causal=True,
         )
-        router = (self.shape.width, self.ffn.num_blocks)
-        block.ffn = RoutedFFN(
-            cast(FeedForward, block.ffn),
-            permutation=jnp.arange(self.shape.hidden),
+        router = (self.config.width, self.ffn.num_blocks)
+        ffn = RoutedFFN(
+            layer.ffn,
+            permutation=jnp.arange(self.config.hidden),
             router_kernel=jax.random.normal(rngs.params(), router) * router[0] ** -0.5,
             router_bias=jnp.zeros(router[1]),
             absent_output=jnp.zeros(router[::-1]),
             config=self.ffn,
         )
+        layer.ffn = cast(Any, ffn)
 
-    def _split(self, block: DecoderBlock) -> tuple[Any, nnx.State, nnx.State]:
+    def _split(self, layers: Layers) -> tuple[Any, nnx.State, nnx.State]:
         trained = nnx.Param if self.method == "full" else ADAPTER
-        graphdef, chosen, rest = nnx.split(block, trained, ...)  # type: ignore[misc]
+        graphdef, chosen, rest = nnx.split(layers, trained, ...)  # type: ignore[misc]
         return graphdef, chosen, rest
 
     def arguments(self, key: jax.Array) -> tuple[Any, Any]:
         """What the step differentiates, `(parameters, x)`, and what it does not."""
         model_key, x_key = jax.random.split(key)
         _, trained, frozen = self._split(self.model(model_key))
-        size = (self.batch, self.length, self.shape.width)
+        size = (self.batch, self.length, self.config.width)
         return (trained, jax.random.normal(x_key, size, self.dtype)), frozen
 
     def run(self, trained: Any, frozen: Any) -> tuple[Float[Array, "B S D"], AuxLosses]:
-        """The block's output and auxiliary losses."""
+        """The last layer's output, and auxiliary losses."""
         graphdef = self._split(nnx.eval_shape(lambda: self.model(jax.random.key(0))))[0]
         parameters, x = trained
-        return nnx.merge(graphdef, parameters, frozen)(x)
+        rotary, losses = self._rotary_angles(), []
+        for layer in nnx.merge(graphdef, parameters, frozen):
+            run = rematerialized(layer) if self.remat else layer
+            x, aux = run(x, None, None, rotary, None)
+            losses.append(aux)
+        return x, sum_aux(*losses)
+
+    def _rotary_angles(self) -> RotaryAngles | None:
+        if self.config.rotary is None:
+            return None
+        positions = jnp.broadcast_to(jnp.arange(self.length), (self.batch, self.length))
+        return rotary_angles(positions, self.config.head_width, self.config.rotary)
 
     def operations(self) -> tuple[float, float]:
         """Floating-point operations of the products: forward, and forward with backward."""
-        shape, tokens = self.shape, self.batch * self.length
-        head_width = shape.width // shape.heads
-        weights = 2 * shape.width * (shape.heads + shape.kv_heads) * head_width
-        ffn = (3.0 if shape.llama else 2.0) * shape.width * shape.hidden
+        config, layers = self.config, self.config.num_layers
+        heads, width = config.num_heads, config.head_width
+        weights = 2 * config.width * (heads + config.num_kv_heads) * width
+        ffn = (3.0 if config.gated else 2.0) * config.width * config.hidden
         kept = self.length
         if self.method == "spt":
             ffn *= self.ffn.density
             kept = self.attention.num_keys(self.length)
-        dense = 2.0 * tokens * (weights + ffn)
-        attention = attention_operations(self.batch, self.length, shape.heads, head_width, kept)
+        dense = 2.0 * layers * self.batch * self.length * (weights + ffn)
+        attention = layers * attention_operations(self.batch, self.length, heads, width, kept)
         backward = 2 * dense if self.method == "full" else dense
         return dense + attention, dense + backward + 3.5 * attention
 

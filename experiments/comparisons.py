@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from experiments.blocks import OPT_2048, BlockShape, BlockStep, DenseAttention, attention_operations
+from experiments.blocks import (
+    OPT_2048,
+    BlockStep,
+    DenseAttention,
+    LoRAForm,
+    attention_operations,
+    llama_config,
+)
 from pallas_kernels import (
     Activation,
     RoutedFFNLoRA,
@@ -30,6 +37,7 @@ from pallas_kernels import (
 )
 from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
 from spt_jax.layers import lora_dot
+from spt_jax.models.decoder_config import DecoderConfig
 
 Trained = Any
 Frozen = Any
@@ -388,9 +396,52 @@ def attention_comparison(name: str, shape: AttentionShape) -> Comparison:
     )
 
 
+def _step_method(name: str, step: BlockStep) -> Method:
+    sparse = step.method == "spt"
+    return Method(
+        name=name,
+        function=step.run,
+        arguments=step.arguments,
+        operations=step.operations(),
+        mosaic=("pq_*", "sparse_attention_*", "routed_ffn_*") if sparse else (),
+    )
+
+
+def stack_comparison(name: str, step: BlockStep) -> Comparison:
+    """Compares SPT with LoRA on decoder layers, with and without rematerialization.
+
+    Args:
+      name: prefix of the figures.
+      step: layers, batch and types; its method is not looked at.
+    """
+    lora, spt = replace(step, method="lora"), replace(step, method="spt")
+    merged = replace(lora, lora_form="merged")
+    return Comparison(
+        name=name,
+        shape=str(step),
+        baselines={
+            "lora_merged": _step_method("LoRA, merged", merged),
+            "lora_factored": _step_method("LoRA, factored", replace(lora, lora_form="factored")),
+            "lora_remat": _step_method("LoRA, merged, remat", replace(merged, remat=True)),
+        },
+        candidates={
+            f"{name}_spt": _step_method("SPT", spt),
+            f"{name}_spt_remat": _step_method("SPT, remat", replace(spt, remat=True)),
+        },
+    )
+
+
 LARGE = FFNShape(4096, 1024, 4096)
 MINILM = FFNShape(4096, 384, 1536)  # 32 sequences of 128 tokens.
 ATTENTION = AttentionShape(4096, 8, 64, 1 / 8)
+STACK = BlockStep(
+    config=llama_config(width=512, heads=8, kv_heads=4, hidden=1376, layers=4),
+    batch=1,
+    length=2048,
+    method="lora",
+    dense_attention="xla",
+    dtype=jnp.float32,
+)
 
 
 def cpu_comparisons() -> Iterator[Comparison]:
@@ -399,6 +450,7 @@ def cpu_comparisons() -> Iterator[Comparison]:
     yield ffn_comparison("routed_ffn_frozen", LARGE, "frozen")
     yield ffn_comparison("routed_ffn_minilm_lora", MINILM, "lora")
     yield attention_comparison("sparse_attention", ATTENTION)
+    yield stack_comparison("llama_stack", STACK)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -413,7 +465,7 @@ class GPUSizes:
       head_width: of them.
       tokens: batch times length, or one sequence where that is longer.
       ffn: the network.
-      block: the decoder block.
+      block: the decoder layer.
       block_batch: sequences of its step.
       block_length: their tokens.
       dense_attention: implementation of the dense baselines.
@@ -426,7 +478,7 @@ class GPUSizes:
     head_width: int = 128
     tokens: int = 32768
     ffn: FFNShape = FFNShape(8192, 4096, 11008, activation="silu", gated=True)
-    block: BlockShape = OPT_2048
+    block: DecoderConfig = OPT_2048
     block_batch: int = 16
     block_length: int = 512
     dense_attention: DenseAttention = "cudnn"
@@ -508,44 +560,35 @@ def attention_parts(
 
 
 def block_comparison(sizes: GPUSizes) -> Comparison:
-    """One decoder block's training step: full fine-tuning and every form of LoRA against SPT."""
-
-    def step(name: str, **options: Any) -> Method:
-        block = BlockStep(
-            shape=sizes.block,
-            batch=sizes.block_batch,
-            length=sizes.block_length,
-            dense_attention=sizes.dense_attention,
-            **options,
-        )
-        sparse = options["method"] == "spt"
-        return Method(
-            name=name,
-            function=block.run,
-            arguments=block.arguments,
-            operations=block.operations(),
-            mosaic=("pq_*", "sparse_attention_*", "routed_ffn_*") if sparse else (),
-        )
-
-    quarter = RoutedFFNConfig(active_blocks=1)
+    """One decoder layer's training step: full fine-tuning and every form of LoRA against SPT."""
+    full = BlockStep(
+        config=sizes.block,
+        batch=sizes.block_batch,
+        length=sizes.block_length,
+        method="full",
+        dense_attention=sizes.dense_attention,
+    )
+    lora, spt = replace(full, method="lora"), replace(full, method="spt")
+    forms: dict[LoRAForm, str] = {
+        "skinny": "two skinny products",
+        "skinny_float32": "two skinny float32 products",
+        "factored": "factored",
+        "merged": "merged",
+    }
+    baselines = {
+        f"lora_{form}": _step_method(f"LoRA, {text}", replace(lora, lora_form=form))
+        for form, text in forms.items()
+    }
+    tile = replace(spt, attention=SparseAttentionConfig(granularity="tile"))
+    quarter = replace(spt, ffn=RoutedFFNConfig(active_blocks=1))
     return Comparison(
         name="block",
-        shape=f"B={sizes.block_batch} S={sizes.block_length} {sizes.block}",
-        baselines={
-            "full": step("full", method="full"),
-            "lora_skinny": step("LoRA, two skinny products", method="lora", lora_form="skinny"),
-            "lora_skinny_float32": step(
-                "LoRA, two skinny float32 products", method="lora", lora_form="skinny_float32"
-            ),
-            "lora_factored": step("LoRA, factored", method="lora", lora_form="factored"),
-            "lora_merged": step("LoRA, merged", method="lora", lora_form="merged"),
-        },
+        shape=str(full),
+        baselines={"full": _step_method("full", full)} | baselines,
         candidates={
-            "block_spt": step("SPT", method="spt"),
-            "block_spt_tile": step(
-                "SPT, tile", method="spt", attention=SparseAttentionConfig(granularity="tile")
-            ),
-            "block_spt_quarter": step("SPT, 1 of 4 blocks", method="spt", ffn=quarter),
+            "block_spt": _step_method("SPT", spt),
+            "block_spt_tile": _step_method("SPT, tile", tile),
+            "block_spt_quarter": _step_method("SPT, 1 of 4 blocks", quarter),
         },
     )
 

@@ -323,7 +323,7 @@ def _block(name: str, step: BlockStep, figure: str | None = None) -> Case:
 
 
 def _block_cases() -> Iterator[Case]:
-    opt = BlockStep(shape=OPT_2048, batch=16, length=512, method="full")
+    opt = BlockStep(config=OPT_2048, batch=16, length=512, method="full")
     spt, lora = replace(opt, method="spt"), replace(opt, method="lora")
     yield _block("opt_block_full", opt, "full_block_temp_bytes")
     for form in ("skinny", "factored", "merged"):
@@ -337,7 +337,7 @@ def _block_cases() -> Iterator[Case]:
     quarter = RoutedFFNConfig(active_blocks=1)
     yield _block("opt_block_spt_quarter", replace(spt, ffn=quarter), "spt_quarter_block_temp_bytes")
     for length in GROWTH_LENGTHS:
-        step = BlockStep(shape=LLAMA_4096, batch=1, length=length, method="spt", attention=tile)
+        step = BlockStep(config=LLAMA_4096, batch=1, length=length, method="spt", attention=tile)
         yield _block(GROWTH_CASE.format(length), step)
 
 

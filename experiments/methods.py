@@ -154,8 +154,10 @@ def speed_note(results: Mapping[str, TrainResult]) -> str | None:
     return f"an spt step is {ratio:.2f}x as fast as a lora step"
 
 
-def write_metrics(out: Path, experiment: str, options: Any, figures: Mapping[str, Any]) -> None:
-    """Write `metrics.json`."""
+def write_metrics(
+    out: Path, experiment: str, options: Any, figures: Mapping[str, Any], **more: Any
+) -> None:
+    """Write `metrics.json`: the options, the environment, the figures, and what else is given."""
     configuration = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in asdict(options).items()
@@ -165,8 +167,9 @@ def write_metrics(out: Path, experiment: str, options: Any, figures: Mapping[str
         {
             "experiment": experiment,
             "configuration": configuration,
-            "seed": options.seed,
+            "seed": configuration.get("seed"),
             **environment(),
             "figures": figures,
+            **more,
         },
     )

@@ -15,8 +15,10 @@ from pallas_kernels.routed_ffn import (
     RoutedFFNWeights,
     activation_function,
     routed_ffn,
+    routed_ffn_decode,
+    split_blocks,
 )
-from pallas_kernels.sparse_attention import sparse_attention
+from pallas_kernels.sparse_attention import sparse_attention, sparse_decode
 from pallas_kernels.tuning import autotune
 
 __all__ = [
@@ -32,6 +34,9 @@ __all__ = [
     "pq_encode",
     "pq_select",
     "routed_ffn",
+    "routed_ffn_decode",
     "scoring_codewords",
     "sparse_attention",
+    "sparse_decode",
+    "split_blocks",
 ]

@@ -8,6 +8,8 @@ from spt_jax.config import (
     SPTConfig,
     TrainConfig,
 )
+from spt_jax.export import load_adapter, save_adapter, save_pretrained
+from spt_jax.generation import generate
 from spt_jax.models import load_pretrained, load_tokenizer
 
 __all__ = [
@@ -17,7 +19,11 @@ __all__ = [
     "SparseAttentionConfig",
     "TrainConfig",
     "adapt",
+    "generate",
+    "load_adapter",
     "load_pretrained",
     "load_tokenizer",
+    "save_adapter",
+    "save_pretrained",
 ]
 __version__ = "0.1.0"

@@ -80,7 +80,9 @@ class SparseAttentionConfig:
         min_keys: a query keeps at least this many keys; where the sequence is short, dropping keys
             saves little and costs accuracy.
         granularity: "token" (every query its own keys), "tile" (one list for `block_q` queries),
-            or "auto": token up to `token_max_length` positions, tile above.
+            or "auto": token up to `token_max_length` positions, tile above. In causal attention a
+            token reads no later token either way, but which earlier keys a tile keeps depends on
+            all its queries, later ones included.
         token_max_length: longest sequence for which "auto" takes the token rule.
         block_q: queries in a tile.
         key_group: consecutive keys that a tile keeps or drops together.

@@ -15,11 +15,17 @@ import tyro
 import experiments
 import pallas_kernels
 import spt_jax
-from experiments import glue, kernels
+from experiments import glue, kernels, mmlu, wikitext
+from experiments.methods import MethodOptions
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-OPTIONS = {"experiments.glue": glue.Options, "experiments.kernels": kernels.Options}
+OPTIONS = {
+    "experiments.glue": glue.Options,
+    "experiments.kernels": kernels.Options,
+    "experiments.mmlu": mmlu.Options,
+    "experiments.wikitext": wikitext.Options,
+}
 
 
 def _blocks(language: str) -> list[str]:
@@ -58,7 +64,5 @@ def test_readme_commands_exist(command):
     python, flag, module, *arguments = words
     assert (python, flag) == (".venv/bin/python", "-m")
     options = tyro.cli(OPTIONS[module], args=arguments)
-    if isinstance(options, glue.Options):
-        for method in options.methods:
-            options.spt_config(method)
-            options.train_config(method)
+    if isinstance(options, MethodOptions):
+        options.check()

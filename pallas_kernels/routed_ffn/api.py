@@ -1,5 +1,6 @@
-"""Public function of the routed FFN: checks its arguments and chooses an implementation."""
+"""Public functions of the routed FFN: check their arguments and choose an implementation."""
 
+import functools
 from typing import get_args
 
 import jax
@@ -8,9 +9,18 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, resolve
+from pallas_kernels.routed_ffn.decode import routed_ffn_decode_xla
 from pallas_kernels.routed_ffn.mosaic import routed_ffn_mosaic, unfit
-from pallas_kernels.routed_ffn.reference import routed_ffn_reference
-from pallas_kernels.routed_ffn.types import Activation, RoutedFFNLoRA, RoutedFFNWeights
+from pallas_kernels.routed_ffn.reference import (
+    routed_ffn_decode_reference,
+    routed_ffn_reference,
+)
+from pallas_kernels.routed_ffn.types import (
+    Activation,
+    RoutedFFNLoRA,
+    RoutedFFNWeights,
+    split_blocks,
+)
 from pallas_kernels.routed_ffn.xla import routed_ffn_xla
 
 _BACKENDS = {
@@ -18,6 +28,7 @@ _BACKENDS = {
     "xla": routed_ffn_xla,
     "reference": routed_ffn_reference,
 }
+_DECODE = {"xla": routed_ffn_decode_xla, "reference": routed_ffn_decode_reference}
 
 
 def routed_ffn(
@@ -71,6 +82,59 @@ def routed_ffn(
     _check(x, block_index, coefficients, weights, lora, activation)
     run = resolve("routed_ffn", implementation, _BACKENDS, lambda: unfit(x, weights))
     return run(x, block_index, coefficients, weights, lora, activation)
+
+
+def routed_ffn_decode(
+    x: Float[Array, "T D"],
+    block_index: Int[Array, "T A"],
+    coefficients: Float[Array, "T A"],
+    weights: RoutedFFNWeights,
+    *,
+    num_blocks: int,
+    lora: RoutedFFNLoRA | None = None,
+    activation: Activation = "gelu",
+    implementation: Implementation | None = None,
+) -> Float[Array, "T D"]:
+    """`routed_ffn` for the few tokens of a decoding step, on weights that are not cut into blocks.
+
+    Block g is the g-th run of F / G hidden units. Of weights and second LoRA factors only the
+    blocks that some token chose are read, straight from where they lie; each of them is computed
+    for all tokens. LoRA stays factored. Products accumulate in float32. Not differentiated.
+
+    Args:
+      x: Tokens, `[T, D]`.
+      block_index: The blocks of each token, `[T, A]`, distinct for each token and in `[0, G)`.
+      coefficients: Weight of each chosen block, `[T, A]`, any floating type.
+      weights: Any floating type: `w_in` and `w_gate` `[D, F]`, `b_in` and `b_gate` `[F]`, `w_out`
+        `[F, D]`, `b_out` `[D]`.
+      num_blocks: Blocks G, a divisor of F.
+      lora: Any floating type: `b_in` and `b_gate` `[r, F]`, `a_out` `[F, r]`, the others as for
+        `routed_ffn`.
+      activation: "relu", "gelu" (exact), "gelu_tanh", "silu" or "identity".
+      implementation: Name of an implementation, or None for the best supported one.
+
+    Returns:
+      `[T, D]`, of the type of `x`.
+
+    Raises:
+      ValueError: Shapes, types or names do not fit.
+      NotImplementedError: The named implementation does not exist for this op.
+    """
+    hidden = weights.w_in.shape[-1]
+    if num_blocks < 1 or hidden % num_blocks:
+        raise ValueError(
+            f"routed_ffn_decode: {hidden} hidden units do not split into {num_blocks} blocks."
+        )
+    split = jax.eval_shape(functools.partial(split_blocks, num_blocks=num_blocks), weights, lora)
+    cast = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, x.dtype), split)
+    _check(x, block_index, coefficients, cast[0], cast[1], activation)
+    if implementation == "mosaic":
+        raise NotImplementedError(
+            "routed_ffn_decode: a few tokens are bound by memory, which leaves a kernel of "
+            "implementation 'mosaic' nothing to gain. Take 'xla', or None."
+        )
+    run = resolve("routed_ffn_decode", implementation, _DECODE)
+    return run(x, block_index, coefficients, weights, lora, activation, num_blocks)
 
 
 def _check(

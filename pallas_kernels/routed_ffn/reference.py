@@ -10,6 +10,7 @@ from pallas_kernels.routed_ffn.types import (
     RoutedFFNLoRA,
     RoutedFFNWeights,
     activation_function,
+    split_blocks,
 )
 
 
@@ -51,3 +52,17 @@ def routed_ffn_reference(
     y = jnp.einsum("gt,gtf,gfd->td", share, hidden, w_out)
     b_out = get(weights, "b_out")
     return (y if b_out is None else y + b_out).astype(x.dtype)
+
+
+def routed_ffn_decode_reference(
+    x: Float[Array, "T D"],
+    block_index: Int[Array, "T A"],
+    coefficients: Float[Array, "T A"],
+    weights: RoutedFFNWeights,
+    lora: RoutedFFNLoRA | None,
+    activation: Activation,
+    num_blocks: int,
+) -> Float[Array, "T D"]:
+    """The same of a whole network, cut into blocks first."""
+    split = split_blocks(weights, lora, num_blocks)
+    return routed_ffn_reference(x, block_index, coefficients, *split, activation)

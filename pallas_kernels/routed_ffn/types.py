@@ -1,5 +1,6 @@
 """Parameters of the routed FFN."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,3 +74,41 @@ def activation_function(name: Activation) -> Callable[[jax.Array], jax.Array]:
         "silu": jax.nn.silu,
         "identity": lambda x: x,
     }[name]
+
+
+def split_blocks(
+    weights: RoutedFFNWeights, lora: RoutedFFNLoRA | None, num_blocks: int
+) -> tuple[RoutedFFNWeights, RoutedFFNLoRA | None]:
+    """Cuts a whole network into blocks of consecutive hidden units.
+
+    Args:
+      weights: Without the axis of blocks: `w_in` and `w_gate` `[D, F]`, their biases `[F]`, `w_out`
+        `[F, D]`.
+      lora: Likewise: `b_in` and `b_gate` `[r, F]`, `a_out` `[F, r]`.
+      num_blocks: Blocks G, a divisor of F.
+
+    Returns:
+      The same with blocks first, as `routed_ffn` takes them.
+    """
+
+    def columns(array: Leaf) -> Leaf:
+        if array is None:
+            return None
+        return array.reshape(array.shape[0], num_blocks, -1).transpose(1, 0, 2)
+
+    def rows(array: Leaf) -> Leaf:
+        return None if array is None else array.reshape(num_blocks, -1, *array.shape[1:])
+
+    split = dataclasses.replace(
+        weights,
+        w_in=columns(weights.w_in),
+        b_in=rows(weights.b_in),
+        w_gate=columns(weights.w_gate),
+        b_gate=rows(weights.b_gate),
+        w_out=rows(weights.w_out),
+    )
+    if lora is None:
+        return split, None
+    return split, dataclasses.replace(
+        lora, b_in=columns(lora.b_in), b_gate=columns(lora.b_gate), a_out=rows(lora.a_out)
+    )

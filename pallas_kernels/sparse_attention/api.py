@@ -1,16 +1,17 @@
-"""Public function of sparse attention: validate, dispatch, delegate."""
+"""Public functions of sparse attention: validate, dispatch, delegate."""
 
 from __future__ import annotations
 
 import functools
 
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int8, UInt8
 
 from pallas_kernels.dispatch import Implementation, resolve
 from pallas_kernels.pq.types import Selection, TileSelection
-from pallas_kernels.sparse_attention import mosaic, reference, xla
+from pallas_kernels.sparse_attention import decode, mosaic, reference, xla
 
 _BACKENDS = {"mosaic": mosaic.attention, "xla": xla.attention, "reference": reference.attention}
+_DECODE = {"xla": decode.decode, "reference": reference.decode}
 
 
 def sparse_attention(
@@ -80,4 +81,88 @@ def sparse_attention(
         causal=causal,
         key_mask=key_mask,
         segment_ids=segment_ids,
+    )
+
+
+def sparse_decode(
+    q: Float[Array, "B N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    query_codes: UInt8[Array, "B N M"],
+    key_codes: UInt8[Array, "B K M S"],
+    query_codewords: Int8[Array, "K M E W"],
+    key_codewords: Int8[Array, "K M E W"],
+    *,
+    num_keys: int,
+    key_mask: Bool[Array, "B S"],
+    scale: float | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B N H"]:
+    """Selection and attention of one query a sequence, over a cache of keys.
+
+    The same as causal `pq_select` with the token rule and `sparse_attention` at the position of the
+    last valid key: the query keeps its min(num_keys, valid) valid keys of highest score, among
+    equals the last ones, and takes the softmax over them. Of keys and values only those kept are
+    read; the others cost their codes. A query without a valid key gets zeros. Accumulates in
+    float32. Not differentiated.
+
+    Args:
+      q: Queries.
+      k: Cached keys, heads before positions.
+      v: Cached values.
+      query_codes: Codes of the queries.
+      key_codes: Codes of the keys, positions last.
+      query_codewords: As `scoring_codewords` returns them.
+      key_codewords: As `scoring_codewords` returns them.
+      num_keys: Keys that a query keeps; at least 1.
+      key_mask: False where a key is padding or not there yet.
+      scale: Factor on the inner products; None for 1 / sqrt(H).
+      implementation: The kernel; None for the best supported one.
+
+    Returns:
+      The attention output, of q's dtype.
+
+    Raises:
+      ValueError: The shapes do not fit together, or `num_keys` is below 1.
+      NotImplementedError: The implementation does not exist for this op.
+    """
+    (batch, heads, width), (_, kv_heads, length, _) = q.shape, k.shape
+    spaces = query_codewords.shape[1]
+    if heads % kv_heads:
+        raise ValueError(
+            f"sparse_decode: {heads} query heads are not a multiple of {kv_heads} key heads."
+        )
+    expected = {
+        "keys": (k, (batch, kv_heads, length, width)),
+        "values": (v, (batch, kv_heads, length, width)),
+        "query_codes": (query_codes, (batch, heads, spaces)),
+        "key_codes": (key_codes, (batch, kv_heads, spaces, length)),
+        "query_codewords": (query_codewords, (kv_heads, *key_codewords.shape[1:])),
+        "key_codewords": (key_codewords, query_codewords.shape),
+        "key_mask": (key_mask, (batch, length)),
+    }
+    for name, (array, shape) in expected.items():
+        if array.shape != shape:
+            raise ValueError(
+                f"sparse_decode: {name} are {array.shape}, but queries {q.shape} and keys "
+                f"{k.shape} need {shape}."
+            )
+    if num_keys < 1:
+        raise ValueError(f"sparse_decode: num_keys must be at least 1, got {num_keys}.")
+    if implementation == "mosaic":
+        raise NotImplementedError(
+            "sparse_decode: one query a sequence is bound by memory, which leaves a kernel of "
+            "implementation 'mosaic' nothing to gain. Take 'xla', or None."
+        )
+    return resolve("sparse_decode", implementation, _DECODE)(
+        q,
+        k,
+        v,
+        query_codes,
+        key_codes,
+        query_codewords,
+        key_codewords,
+        num_keys=min(num_keys, length),
+        key_mask=key_mask,
+        scale=width**-0.5 if scale is None else scale,
     )

@@ -3,6 +3,7 @@
 from spt_jax.layers.attention import (
     Attention,
     AuxLosses,
+    KeyValueCache,
     RotaryAngles,
     SparseAttention,
     dense_attention,
@@ -30,6 +31,7 @@ __all__ = [
     "Embedding",
     "FeedForward",
     "HeadParam",
+    "KeyValueCache",
     "Linear",
     "LoRA",
     "LoRAParam",

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Int8, UInt8
 
-from pallas_kernels import pq_encode, pq_select, scoring_codewords, sparse_attention
+from pallas_kernels import (
+    pq_encode,
+    pq_select,
+    scoring_codewords,
+    sparse_attention,
+    sparse_decode,
+)
 from spt_jax.config import SparseAttentionConfig
 from spt_jax.layers.linear import Linear, split_key
 from spt_jax.layers.quantizer import codebook_loss
@@ -21,6 +27,34 @@ from spt_jax.layers.variables import CalibrationStat, CodebookParam
 
 AuxLosses = dict[str, Float[Array, ""]]
 RotaryAngles = tuple[Float[Array, "B S h"], Float[Array, "B S h"]]  # cosine, sine
+
+
+class KeyCodes(NamedTuple):
+    """What sparse attention keeps of the keys seen so far, and what it scores them by.
+
+    Attributes:
+        codes: uint8 `[B, K, M, S]`.
+        query_codewords: int8 `[K, M, E, W]`, of `scoring_codewords`.
+        key_codewords: int8 `[K, M, E, W]`.
+    """
+
+    codes: jax.Array
+    query_codewords: jax.Array
+    key_codewords: jax.Array
+
+
+class KeyValueCache(NamedTuple):
+    """Keys and values of one attention layer, with room for S tokens.
+
+    Attributes:
+        keys: `[B, K, S, H]`, rotated.
+        values: `[B, K, S, H]`.
+        codes: of the keys; None where all keys are attended to.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    codes: KeyCodes | None
 
 
 def dense_attention(
@@ -55,6 +89,23 @@ def dense_attention(
             reach &= ~jnp.tri(q.shape[1], k=-window, dtype=bool)
         mask = mask & reach
     return jnp.where(mask.any(-1)[:, 0, :, None, None], out, 0)
+
+
+def dense_decode(
+    q: Float[Array, "B N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    key_mask: Bool[Array, "B S"],
+) -> Float[Array, "B N H"]:
+    """Softmax attention of one query a sequence, which has a valid key, over a cache."""
+    batch, kv_heads, _, width = k.shape
+    queries = q.reshape(batch, kv_heads, -1, width)
+    logits = jnp.einsum("bkrh,bksh->bkrs", queries, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.where(key_mask[:, None, None], width**-0.5 * logits, -jnp.inf))
+    out = jnp.einsum(
+        "bkrs,bksh->bkrh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    return out.reshape(q.shape).astype(q.dtype)
 
 
 class SparseAttention(nnx.Module):
@@ -96,10 +147,14 @@ class SparseAttention(nnx.Module):
         *,
         key_mask: Bool[Array, "B S"] | None = None,
         segment_ids: Int[Array, "B S"] | None = None,
+        capacity: int | None = None,
     ) -> tuple[Float[Array, "B S N H"], AuxLosses]:
-        """Attention output, and the codebook loss summed over valid tokens."""
+        """Attention output, and the codebook loss summed over valid tokens.
+
+        Density and granularity are those of a sequence of `capacity` positions, by default S.
+        """
         config, length = self.config, q.shape[1]
-        num_keys = config.num_keys(length)
+        num_keys = config.num_keys(capacity or length)
         masks: dict[str, Any] = {
             "causal": self.causal,
             "key_mask": key_mask,
@@ -107,11 +162,9 @@ class SparseAttention(nnx.Module):
         }
         if num_keys >= length:
             return dense_attention(q, k, v, **masks), {}
-        key_codebooks = self.key_codebooks[...]
-        own = self.query_codebooks
-        query_codebooks = key_codebooks if own is None else own[...]
+        query_codebooks, key_codebooks = self._codebooks()
         queries = jax.lax.stop_gradient(q)
-        keys = jax.lax.stop_gradient(k) - self.key_center[...].astype(k.dtype)
+        keys = self._centered(k)
         frozen = jax.lax.stop_gradient((query_codebooks, key_codebooks))
         query_codes = pq_encode(queries, frozen[0], implementation=config.implementation)
         key_codes = pq_encode(keys, frozen[1], implementation=config.implementation)
@@ -120,7 +173,7 @@ class SparseAttention(nnx.Module):
             key_codes,
             *scoring_codewords(*frozen, config.rule),
             num_keys=num_keys,
-            granularity=config.granularity_at(length),
+            granularity=config.granularity_at(capacity or length),
             block_q=config.block_q,
             key_group=config.key_group,
             implementation=config.implementation,
@@ -138,6 +191,45 @@ class SparseAttention(nnx.Module):
             ]
             aux["codebook_loss"] = config.codebook_loss_weight * (losses[0] + losses[1])
         return out, aux
+
+    def key_codes(self, k: Float[Array, "B S K H"]) -> UInt8[Array, "B K M S"]:
+        """Codes of keys, in the layout of a cache."""
+        codes = pq_encode(
+            self._centered(k), self.key_codebooks[...], implementation=self.config.implementation
+        )
+        return codes.transpose(0, 2, 3, 1)
+
+    def scoring(self) -> tuple[Int8[Array, "K M E W"], Int8[Array, "K M E W"]]:
+        """Query and key codewords by which codes are scored."""
+        return scoring_codewords(*self._codebooks(), self.config.rule)
+
+    def decode(
+        self,
+        q: Float[Array, "B N H"],
+        cache: KeyValueCache,
+        key_mask: Bool[Array, "B cache"],
+    ) -> Float[Array, "B N H"]:
+        """Attention of one query a sequence over a cache with codes."""
+        assert cache.codes is not None
+        query_codes = pq_encode(
+            q[:, None], self._codebooks()[0], implementation=self.config.implementation
+        )
+        return sparse_decode(
+            q,
+            cache.keys,
+            cache.values,
+            query_codes[:, 0],
+            *cache.codes,
+            num_keys=self.config.num_keys(key_mask.shape[1]),
+            key_mask=key_mask,
+        )
+
+    def _codebooks(self) -> tuple[Float[Array, "K M E C"], Float[Array, "K M E C"]]:
+        keys, queries = self.key_codebooks[...], self.query_codebooks
+        return keys if queries is None else queries[...], keys
+
+    def _centered(self, k: Float[Array, "B S K H"]) -> Float[Array, "B S K H"]:
+        return jax.lax.stop_gradient(k) - self.key_center[...].astype(k.dtype)
 
 
 def _sampled_codebook_loss(
@@ -253,18 +345,107 @@ class Attention(nnx.Module):
         q, k, v = self._project(x, rotary, keys)
         record(self, q=q, k=k)
         masks: dict[str, Any] = {"key_mask": key_mask, "segment_ids": segment_ids}
-        aux: AuxLosses = {}
+        out, aux = self._attend(q, k, v, x.shape[1], **masks)
+        return self.o_proj(out.reshape(*x.shape[:2], -1), dropout_key=keys[3]), aux
+
+    def prefill(
+        self,
+        x: Float[Array, "B P D"],
+        *,
+        capacity: int,
+        key_mask: Bool[Array, "B P"],
+        rotary: RotaryAngles | None = None,
+    ) -> tuple[Float[Array, "B P D"], KeyValueCache]:
+        """Attend within prompts, and keep what later tokens need of them.
+
+        Args:
+            x: inputs.
+            capacity: tokens S that the cache has room for, at least P. Sparse attention selects as
+                in a sequence of that many.
+            key_mask: False where a key is padding.
+            rotary: as for `__call__`.
+
+        Returns:
+            The output, and the cache with the prompts at its start.
+
+        Raises:
+            NotImplementedError: sparse attention is to reach past the window.
+        """
+        q, k, v = self._project(x, rotary, [None] * 4)
+        out, _ = self._attend(q, k, v, capacity, key_mask=key_mask)
+        room = capacity - x.shape[1]
+
+        def cached(a: jax.Array) -> jax.Array:
+            return jnp.pad(a.swapaxes(1, 2), ((0, 0), (0, 0), (0, room), (0, 0)))
+
+        codes = None
+        if self.sparse is not None and self.sparse.config.num_keys(capacity) < capacity:
+            of_prompt = self.sparse.key_codes(k)
+            codes = KeyCodes(
+                jnp.pad(of_prompt, ((0, 0), (0, 0), (0, 0), (0, room))), *self.sparse.scoring()
+            )
+        out = self.o_proj(out.reshape(*x.shape[:2], -1))
+        return out, KeyValueCache(cached(k), cached(v), codes)
+
+    def decode(
+        self,
+        x: Float[Array, "B 1 D"],
+        cache: KeyValueCache,
+        *,
+        index: Int[Array, ""],
+        key_mask: Bool[Array, "B cache"],
+        rotary: RotaryAngles | None = None,
+    ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
+        """Attend from the next token of each sequence to those in the cache and to itself.
+
+        Args:
+            x: inputs.
+            cache: what `prefill` and earlier calls returned.
+            index: place of the token in the cache.
+            key_mask: False where the cache holds padding, or nothing yet; True at `index`.
+            rotary: as for `__call__`.
+
+        Returns:
+            The output, and the cache with the token in it.
+        """
+        q, k, v = self._project(x, rotary, [None] * 4)
+
+        def put(buffer: jax.Array, token: jax.Array, axis: int) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(buffer, token, index, axis)
+
+        codes = cache.codes
+        if codes is not None:
+            assert self.sparse is not None
+            codes = codes._replace(codes=put(codes.codes, self.sparse.key_codes(k), 3))
+        cache = KeyValueCache(
+            put(cache.keys, k.swapaxes(1, 2), 2), put(cache.values, v.swapaxes(1, 2), 2), codes
+        )
+        if codes is not None:
+            assert self.sparse is not None
+            out = self.sparse.decode(q[:, 0], cache, key_mask)
+        else:
+            if self.window is not None:
+                key_mask &= jnp.arange(key_mask.shape[1]) > index - self.window
+            out = dense_decode(q[:, 0], cache.keys, cache.values, key_mask)
+        return self.o_proj(out.reshape(x.shape[0], 1, -1)), cache
+
+    def _attend(
+        self,
+        q: Float[Array, "B S N H"],
+        k: Float[Array, "B S K H"],
+        v: Float[Array, "B S K H"],
+        capacity: int,
+        **masks: Any,
+    ) -> tuple[Float[Array, "B S N H"], AuxLosses]:
         if self.sparse is None:
-            out = dense_attention(q, k, v, causal=self.causal, window=self.window, **masks)
-        elif self.window is not None and x.shape[1] > self.window:
+            return dense_attention(q, k, v, causal=self.causal, window=self.window, **masks), {}
+        if self.window is not None and capacity > self.window:
             raise NotImplementedError(
                 f"sparse attention does not know the model's window of {self.window} keys: give "
-                f"sequences of at most {self.window} tokens, got {x.shape[1]}, or adapt the model "
+                f"sequences of at most {self.window} tokens, got {capacity}, or adapt the model "
                 "with attention=None"
             )
-        else:
-            out, aux = self.sparse(q, k, v, **masks)
-        return self.o_proj(out.reshape(*x.shape[:2], -1), dropout_key=keys[3]), aux
+        return self.sparse(q, k, v, capacity=capacity, **masks)
 
     def _project(
         self,

@@ -17,11 +17,12 @@ from pallas_kernels import (
     RoutedFFNWeights,
     activation_function,
     routed_ffn,
+    routed_ffn_decode,
+    split_blocks,
 )
 from spt_jax.config import RoutedFFNConfig
 from spt_jax.layers.attention import AuxLosses
 from spt_jax.layers.linear import Linear, split_key
-from spt_jax.layers.lora import LoRA
 from spt_jax.layers.recording import record
 from spt_jax.layers.variables import CalibrationStat, RouterParam
 
@@ -84,6 +85,10 @@ class FeedForward(nnx.Module):
         record(self, x=x)
         keys = split_key(dropout_key, 2)
         return self.down(self.hidden(x, dropout_key=keys[0]), dropout_key=keys[1]), {}
+
+    def decode(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Apply the FFN to the few tokens of a decoding step."""
+        return self.down(self.hidden(x))
 
 
 class RoutedFFN(nnx.Module):
@@ -150,22 +155,20 @@ class RoutedFFN(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], AuxLosses]:
         """Apply the active blocks; aux holds the load-balancing loss where it has a weight."""
         rows = x.reshape(-1, x.shape[-1]).astype(self.up.dtype)
-        probabilities = self.probabilities(rows)
-        top, index = jax.lax.top_k(probabilities, self.config.active_blocks)
+        probabilities, index, coefficients = self._route(rows)
+        whole = self._weights(), self._lora(dropout_key)
+        whole = jax.tree.map(lambda array: array.astype(rows.dtype), whole)
+        weights, lora = split_blocks(whole[0], whole[1], self.config.num_blocks)
         y = routed_ffn(
             rows,
-            index.astype(jnp.int32),
-            (2 * top).astype(rows.dtype),
-            self._weights(),
-            lora=self._lora(dropout_key),
+            index,
+            coefficients,
+            weights,
+            lora=lora,
             activation=self.activation,
             implementation=self.config.implementation,
         )
-        absent = 1 - jax.nn.one_hot(index, self.config.num_blocks, dtype=jnp.float32).sum(1)
-        # Not as a matrix product, which would store the sum before it is added.
-        means = self.absent_output[...]
-        shares = [absent[:, g, None] * means[g] for g in range(len(means))]
-        y = y + functools.reduce(jnp.add, shares).astype(y.dtype)
+        y = y + self._absent(index).astype(y.dtype)
         aux: AuxLosses = {}
         if self.config.load_balance_weight > 0:
             valid = jnp.ones(rows.shape[0], bool) if mask is None else mask.reshape(-1)
@@ -174,58 +177,64 @@ class RoutedFFN(nnx.Module):
             )
         return y.reshape(x.shape), aux
 
-    def _blocks_of_columns(self, kernel: jax.Array) -> jax.Array:
-        rows, hidden = kernel.shape
-        blocks = self.config.num_blocks
-        return kernel.reshape(rows, blocks, hidden // blocks).transpose(1, 0, 2)
+    def decode(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Apply the active blocks to the few tokens of a decoding step; reads only their weights.
 
-    def _blocks_of_rows(self, kernel: jax.Array) -> jax.Array:
-        return kernel.reshape(self.config.num_blocks, -1, kernel.shape[-1])
+        There is one kernel for that, whatever `config.implementation`, and it has no gradient.
+        """
+        rows = x.reshape(-1, x.shape[-1]).astype(self.up.dtype)
+        _, index, coefficients = self._route(rows)
+        y = routed_ffn_decode(
+            rows,
+            index,
+            coefficients,
+            self._weights(),
+            lora=self._lora(None),
+            num_blocks=self.config.num_blocks,
+            activation=self.activation,
+        )
+        return (y + self._absent(index).astype(y.dtype)).reshape(x.shape)
+
+    def _route(
+        self, rows: Float[Array, "T D"]
+    ) -> tuple[Float[Array, "T G"], Int[Array, "T A"], Float[Array, "T A"]]:
+        """Probabilities of all blocks; the active ones, and their coefficients."""
+        probabilities = self.probabilities(rows)
+        top, index = jax.lax.top_k(probabilities, self.config.active_blocks)
+        return probabilities, index.astype(jnp.int32), (2 * top).astype(rows.dtype)
+
+    def _absent(self, index: Int[Array, "T A"]) -> Float[Array, "T D"]:
+        """Sum of what the blocks that a token leaves out add."""
+        absent = 1 - jax.nn.one_hot(index, self.config.num_blocks, dtype=jnp.float32).sum(1)
+        # Not as a matrix product, which would store the sum before it is added.
+        means = self.absent_output[...]
+        shares = [absent[:, g, None] * means[g] for g in range(len(means))]
+        return functools.reduce(jnp.add, shares)
 
     def _weights(self) -> RoutedFFNWeights:
-        dtype = self.up.dtype
-
-        def columns(linear: Linear | None) -> tuple[jax.Array | None, jax.Array | None]:
+        def parts(linear: Linear | None) -> tuple[jax.Array | None, jax.Array | None]:
             if linear is None:
                 return None, None
-            bias = None if linear.bias is None else linear.bias[...].astype(dtype)
-            return (
-                self._blocks_of_columns(linear.kernel[...].astype(dtype)),
-                None if bias is None else bias.reshape(self.config.num_blocks, -1),
-            )
+            return linear.kernel[...], None if linear.bias is None else linear.bias[...]
 
-        w_in, b_in = columns(self.up)
-        w_gate, b_gate = columns(self.gate)
-        down = self.down
+        w_in, b_in = parts(self.up)
+        w_gate, b_gate = parts(self.gate)
+        w_out, b_out = parts(self.down)
         return RoutedFFNWeights(
-            w_in=w_in,
-            b_in=b_in,
-            w_gate=w_gate,
-            b_gate=b_gate,
-            w_out=self._blocks_of_rows(down.kernel[...].astype(dtype)),
-            b_out=None if down.bias is None else down.bias[...].astype(dtype),
+            w_in=w_in, b_in=b_in, w_gate=w_gate, b_gate=b_gate, w_out=w_out, b_out=b_out
         )
 
     def _lora(self, dropout_key: jax.Array | None) -> RoutedFFNLoRA | None:
         linears = (self.up, self.gate, self.down)
-
-        def factors(lora: LoRA, key: jax.Array | None) -> tuple[jax.Array, ...]:
-            return tuple(factor.astype(self.up.dtype) for factor in lora.factors(key))
-
         if all(linear is None or linear.lora is None for linear in linears):
             return None
         pairs = [
-            (None, None) if linear is None or linear.lora is None else factors(linear.lora, key)
+            (None, None) if linear is None or linear.lora is None else linear.lora.factors(key)
             for linear, key in zip(linears, split_key(dropout_key, 3), strict=True)
         ]
         (a_in, b_in), (a_gate, b_gate), (a_out, b_out) = pairs
         return RoutedFFNLoRA(
-            a_in=a_in,
-            b_in=None if b_in is None else self._blocks_of_columns(b_in),
-            a_gate=a_gate,
-            b_gate=None if b_gate is None else self._blocks_of_columns(b_gate),
-            a_out=None if a_out is None else self._blocks_of_rows(a_out),
-            b_out=b_out,
+            a_in=a_in, b_in=b_in, a_gate=a_gate, b_gate=b_gate, a_out=a_out, b_out=b_out
         )
 
 

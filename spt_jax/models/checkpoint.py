@@ -70,6 +70,7 @@ class Checkpoint:
         rows = array.T if transpose else array
         band = max(1, _BAND * len(rows) // max(1, array.nbytes))
         for start in range(0, len(rows), band):
+            end = min(start + band, len(rows))
             with _naming(path), safe_open(path, framework="numpy") as file:
                 part = file.get_slice(name)
                 if part.get_dtype() not in _FLOATS:
@@ -77,7 +78,7 @@ class Checkpoint:
                         f"{path}: tensor {name} has dtype {part.get_dtype()}; supported: "
                         f"{', '.join(_FLOATS)}"
                     )
-                rows[start : start + band] = part[start : start + band].astype(dtype, copy=False)
+                rows[start:end] = part[start:end].astype(dtype, copy=False)
         return array
 
 

@@ -33,7 +33,7 @@ def read_fields(raw: Mapping[str, Any], fields: Mapping[str, Field], family: str
         name for name, default in fields.values() if default is REQUIRED and raw.get(name) is None
     ]
     if missing:
-        raise ValueError(f"a {family} config needs {', '.join(missing)}")
+        raise ValueError(f"a config of the {family} family needs {', '.join(missing)}")
     return {
         ours: default if raw.get(name) is None else raw[name]
         for ours, (name, default) in fields.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -16,6 +17,7 @@ from spt_jax.layers import (
     Embedding,
     FeedForward,
     HeadParam,
+    KeyValueCache,
     Linear,
     RotaryAngles,
     dropout,
@@ -36,6 +38,7 @@ from spt_jax.models.slots import numbered
 
 DecoderTask = Literal["causal-lm", "backbone"]
 Norm = nnx.LayerNorm | nnx.RMSNorm
+Cache = list[KeyValueCache]
 
 
 def _norm(config: DecoderConfig, **options: Any) -> Norm:
@@ -94,20 +97,61 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], AuxLosses]:
         """Apply the layer; `mask` is False at padding."""
         keys = split_key(dropout_key, 4)
-        y, attention_aux = self.attention(
-            self.attention_norm(x) if self.pre_norm else x,
-            key_mask=mask,
-            segment_ids=segment_ids,
-            rotary=rotary,
-            dropout_key=keys[0],
+        x, attention_aux = self._add(
+            x,
+            self.attention_norm,
+            lambda y: self.attention(
+                y, key_mask=mask, segment_ids=segment_ids, rotary=rotary, dropout_key=keys[0]
+            ),
+            keys[1],
         )
-        x = x + dropout(y, self.dropout, keys[1])
-        x = x if self.pre_norm else self.attention_norm(x)
-        y, ffn_aux = self.ffn(
-            self.ffn_norm(x) if self.pre_norm else x, mask=mask, dropout_key=keys[2]
+        x, ffn_aux = self._add(
+            x, self.ffn_norm, lambda y: self.ffn(y, mask=mask, dropout_key=keys[2]), keys[3]
         )
-        x = x + dropout(y, self.dropout, keys[3])
-        return x if self.pre_norm else self.ffn_norm(x), sum_aux(attention_aux, ffn_aux)
+        return x, sum_aux(attention_aux, ffn_aux)
+
+    def prefill(
+        self,
+        x: Float[Array, "B P D"],
+        mask: Bool[Array, "B P"],
+        rotary: RotaryAngles | None,
+        capacity: int,
+    ) -> tuple[Float[Array, "B P D"], KeyValueCache]:
+        """Apply the layer to prompts and start a cache with room for `capacity` tokens."""
+        x, cache = self._add(
+            x,
+            self.attention_norm,
+            lambda y: self.attention.prefill(y, capacity=capacity, key_mask=mask, rotary=rotary),
+        )
+        return self._add(x, self.ffn_norm, self.ffn)[0], cache
+
+    def decode(
+        self,
+        x: Float[Array, "B 1 D"],
+        cache: KeyValueCache,
+        mask: Bool[Array, "B cache"],
+        rotary: RotaryAngles | None,
+        index: Int[Array, ""],
+    ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
+        """Apply the layer to the next token of each sequence, whose place in the cache is given."""
+        x, cache = self._add(
+            x,
+            self.attention_norm,
+            lambda y: self.attention.decode(y, cache, index=index, key_mask=mask, rotary=rotary),
+        )
+        return self._add(x, self.ffn_norm, lambda y: (self.ffn.decode(y), None))[0], cache
+
+    def _add[Extra](
+        self,
+        x: Float[Array, "B S D"],
+        norm: Norm,
+        sublayer: Callable[[jax.Array], tuple[jax.Array, Extra]],
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "B S D"], Extra]:
+        """Input plus what the sublayer makes of it, with the norm before or after."""
+        y, extra = sublayer(norm(x) if self.pre_norm else x)
+        x = x + dropout(y, self.dropout, dropout_key)
+        return x if self.pre_norm else norm(x), extra
 
 
 class Decoder(nnx.Module):
@@ -263,6 +307,56 @@ class Decoder(nnx.Module):
             losses.append(aux)
         return self.finish(x), sum_aux(*losses)
 
+    def prefill(
+        self, input_ids: Int[Array, "B P"], mask: Bool[Array, "B P"], *, capacity: int
+    ) -> tuple[Float[Array, "B E"], Cache]:
+        """Read prompts that end in the last column, for `decode` to go on from there.
+
+        Args:
+            input_ids: token ids.
+            mask: False at padding, which is at the left.
+            capacity: tokens S, prompt included, that the cache has room for. Sparse attention
+                selects as in a sequence of that many.
+
+        Returns:
+            What `logits` takes at the last token of each prompt, and the cache.
+
+        Raises:
+            NotImplementedError: sparse attention is to reach past a layer's window.
+        """
+        x, rotary = self.embed(input_ids, positions_in_segments(mask, None))
+        cache = []
+        for layer in self.layers:
+            x, kept = layer.prefill(x, mask, rotary, capacity)
+            cache.append(kept)
+        return self.finish(x[:, -1:])[:, 0], cache
+
+    def decode(
+        self,
+        token: Int[Array, "B"],
+        cache: Cache,
+        mask: Bool[Array, "B cache"],
+        index: Int[Array, ""],
+    ) -> tuple[Float[Array, "B E"], Cache]:
+        """Read the next token of each sequence.
+
+        Args:
+            token: token ids.
+            cache: what `prefill` and earlier calls returned.
+            mask: which places of the cache hold a token, this one's included.
+            index: place of this token in the cache.
+
+        Returns:
+            What `logits` takes at that token, and the cache with the token in it.
+        """
+        position = mask.sum(1, keepdims=True, dtype=jnp.int32) - 1
+        x, rotary = self.embed(token[:, None], position)
+        kept = []
+        for layer, old in zip(self.layers, cache, strict=True):
+            x, new = layer.decode(x, old, mask, rotary, index)
+            kept.append(new)
+        return self.finish(x)[:, 0], kept
+
     def embed(
         self,
         input_ids: Int[Array, "B S"],
@@ -288,13 +382,19 @@ class Decoder(nnx.Module):
         return x if self.project_out is None else self.project_out(x)
 
     def output_kernel(self) -> Float[Array, "E V"]:
-        """The output matrix: the head's, or the word embedding without its LoRA factors."""
-        if self.head is not None:
-            return self.head.kernel[...]
-        return self.embedding.embedding[...].T
+        """The output matrix: the head's with LoRA, or the word embedding without it."""
+        if self.head is None:
+            return self.embedding.embedding[...].T
+        kernel = self.head.kernel[...]
+        if self.head.lora is None:
+            return kernel
+        a, b = self.head.lora.factors()
+        return (kernel + jnp.dot(a, b)).astype(kernel.dtype)
 
     def logits(self, x: Float[Array, "*B E"]) -> Float[Array, "*B V"]:
         """Logits of the next token, in the compute dtype."""
+        if self.head is not None:
+            return self.head(x)
         kernel = self.output_kernel().astype(self.dtype)
         return jnp.dot(x, kernel, preferred_element_type=jnp.float32).astype(self.dtype)
 

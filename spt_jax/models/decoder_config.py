@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from pallas_kernels import Activation
@@ -73,12 +73,31 @@ FIELDS: dict[DecoderType, dict[str, Field]] = {
         "bos_token_id": ("bos_token_id", 1),
         "eos_token_ids": ("eos_token_id", 2),
     },
-    "qwen2": _LLAMA_FIELDS,
+    "qwen2": _LLAMA_FIELDS | {"num_kv_heads": ("num_key_value_heads", 32)},
     "qwen3": _LLAMA_FIELDS
-    | {"head_width": ("head_dim", 128), "qkv_bias": ("attention_bias", False)},
+    | {
+        "num_kv_heads": ("num_key_value_heads", 32),
+        "head_width": ("head_dim", 128),
+        "qkv_bias": ("attention_bias", False),
+    },
 }
 _SIZES = ("vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_width", "hidden")
 _FLAGS = ("pre_norm", "tie_embeddings", "qkv_bias", "ffn_bias")
+#: Where null, if it is written, does not stand for the default.
+_NULLABLE = ("num_kv_heads", "pad_token_id", "bos_token_id", "eos_token_ids")
+_ROPE_NUMBERS = (
+    "rope_theta",
+    "partial_rotary_factor",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+)
+_ORIGINAL = "original_max_position_embeddings"
 _OPT_POSITION_OFFSET = 2
 
 
@@ -195,12 +214,15 @@ def parse_decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
     model_type: DecoderType = raw["model_type"]
     fields = FIELDS[model_type]
     values = read_fields(raw, fields, model_type)
+    for ours in _NULLABLE:
+        if ours in fields and raw.get(fields[ours][0], values[ours]) is None:
+            values[ours] = None
 
     def demand(ours: str, holds: bool, expected: str) -> None:
         check(fields[ours][0], values[ours], holds, expected)
 
     for ours in (*_SIZES, "num_positions", "embedding_width"):
-        if ours in fields and (values[ours] is not None or fields[ours][1] is not None):
+        if ours in fields and values[ours] is not None:
             demand(ours, is_integer(values[ours]) and values[ours] > 0, "a positive integer")
     for ours in _FLAGS:
         if ours in fields:
@@ -233,11 +255,11 @@ def parse_decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
 def _opt_options(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     rate = values["hidden_dropout"]
     check("dropout", rate, is_number(rate) and 0 <= rate < 1, "a number in [0, 1)")
-    if raw.get("layer_norm_elementwise_affine") is False:
+    if not _flag(raw, "layer_norm_elementwise_affine", True):
         raise ValueError("layer_norm_elementwise_affine=false is not supported")
     return {
         "norm_epsilon": 1e-5,
-        "final_norm": values["pre_norm"] and not raw.get("_remove_final_layer_norm", False),
+        "final_norm": values["pre_norm"] and not _flag(raw, "_remove_final_layer_norm", False),
         "output_bias": values["qkv_bias"],
         "ffn_bias": values["qkv_bias"],
         "rotary": None,
@@ -263,6 +285,12 @@ def _llama_options(raw: Mapping[str, Any], values: Mapping[str, Any]) -> dict[st
     }
 
 
+def _flag(raw: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = default if raw.get(name) is None else raw[name]
+    check(name, value, isinstance(value, bool), "true or false")
+    return value
+
+
 def _token_ids(value: Any) -> tuple[int, ...]:
     ids = [] if value is None else value if isinstance(value, list) else [value]
     check("eos_token_id", value, all(map(is_integer, ids)), "an id, a list of ids or null")
@@ -277,14 +305,16 @@ def _windows(raw: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
     check("sliding_window", window, is_integer(window) and window > 0, "a positive integer or null")
     if raw["model_type"] == "mistral":
         return (window,) * num_layers
-    if not raw.get("use_sliding_window", False):
+    if not _flag(raw, "use_sliding_window", False):
         return (None,) * num_layers
     types = raw.get("layer_types")
     if types is None:
         first = raw.get("max_window_layers", 28)
+        check("max_window_layers", first, is_integer(first), "an integer")
         return tuple(window if i >= first else None for i in range(num_layers))
-    known = isinstance(types, list) and set(types) <= {"full_attention", "sliding_attention"}
-    check("layer_types", types, known and len(types) == num_layers, "one known type a layer")
+    known = ("full_attention", "sliding_attention")
+    fits = isinstance(types, list) and len(types) == num_layers and all(t in known for t in types)
+    check("layer_types", types, fits, f"a list of {num_layers}, each one of {', '.join(known)}")
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
@@ -303,58 +333,59 @@ def _window_fields(config: DecoderConfig) -> dict[str, Any]:
 
 def _rotary(raw: Mapping[str, Any], num_positions: int) -> RotaryConfig:
     """From `rope_theta` and `rope_scaling`, or from `rope_parameters`, which replaced both."""
-    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    check("rope_scaling", given, isinstance(given, Mapping), "an object or null")
-    theta = given.get("rope_theta") or raw.get("rope_theta") or 10000.0
-    kind = given.get("rope_type", given.get("type", "default"))
+    source = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    given = raw.get(source) or {}
+    check(source, given, isinstance(given, Mapping), "an object or null")
+    beside = {name: raw.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    original = {_ORIGINAL: raw[_ORIGINAL]} if raw.get(_ORIGINAL) is not None else {}
+    rope = {k: v for k, v in (beside | dict(given) | original).items() if v is not None}
+    for name in filter(rope.__contains__, _ROPE_NUMBERS):
+        value = rope[name]
+        positive = is_number(value) and math.isfinite(value) and value > 0
+        check(name, value, positive, "a positive number")
+        rope[name] = float(value)
+    kind = rope.get("rope_type", rope.get("type", "default"))
     known = get_args(RotaryKind)
     check("rope_type", kind, kind in known, f"one of {', '.join(known)}")
-    if (given.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("partial_rotary_factor is not supported: heads rotate whole")
-    options: dict[str, Any] = {"theta": theta, "kind": kind, "original_length": num_positions}
+    options: dict[str, Any] = {
+        "theta": rope.get("rope_theta", 10000.0),
+        "kind": kind,
+        "original_length": num_positions,
+    }
     if kind == "default":
-        return _checked(RotaryConfig(**options))
-    original = raw.get("original_max_position_embeddings") or given.get(
-        "original_max_position_embeddings"
-    )
-    if kind in ("llama3", "yarn") and original is not None:
-        options["original_length"] = original
-    factor = given.get("factor")
-    if factor is None and kind == "yarn":
-        factor = num_positions / options["original_length"]
-    needed = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ()
-    missing = [name for name in needed if given.get(name) is None]
-    if factor is None or missing:
-        missing = missing if factor is not None else ["factor", *missing]
-        raise ValueError(f"rope_scaling of type {kind} needs {', '.join(missing)}")
-    check("factor", factor, is_number(factor) and factor >= 1, "a number of at least 1")
-    options |= {"factor": float(factor)} | {name: given[name] for name in needed}
+        return RotaryConfig(**options)
+    if kind in ("llama3", "yarn") and _ORIGINAL in rope:
+        length = rope[_ORIGINAL]
+        check(_ORIGINAL, length, is_integer(length) and length > 0, "a positive integer")
+        options["original_length"] = length
+        if kind == "yarn":
+            rope.setdefault("factor", num_positions / length)
+    names = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ()
+    if missing := [name for name in ("factor", *names) if name not in rope]:
+        raise ValueError(f"{source} of type {kind} needs {', '.join(missing)}")
+    factor = rope["factor"]
+    check("factor", factor, factor >= 1, "at least 1")
+    options |= {"factor": factor} | {name: rope[name] for name in names}
+    if kind == "llama3":
+        low, high = (rope[name] for name in names)
+        check("high_freq_factor", high, high > low, f"above low_freq_factor={low}")
     if kind == "yarn":
-        options |= {
-            "beta_fast": given.get("beta_fast") or 32.0,
-            "beta_slow": given.get("beta_slow") or 1.0,
-            "truncate": given.get("truncate", True),
-            "attention_factor": _yarn_attention_factor(given, factor),
-        }
-    return _checked(RotaryConfig(**options))
+        options |= {name: rope[name] for name in ("beta_fast", "beta_slow") if name in rope}
+        options["truncate"] = _flag(rope, "truncate", True)
+        options["attention_factor"] = _yarn_attention_factor(rope, factor)
+    return RotaryConfig(**options)
 
 
-def _checked(config: RotaryConfig) -> RotaryConfig:
-    for name, value in asdict(config).items():
-        if name not in ("kind", "truncate"):
-            positive = is_number(value) and math.isfinite(value) and value > 0
-            check(f"{name} of the rotary embedding", value, positive, "a positive number")
-    return config
-
-
-def _yarn_attention_factor(given: Mapping[str, Any], factor: float) -> float:
+def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float:
     def scale(by: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1
+        return 0.1 * by * math.log(factor) + 1
 
-    if given.get("attention_factor") is not None:
-        return given["attention_factor"]
-    if given.get("mscale") and given.get("mscale_all_dim"):
-        return scale(given["mscale"]) / scale(given["mscale_all_dim"])
+    if "attention_factor" in rope:
+        return rope["attention_factor"]
+    if "mscale" in rope and "mscale_all_dim" in rope:
+        return scale(rope["mscale"]) / scale(rope["mscale_all_dim"])
     return scale(1.0)
 
 
@@ -363,7 +394,7 @@ def _rope_scaling(config: RotaryConfig) -> dict[str, Any] | None:
         return None
     scaling: dict[str, Any] = {"rope_type": config.kind, "factor": config.factor}
     if config.kind in ("llama3", "yarn"):
-        scaling["original_max_position_embeddings"] = config.original_length
+        scaling[_ORIGINAL] = config.original_length
     names = {
         "llama3": ("low_freq_factor", "high_freq_factor"),
         "yarn": ("beta_fast", "beta_slow", "attention_factor", "truncate"),

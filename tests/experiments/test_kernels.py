@@ -10,15 +10,48 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from experiments import cli, comparisons, kernels
-from experiments.blocks import BlockShape, BlockStep, attention_operations
+from experiments.blocks import BlockStep, attention_operations, llama_config, opt_config
+from spt_jax.models.decoder import Decoder
+
+TINY_STACK = BlockStep(
+    config=llama_config(width=32, heads=2, kv_heads=1, hidden=64, layers=1),
+    batch=2,
+    length=96,
+    method="lora",
+    dense_attention="xla",
+    dtype=jnp.float32,
+)
+
+
+def _only(chosen, kept):
+    """Comparisons and methods by name, of all that would be measured."""
+    for comparison in chosen:
+        names = kept.get(comparison.name, ())
+        if names:
+            yield dataclasses.replace(
+                comparison,
+                **{
+                    field: {n: m for n, m in getattr(comparison, field).items() if n in names}
+                    for field in ("baselines", "candidates")
+                },
+            )
 
 
 def test_figures_are_written_and_printed(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(comparisons, "LARGE", comparisons.FFNShape(64, 16, 32))
-    monkeypatch.setattr(comparisons, "MINILM", comparisons.FFNShape(48, 16, 32))
     monkeypatch.setattr(comparisons, "ATTENTION", comparisons.AttentionShape(256, 2, 16, 1 / 4))
+    monkeypatch.setattr(comparisons, "STACK", TINY_STACK)
+    kept = {
+        "routed_ffn": ("dense", "routed_ffn_half", "routed_ffn_quarter"),
+        "sparse_attention": ("dense", "sparse_attention"),
+        "llama_stack": ("lora_merged", "llama_stack_spt"),
+    }
+    monkeypatch.setitem(
+        kernels.COMPARISONS, "cpu", lambda: _only(comparisons.cpu_comparisons(), kept)
+    )
     monkeypatch.setattr(sys, "argv", ["kernels", "--rounds", "2", "--out", str(tmp_path)])
     cli.run(kernels.main)
     figures = json.loads((tmp_path / "metrics.json").read_text())["figures"]
@@ -27,6 +60,8 @@ def test_figures_are_written_and_printed(monkeypatch, capsys, tmp_path):
         "routed_ffn_quarter_speedup",
         "sparse_attention_speedup",
         "sparse_attention_peak_ratio",
+        "llama_stack_spt_speedup",
+        "llama_stack_spt_peak_ratio",
     ):
         assert figures[name] > 0
     with (tmp_path / "kernels.csv").open() as file:
@@ -45,7 +80,7 @@ TINY = comparisons.GPUSizes(
     head_width=16,
     tokens=256,
     ffn=comparisons.FFNShape(64, 32, 128, activation="silu", gated=True),
-    block=BlockShape(width=32, heads=2, kv_heads=1, hidden=64, activation="relu"),
+    block=opt_config(width=32, heads=2, hidden=64),
     block_batch=2,
     block_length=96,
     dense_attention="xla",
@@ -53,29 +88,15 @@ TINY = comparisons.GPUSizes(
 
 
 def test_what_a_gpu_runs(monkeypatch, capsys, tmp_path):
-    def some():
-        """One comparison of each kind, and of each the methods that differ in kind."""
-        kept = {
-            "routed_ffn_frozen": ("dense", "routed_ffn_frozen_half"),
-            "block": ("full", "lora_skinny", "block_spt"),
-            "sparse_attention_s128": ("dense", "sparse_attention_s128_token_d4"),
-            "parts_s2048_tile": ("dense", "parts_s2048_tile_encode"),
-        }
-        for comparison in comparisons.gpu_comparisons(TINY):
-            if comparison.name in kept:
-                yield dataclasses.replace(
-                    comparison,
-                    **{
-                        field: {
-                            name: method
-                            for name, method in getattr(comparison, field).items()
-                            if name in kept[comparison.name]
-                        }
-                        for field in ("baselines", "candidates")
-                    },
-                )
-
-    monkeypatch.setitem(kernels.COMPARISONS, "cpu", some)
+    kept = {  # one comparison of each kind, and of each the methods that differ in kind
+        "routed_ffn_frozen": ("dense", "routed_ffn_frozen_half"),
+        "block": ("full", "lora_skinny", "block_spt"),
+        "sparse_attention_s128": ("dense", "sparse_attention_s128_token_d4"),
+        "parts_s2048_tile": ("dense", "parts_s2048_tile_encode"),
+    }
+    monkeypatch.setitem(
+        kernels.COMPARISONS, "cpu", lambda: _only(comparisons.gpu_comparisons(TINY), kept)
+    )
     monkeypatch.setitem(kernels.LIMITS, "cpu", kernels.Limits(1e12, 1e11))
     monkeypatch.setitem(kernels.MIN_MEASUREMENT_MS, "cpu", 1.0)
     monkeypatch.setattr(sys, "argv", ["kernels", "--rounds", "1", "--out", str(tmp_path)])
@@ -178,25 +199,37 @@ def test_operations_of_causal_attention():
 
 
 def test_forms_of_lora_compute_the_same():
-    shape = TINY.block
+    key = jax.random.key(0)
 
-    def output(form):
-        step = BlockStep(
-            shape=shape,
-            batch=1,
-            length=8,
-            method="lora",
-            lora_form=form,
-            dense_attention="xla",
-            dtype=jnp.float32,
-        )
-        (parameters, x), frozen = step.arguments(jax.random.key(0))
+    def outputs(**options):
+        step = dataclasses.replace(TINY_STACK, **options)
+        (parameters, x), frozen = step.arguments(key)
         parameters = jax.tree.map(lambda p: p + 0.1, parameters)  # B starts at zero
-        return step.run((parameters, x), frozen)[0]
+        return jax.jit(step.run)((parameters, x), frozen)[0]
 
-    expected = output("merged")
-    for form in ("factored", "skinny", "skinny_float32"):
-        assert jnp.allclose(output(form), expected, atol=1e-3)
+    expected = outputs(lora_form="merged")
+    for options in (
+        {"lora_form": "factored"},
+        {"lora_form": "skinny"},
+        {"lora_form": "skinny_float32"},
+        {"remat": True},
+    ):
+        assert jnp.allclose(outputs(**options), expected, atol=1e-3)
+
+
+def test_a_stack_is_that_of_a_decoder():
+    step, key = TINY_STACK, jax.random.key(0)
+    config = dataclasses.replace(step.config, vocab_size=50, num_positions=step.length)
+    decoder = Decoder(config, task="backbone", rngs=nnx.Rngs(0))
+    decoder.norm = None
+    decoder.layers = step.model(jax.random.split(key)[0])
+    for layer in decoder.layers:
+        layer.attention.sparse = None
+    ids = jax.random.randint(key, (step.batch, step.length), 0, 50)
+    (parameters, _), frozen = step.arguments(key)
+    trained = parameters, decoder.embedding(ids)
+    got = jax.jit(step.run)(trained, frozen)[0]
+    assert jnp.allclose(got, jax.jit(lambda ids: decoder(ids))(ids), atol=1e-5)
 
 
 def test_a_mistake_is_named(monkeypatch, capsys, tmp_path):

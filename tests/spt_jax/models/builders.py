@@ -12,6 +12,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from spt_jax.models.config import parse_config
+from spt_jax.models.decoder import Decoder
 from spt_jax.models.encoder import Encoder
 from spt_jax.models.encoder_config import FIELDS, EncoderType
 from spt_jax.models.slots import tensor_slots
@@ -56,6 +57,11 @@ def write_checkpoint(
     """Save a random model, with a head where `num_labels` is given."""
     raw = raw_config(family, **sizes)
     model = Encoder(parse_config(raw), num_labels=num_labels, rngs=nnx.Rngs(seed))
+    return save_model(directory, raw, model)
+
+
+def save_model(directory: Path, raw: dict[str, object], model: Encoder | Decoder) -> Path:
+    """Save `config.json` and the model's weights."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(raw))
     tensors = {}

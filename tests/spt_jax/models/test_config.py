@@ -65,7 +65,7 @@ def test_activation_names(name, ours):
         ({"model_type": None}, "None is not supported"),
         ({"model_type": ["bert"]}, "is not supported"),
         ({"hidden_size": 0}, "hidden_size must be a positive integer, got 0"),
-        ({"hidden_size": None}, "a bert config needs hidden_size"),
+        ({"hidden_size": None}, "a config of the bert family needs hidden_size"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers must be a positive integer, got '2'"),
         ({"num_hidden_layers": True}, "num_hidden_layers must be a positive integer, got True"),
         ({"num_attention_heads": 5}, "hidden_size must be a multiple of num_attention_heads=5"),
@@ -90,7 +90,7 @@ def test_wrong_field_is_named(changes, message):
 def test_missing_fields_are_named(family, name):
     raw = raw_config(family)
     del raw[name], raw["vocab_size"]
-    with pytest.raises(ValueError, match=f"a {family} config needs vocab_size, {name}"):
+    with pytest.raises(ValueError, match=f"a config of the {family} family needs vocab_size, {name}"):
         parse_config(raw)
 
 

@@ -1,0 +1,351 @@
+"""Fine-tune a causal language model with SPT, LoRA or all its weights, and compare perplexities.
+
+    python -m experiments.wikitext                                     # no network, no data
+    python -m experiments.wikitext --model ID_OR_DIR --text-file FILE --eval-file FILE --out OUT
+    python -m experiments.wikitext --model ID_OR_DIR --text-file conversations.jsonl --prompt "Hi"
+
+The first command takes about five minutes on 2 CPU cores: it trains a small LLaMA on most of
+CPython's documentation, then fine-tunes it on a held-out part with every method. A text is UTF-8,
+or JSON lines with a `text` or with `messages`, of which only the assistant's are learnt. Beside the
+table a run writes, under --out, checkpoints, TensorBoard events, the trained adapters (in PEFT's
+format) or models (Hugging Face directories) and, last, metrics.json with every number of the table.
+A stopped run goes on with --resume.
+"""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from flax import nnx
+from rich.console import Console
+from tokenizers import Tokenizer
+
+import spt_jax
+from experiments import cli, small_llama
+from experiments.corpora import cpython_documentation, cut
+from experiments.methods import Method, MethodOptions, results_table, speed_note, write_metrics
+from spt_jax.chat import ChatTemplate, encode_messages
+from spt_jax.models import Decoder, DecoderConfig
+from spt_jax.models.config import parse_config, read_config
+from spt_jax.models.hub import TOKENIZER_FILES, find_files
+from spt_jax.training import (
+    Document,
+    Examples,
+    TrainResult,
+    encode_documents,
+    evaluate,
+    next_token,
+    pack,
+    read_jsonl,
+    read_text,
+    read_tfds_text,
+    strided_windows,
+    train,
+)
+
+SCRATCH = "scratch"
+CALIBRATION_TOKENS = 8192
+LEARNING_RATES = {"spt": 1e-3, "lora": 1e-3, "full": 1e-4}
+METRICS = ("perplexity",)
+ANSWER_TOKENS = 64
+#: What chat templates take for today, so that the same file is the same data on any day. It is the
+#: date that Llama 3's template falls back on.
+TODAY = datetime.datetime(2024, 7, 26)
+
+Record = str | list[dict[str, Any]]  # a text, or the messages of a conversation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(MethodOptions):
+    """Options of the experiment."""
+
+    method: str = "spt,lora,full"
+    """Methods to compare, separated by commas: spt, lora, full."""
+    model: str = SCRATCH
+    """Hugging Face directory or hub id of a causal language model; scratch trains a small LLaMA
+    first, on a part of the text."""
+    text_file: Path | None = None
+    """Text to fine-tune on: UTF-8 text, or JSON lines (.jsonl) with `text` or `messages`; by
+    default CPython's documentation."""
+    dataset: str | None = None
+    """TFDS data set with a feature `text` in place of --text-file, such as
+    wikitext/wikitext_2_raw_v1."""
+    data_dir: Path | None = None
+    """TFDS data directory of --dataset."""
+    eval_file: Path | None = None
+    """Text to evaluate on; by default the split `validation` of --dataset, or the last
+    --eval-share of the text."""
+    eval_share: float = 0.1
+    """Share of the text that is held out for evaluation where there is no other."""
+    out: Path = Path("runs/wikitext")
+    """Folder for checkpoints, TensorBoard events, trained weights and metrics.json."""
+
+    batch_size: int = 16
+    """Rows an optimizer step."""
+    max_length: int | None = None
+    """Tokens of a row; by default 512, or 256 with --model scratch."""
+    eval_stride: int | None = None
+    """Tokens by which evaluation windows advance; by default half of --max-length."""
+    plain_chat: bool = False
+    """Write conversations as lines `Role: content`, whatever template the model has."""
+    prompt: str | None = None
+    """Print what each fine-tuned model writes after this text or, if it learnt from conversations,
+    answers to it."""
+
+    pretrain_share: float = 0.8
+    """Share of the text on which --model scratch trains first; methods see the rest."""
+    pretrain_steps: int = 150
+    """Steps of that training."""
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a row."""
+        return self.max_length or (256 if self.model == SCRATCH else 512)
+
+    def default_learning_rate(self, method: Method) -> float:
+        """Peak learning rate where --learning-rate is not given."""
+        return LEARNING_RATES[method]
+
+    def check(self) -> None:
+        """Raise a ValueError for any mistake in the options, before anything is read."""
+        super().check()
+        if self.text_file is not None and self.dataset is not None:
+            raise ValueError("give --text-file or --dataset, not both")
+        for name in ("eval_share", "pretrain_share"):
+            share = getattr(self, name)
+            if not 0 < share < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must lie in (0, 1), got {share}")
+        stride = self.eval_stride
+        if stride is not None and not 1 <= stride <= self.row_length:
+            raise ValueError(
+                f"--eval-stride must lie in 1..{self.row_length}, the tokens of a row, got {stride}"
+            )
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What is read: records to train on and to evaluate on, and texts for --model scratch."""
+
+    train: Sequence[Record]
+    evaluation: Sequence[Record]
+    pretraining: Sequence[str] = ()
+
+
+def read_corpus(options: Options) -> Corpus:
+    """Read all texts and part them."""
+    records = _read(options)
+    if options.eval_file is not None:
+        evaluation: Sequence[Record] = _read_file(options.eval_file)
+    elif options.dataset is not None:
+        evaluation = read_tfds_text(options.dataset, "validation", options.data_dir)
+    else:
+        records, evaluation = _cut(records, 1 - options.eval_share)
+    pretraining: Sequence[Record] = ()
+    if options.model == SCRATCH:
+        pretraining, records = _cut(records, options.pretrain_share)
+    for name, part in {"train": records, "evaluate": evaluation}.items():
+        if not part:
+            raise ValueError(f"there is too little text: nothing is left to {name} on")
+    texts = [record for record in pretraining if isinstance(record, str)]
+    if len(texts) < len(pretraining):
+        raise ValueError("--model scratch learns from texts, not from conversations; give a model")
+    return Corpus(records, evaluation, texts)
+
+
+def _read(options: Options) -> Sequence[Record]:
+    if options.dataset is not None:
+        return read_tfds_text(options.dataset, "train", options.data_dir)
+    return cpython_documentation() if options.text_file is None else _read_file(options.text_file)
+
+
+def _read_file(path: Path) -> Sequence[Record]:
+    if path.suffix != ".jsonl":
+        return read_text(path)
+    return [record.get("text") or record["messages"] for record in read_jsonl(path)]
+
+
+def _cut(records: Sequence[Record], share: float) -> tuple[Sequence[Record], Sequence[Record]]:
+    texts = [record for record in records if isinstance(record, str)]
+    if len(texts) == len(records):
+        return cut(texts, share)
+    number = round(share * len(records))
+    return records[:number], records[number:]
+
+
+class Encoder:
+    """Records to documents in tokens.
+
+    Args:
+        source: directory or id of the model.
+        config: of the model.
+        plain_chat: whether conversations are written plainly, not by the model's template.
+    """
+
+    def __init__(self, source: str | Path, config: DecoderConfig, *, plain_chat: bool) -> None:
+        self.tokenizer: Tokenizer = spt_jax.load_tokenizer(source)
+        self.config = config
+        self._source, self._plain = source, plain_chat
+        self.eos_id = config.eos_token_ids[0] if config.eos_token_ids else None
+
+    def template(self) -> ChatTemplate:
+        """How conversations are written."""
+        if not self._plain:
+            return ChatTemplate.load(find_files(self._source, files=TOKENIZER_FILES), now=TODAY)
+        if self.eos_id is None:
+            raise ValueError("the model has no eos_token_id to end a reply with")
+        bos = self.config.bos_token_id
+        return ChatTemplate.plain(
+            eos_token=self.tokenizer.id_to_token(self.eos_id) or "",
+            bos_token="" if bos is None else self.tokenizer.id_to_token(bos) or "",
+        )
+
+    def __call__(self, records: Sequence[Record], name: str) -> list[Document]:
+        """Encode texts whole and of conversations the assistant's part as what is predicted."""
+        texts = [record for record in records if isinstance(record, str)]
+        documents = []
+        if texts:
+            documents += encode_documents(texts, self.tokenizer, name=name, eos_id=self.eos_id)
+        if len(texts) < len(records):
+            template = self.template()
+            for record in records:
+                if not isinstance(record, str):
+                    documents += encode_messages(record, self.tokenizer, template)
+        return documents
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills rows up; masked, so that any will do."""
+        pad = self.config.pad_token_id
+        return (self.eos_id or 0) if pad is None else pad
+
+
+def build_model(method: Method, source: str | Path, options: Options, data: Examples) -> Decoder:
+    """The pretrained model, adapted for `method`."""
+    rngs = nnx.Rngs(options.seed)
+    model = spt_jax.load_pretrained(
+        source,
+        task="causal-lm",
+        dtype=options.dtype,
+        param_dtype="float32" if method == "full" else options.dtype,
+        rngs=rngs,
+    )
+    assert isinstance(model, Decoder)
+    config = options.spt_config(method)
+    if config is None:
+        return model
+    order = np.random.default_rng(options.seed).permutation(len(data))
+    calibration = data.take(order[: max(1, CALIBRATION_TOKENS // data.length)])
+    return spt_jax.adapt(model, config, calibration_batch=calibration.columns, rngs=rngs)
+
+
+def save(model: Decoder, method: Method, source: str | Path, out: Path) -> None:
+    """Write what `method` trained: an adapter, or the whole model."""
+    if method == "full":
+        spt_jax.save_pretrained(model, out / "model", tokenizer=source, overwrite=True)
+    else:
+        spt_jax.save_adapter(model, out / "adapter", base_model=str(source), overwrite=True)
+
+
+def answer(model: Decoder, prompt: str, encoder: Encoder, *, chat: bool) -> str:
+    """What the model writes after `prompt`."""
+    if chat:
+        message = {"role": "user", "content": prompt}
+        prompt = encoder.template().render([message], add_generation_prompt=True)
+    ids = encoder.tokenizer.encode(prompt, add_special_tokens=not chat).ids
+    (new,) = spt_jax.generate(model, [ids], max_new_tokens=ANSWER_TOKENS)
+    return encoder.tokenizer.decode([int(token) for token in new])
+
+
+def run(options: Options, console: Console) -> dict[str, dict[str, Any]]:
+    """Train and evaluate every method; returns the figures of each."""
+    source: str | Path = options.model
+    config = (
+        parse_config(small_llama.CONFIG)
+        if source == SCRATCH
+        else read_config(find_files(source, files=("config.json",)))
+    )
+    if not isinstance(config, DecoderConfig):
+        raise ValueError(f"{source} is a {config.model_type} encoder, not a causal language model")
+    length = options.row_length
+    if length > config.max_length:
+        raise ValueError(
+            f"--max-length {length} is above the {config.max_length} positions of the model"
+        )
+    corpus = read_corpus(options)
+    if source == SCRATCH:
+        console.print("a small LLaMA, trained from nothing")
+        source = small_llama.train_small_llama(
+            corpus.pretraining,
+            options.out / "base",
+            steps=options.pretrain_steps,
+            length=length,
+            seed=options.seed,
+            resume=options.resume,
+            overwrite=options.overwrite,
+        )
+    encoder = Encoder(source, config, plain_chat=options.plain_chat)
+    sizes: dict[str, Any] = {"pad_id": encoder.pad_id, "vocab_size": config.vocab_size}
+    train_data = pack(encoder(corpus.train, "training text"), length, name="training text", **sizes)
+    eval_data = strided_windows(
+        encoder(corpus.evaluation, "evaluation text"),
+        length,
+        options.eval_stride or max(1, length // 2),
+        name="evaluation text",
+        **sizes,
+    )
+    counts = [int(data.columns["weight"].sum()) for data in (train_data, eval_data)]
+    console.print(
+        f"{counts[0]:,} tokens to learn in {len(train_data)} rows of {length}, "
+        f"{counts[1]:,} tokens to evaluate"
+    )
+    base = spt_jax.load_pretrained(source, task="causal-lm", dtype=options.dtype)
+    before = evaluate(
+        base, eval_data, objective=next_token, metrics=METRICS, batch_size=options.batch_size
+    )
+    del base
+    console.print(f"before fine-tuning: perplexity {before['perplexity']:.2f}")
+    results: dict[str, TrainResult] = {}
+    for method in options.methods:
+        console.print(f"\n{method}")
+        model = build_model(method, source, options, train_data)
+        results[method] = train(
+            model,
+            train_data,
+            options.train_config(method),
+            options.out / method,
+            objective=next_token,
+            eval_data=eval_data,
+            metrics=METRICS,
+            identity={"spt": asdict(spt) if (spt := options.spt_config(method)) else None},
+            resume=options.resume,
+            overwrite=options.overwrite,
+        )
+        save(model, method, source, options.out / method)
+        if options.prompt is not None:
+            chat = not all(isinstance(record, str) for record in corpus.train)
+            console.print(options.prompt, style="dim", markup=False)
+            console.print(answer(model, options.prompt, encoder, chat=chat), markup=False)
+    figures = {"base": before} | {method: result.figures() for method, result in results.items()}
+    console.print(results_table("language model, evaluation", results))
+    if note := speed_note(results):
+        console.print(note)
+    write_metrics(options.out, "wikitext", options, figures)
+    return figures
+
+
+def main() -> None:
+    """Run the experiment."""
+    options = tyro.cli(Options, prog="experiments.wikitext", description=__doc__)
+    options.check()
+    run(options, Console(width=None if sys.stdout.isatty() else 120))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,144 @@
+"""The command, on a tiny model trained from nothing: results, what it saves, and its errors."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import spt_jax
+from experiments import cli, small_llama, wikitext
+from experiments.corpora import cpython_documentation, cut
+from spt_jax.training import evaluate, next_token
+
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+STEPS = ["--steps", "2", "--batch-size", "4", "--max-length", "64"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(small_llama, "CONFIG", small_llama.CONFIG | TINY)
+        yield
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("texts")
+    documents = cpython_documentation()
+    contents = {"train.txt": documents[:8], "eval.txt": documents[8:10]}
+    for name, parts in contents.items():
+        (directory / name).write_text("\n".join(parts), encoding="utf-8")
+    turns = [
+        [{"role": "user", "content": "Name a keyword."}, {"role": "assistant", "content": word}]
+        for word in ("while", "lambda", "yield")
+    ]
+    lines = [json.dumps({"messages": turn}) for turn in turns]
+    (directory / "chat.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return {path.name: path for path in directory.iterdir()}
+
+
+def run(capsys, *arguments: object) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["experiments.wikitext", *map(str, arguments)])
+        cli.run(wikitext.main)
+    return capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def finished(texts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("wikitext") / "run"
+    options = ["--text-file", texts["train.txt"], "--eval-file", texts["eval.txt"], "--out", out]
+    arguments = [*STEPS, "--pretrain-steps", 4, "--prompt", "The statement", *options]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["experiments.wikitext", *map(str, arguments)])
+        cli.run(wikitext.main)
+    return out, arguments
+
+
+def figures(out: Path) -> dict:
+    return json.loads((out / "metrics.json").read_text())["figures"]
+
+
+def test_every_method_is_trained_evaluated_and_saved(finished, texts):
+    out, _ = finished
+    results = figures(out)
+    assert list(results) == ["base", "spt", "lora", "full"]
+    assert results["full"]["perplexity"] < results["base"]["perplexity"]
+    source = out / "base" / "model"
+    options = wikitext.Options(text_file=texts["train.txt"], eval_file=texts["eval.txt"])
+    model = spt_jax.load_pretrained(source, task="causal-lm")
+    encoder = wikitext.Encoder(source, model.config, plain_chat=False)
+    documents = encoder(wikitext.read_corpus(options).evaluation, "evaluation")
+    data = spt_jax.training.strided_windows(documents, 64, 32, pad_id=1, name="evaluation")
+
+    def perplexity(model):
+        found = evaluate(model, data, objective=next_token, metrics=("perplexity",), batch_size=4)
+        return found["perplexity"]
+
+    assert perplexity(model) == pytest.approx(results["base"]["perplexity"], rel=1e-5)
+    spt = spt_jax.load_adapter(model, out / "spt" / "adapter")
+    assert perplexity(spt) == pytest.approx(results["spt"]["perplexity"], rel=1e-5)
+    full = spt_jax.load_pretrained(out / "full" / "model", task="causal-lm")
+    assert perplexity(full) == pytest.approx(results["full"]["perplexity"], rel=1e-5)
+    assert spt_jax.load_tokenizer(out / "full" / "model").get_vocab_size() == 4096
+
+
+def test_a_finished_run_resumes_to_the_same_figures(finished, capsys):
+    out, arguments = finished
+    before = figures(out)
+    output = run(capsys, *arguments, "--resume", "--method", "lora")
+    assert figures(out)["lora"]["perplexity"] == before["lora"]["perplexity"]
+    row = next(line for line in output.splitlines() if "│ lora " in line)
+    assert f"{before['lora']['perplexity']:.4f}" in row
+    assert "The statement" in output
+
+
+def test_of_conversations_the_replies_are_learnt(finished, texts, tmp_path, capsys):
+    source = finished[0] / "base" / "model"
+    options = ["--model", source, "--text-file", texts["chat.jsonl"], "--eval-share", 0.4]
+    options += ["--method", "lora", "--out", tmp_path, *STEPS]
+    with pytest.raises(SystemExit):
+        run(capsys, *options)
+    run(capsys, *options, "--plain-chat", "--prompt", "Name a keyword.")
+    config = spt_jax.models.config.read_config(source)
+    encoder = wikitext.Encoder(source, config, plain_chat=True)
+    (document,) = encoder(
+        [json.loads(texts["chat.jsonl"].read_text().splitlines()[0])["messages"]], "x"
+    )
+    learnt = encoder.tokenizer.decode(document.ids[document.predicted].tolist())
+    assert learnt.strip() == "while"
+    assert figures(tmp_path)["lora"]["perplexity"] > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "wikitext/x"], "not both"),
+        (["--eval-share", 1.5], "--eval-share must lie in"),
+        (["--eval-stride", 300], "--eval-stride must lie in 1..256"),
+        (["--method", "spt,qlora"], "unknown method 'qlora'"),
+        (["--model", "minilm", "--max-length", 64], "encoder, not a causal language model"),
+        (["--text-file", "missing.txt"], "missing.txt"),
+        (["--max-length", 4096], "above the 2048 positions"),
+    ],
+)
+def test_a_wrong_option_is_told_in_one_line(arguments, message, texts, tmp_path, capsys):
+    given = ["--text-file", texts["eval.txt"], "--pretrain-steps", 1, "--out", tmp_path]
+    with pytest.raises(SystemExit) as stopped:
+        run(capsys, *given, *arguments)
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2
+    assert errors[-1].startswith("error: ")
+    assert message in errors[-1]
+
+
+def test_cutting_keeps_every_character_and_lines_whole():
+    documents = cpython_documentation()[:6]
+    for share in (0.0, 0.3, 0.77, 1.0):
+        head, tail = cut(documents, share)
+        assert "".join(head + tail) == "".join(documents)
+        assert not head or head[-1].endswith("\n") or not tail
+        assert len("".join(head)) <= share * len("".join(documents)) + 1

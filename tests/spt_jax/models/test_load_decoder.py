@@ -1,0 +1,275 @@
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from spt_jax.models import load_pretrained
+from spt_jax.models.config import parse_config
+from spt_jax.models.decoder import Decoder
+from spt_jax.models.slots import tensor_slots
+from tests.spt_jax.models.builders import GOLDEN, edited
+
+ROOT = Path(__file__).parents[3]
+NAMES = ("opt", "opt_350m", "llama", "llama_biased", "mistral", "qwen2", "qwen3")
+CLASSIFY = {"task": "sequence-classification", "num_labels": 3}
+
+
+def assert_same_weights(one, two):
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(one), nnx.state(two))
+
+
+def without(*prefixes):
+    def drop(tensors):
+        for name in [name for name in tensors if name.startswith(prefixes)]:
+            del tensors[name]
+
+    return drop
+
+
+def add(name, tensor):
+    return lambda tensors: tensors.update({name: tensor})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_tensor_is_loaded(name):
+    model = load_pretrained(GOLDEN / name, task="causal-lm")
+    stored = {}
+    for path in (GOLDEN / name).glob("*.safetensors"):
+        stored |= load_file(path)
+    slots = tensor_slots(model)
+    assert slots.keys() == stored.keys()
+    for tensor, slot in slots.items():
+        array = np.asarray(slot.variable[...])
+        np.testing.assert_array_equal(array.T if slot.transpose else array, stored[tensor])
+    assert len(jax.tree.leaves(nnx.state(model))) == len(stored)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "qwen2"])
+def test_the_backbone_of_a_language_model(name, caplog):
+    with caplog.at_level(logging.INFO, "spt_jax"):
+        model = load_pretrained(GOLDEN / name)
+    skipped = [f"{GOLDEN / name}: skipped the heads of other tasks: lm_head.weight"]
+    assert caplog.messages == (skipped if name == "llama" else [])
+    assert model.head is None
+    with_head = load_pretrained(GOLDEN / name, task="causal-lm")
+    assert_same_weights(model.layers, with_head.layers)
+
+
+def test_an_output_matrix_is_not_made_up():
+    with pytest.raises(ValueError, match=r"tensor lm_head.weight of shape \(97, 32\) is missing"):
+        load_pretrained(GOLDEN / "llama_backbone", task="causal-lm")
+
+
+def test_a_tied_output_matrix_may_be_stored_too(tmp_path):
+    table = load_file(GOLDEN / "qwen2" / "model.safetensors")["model.embed_tokens.weight"]
+    source = edited(tmp_path / "model", "qwen2", tensors=add("lm_head.weight", table))
+    model = load_pretrained(source, task="causal-lm")
+    assert model.head is None
+    np.testing.assert_array_equal(model.output_kernel(), table.T)
+
+
+def test_inverse_frequencies_are_ignored(tmp_path):
+    buffer = np.ones(4, np.float32)
+
+    def age(tensors):
+        for i in range(2):
+            tensors[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = buffer
+        tensors["model.rotary_emb.inv_freq"] = buffer
+
+    source = edited(tmp_path / "model", "llama", tensors=age)
+    assert_same_weights(
+        load_pretrained(source, task="causal-lm"),
+        load_pretrained(GOLDEN / "llama", task="causal-lm"),
+    )
+
+
+LAYER = "model.layers.1.mlp.gate_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            without(f"{LAYER}.weight"),
+            r"tensor layers.1.mlp.gate_proj.weight of shape \(48, 32\) is missing",
+        ),
+        (
+            add(f"{LAYER}.bias", np.zeros(48, np.float32)),
+            rf"tensor {LAYER}.bias of shape \(48,\) is unknown",
+        ),
+        (
+            add(f"{LAYER}.weight", np.zeros((32, 48), np.float32)),
+            rf"tensor {LAYER}.weight has shape \(32, 48\), expected \(48, 32\)",
+        ),
+        (
+            add(f"{LAYER}.weight", np.zeros((48, 32), np.int8)),
+            rf"tensor {LAYER}.weight has dtype I8; supported: F64, F32",
+        ),
+        (
+            add("lm_head.weight", np.zeros((96, 32), np.float32)),
+            r"tensor lm_head.weight has shape \(96, 32\), expected \(97, 32\)",
+        ),
+    ],
+)
+def test_wrong_tensor_is_named(tmp_path, change, message):
+    source = edited(tmp_path / "model", "llama", tensors=change)
+    with pytest.raises(ValueError, match=message) as error:
+        load_pretrained(source, task="causal-lm")
+    assert str(source) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["opt_classify", "llama_classify"])
+def test_classification_head(name, tmp_path, caplog):
+    loaded = load_pretrained(GOLDEN / name, **CLASSIFY)
+    stored = load_file(GOLDEN / name / "model.safetensors")["score.weight"]
+    np.testing.assert_array_equal(loaded.score.kernel[...], stored.T)
+    with pytest.raises(ValueError, match=r"classifier of 3 labels, but num_labels=2 was asked"):
+        load_pretrained(GOLDEN / name, task="sequence-classification")
+    source = edited(tmp_path / "model", name, tensors=without("score"))
+    with caplog.at_level(logging.INFO, "spt_jax"):
+        one, same, other = (
+            load_pretrained(source, **CLASSIFY, rngs=nnx.Rngs(seed)) for seed in (0, 0, 1)
+        )
+    assert "no weights for score; initialised anew" in caplog.messages[0]
+    assert one.score.kernel.shape == loaded.score.kernel.shape
+    assert_same_weights(one, same)
+    assert np.abs(one.score.kernel[...] - other.score.kernel[...]).max() > 0
+    assert_same_weights(one.layers, loaded.layers)
+
+
+SHARDED = """
+import sys
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from flax import nnx
+import numpy as np
+from spt_jax import load_pretrained
+
+assert len(jax.devices()) == 2
+mesh = Mesh(np.array(jax.devices()), ("x",))
+seen = {}
+
+def place(path, shape):
+    seen[path] = shape
+    return NamedSharding(mesh, P(None, "x") if path.endswith("up.kernel") else P())
+
+options = {"task": "sequence-classification", "num_labels": 3}
+whole = load_pretrained(sys.argv[1], **options)
+for sharding in (place, NamedSharding(mesh, P())):
+    model = load_pretrained(sys.argv[1], sharding=sharding, **options)
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        path = ".".join(map(str, path))
+        expected = sharding if sharding is not place else place(path, variable.shape)
+        assert variable.get_value().sharding == expected, path
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(whole))
+assert {seen.pop("score.kernel"), seen.pop("layers.1.ffn.up.kernel")} == {(32, 3), (32, 48)}
+kernel = load_pretrained(sys.argv[1], sharding=place).layers[0].ffn.up.kernel.get_value()
+assert [shard.data.shape for shard in kernel.addressable_shards] == [(32, 24), (32, 24)]
+"""
+
+
+def test_sharding():
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    subprocess.run(
+        [sys.executable, "-c", SHARDED, str(GOLDEN / "llama")],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        cwd=ROOT,
+        check=True,
+    )
+
+
+def test_a_device_is_a_place():
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    model = load_pretrained(GOLDEN / "qwen3", task="causal-lm", sharding=place)
+    assert {x.sharding for x in jax.tree.leaves(nnx.state(model))} == {place}
+    assert_same_weights(model, load_pretrained(GOLDEN / "qwen3", task="causal-lm"))
+
+
+def test_loaded_weights_may_be_donated():
+    model = load_pretrained(GOLDEN / "llama", task="causal-lm")
+    expected = jax.tree.map(lambda x: np.asarray(x) * 2 + 1, nnx.state(model))
+    step = jax.jit(lambda state: jax.tree.map(lambda x: x * 2 + 1, state), donate_argnums=0)
+    jax.tree.map(np.testing.assert_array_equal, step(nnx.state(model)), expected)
+
+
+LARGE = {
+    "model_type": "llama",
+    "vocab_size": 16000,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 128,
+}
+TENSORS_A_SHARD = 16
+
+MEASURE = """
+import sys
+import jax
+from flax import nnx
+from spt_jax import load_pretrained
+
+def resident(field):
+    with open("/proc/self/status") as file:
+        return 1024 * next(int(line.split()[1]) for line in file if line.startswith(field + ":"))
+
+small, large, dtype = sys.argv[1:]
+load_pretrained(small, task="causal-lm", dtype=dtype)
+before = resident("VmRSS")
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the highest resident size starts anew
+model = load_pretrained(large, task="causal-lm", dtype=dtype)
+jax.block_until_ready(nnx.state(model))
+highest = resident("VmHWM") - before
+print(highest, sum(x.nbytes for x in jax.tree.leaves(nnx.state(model))))
+"""
+
+
+@pytest.fixture(scope="module")
+def large(request, tmp_path_factory):
+    """A LLaMA of 74 million weights, in shards; the parameter is their dtype."""
+    directory = tmp_path_factory.mktemp("large")
+    stored = np.dtype(ml_dtypes.bfloat16 if request.param == "bfloat16" else request.param)
+    (directory / "config.json").write_text(json.dumps(LARGE))
+    model = nnx.eval_shape(lambda: Decoder(parse_config(LARGE), rngs=nnx.Rngs(0)))
+    values = np.random.default_rng(0).standard_normal(1 << 20, np.float32).astype(stored)
+    shards = {}
+    for i, (name, slot) in enumerate(tensor_slots(model).items()):
+        shard = shards.setdefault(f"model-{i // TENSORS_A_SHARD}.safetensors", {})
+        shard[name] = np.resize(values, slot.shape)
+    for file, tensors in shards.items():
+        save_file(tensors, directory / file)
+    index = {name: file for file, tensors in shards.items() for name in tensors}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    yield directory
+    for path in directory.iterdir():
+        path.unlink()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("large", "dtype"),
+    [("float32", "bfloat16"), ("float32", "float32"), ("bfloat16", "bfloat16")],
+    indirect=["large"],
+)
+def test_weights_are_held_once_while_loading(large, dtype):
+    measured = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(GOLDEN / "llama"), str(large), dtype],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    highest, size = map(int, measured.stdout.split())
+    assert size == 74_132_736 * (2 if dtype == "bfloat16" else 4)
+    assert highest < 1.3 * size
