@@ -101,7 +101,7 @@ class Options(MethodOptions):
 
     pretrain_share: float = 0.8
     """Share of the text on which --model scratch trains first; methods see the rest."""
-    pretrain_steps: int = 150
+    pretrain_steps: int = 40
     """Steps of that training."""
 
     @property

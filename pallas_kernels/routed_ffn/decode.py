@@ -12,11 +12,13 @@ from pallas_kernels.routed_ffn.types import (
     activation_function,
 )
 
-TILE_BYTES = 2**19  # of one weight's slice: the slice is a copy, which is to stay in cache
+TILE_BYTES = 2**19  # of one weight's slice on a CPU: it is a copy, which is to stay in cache
 
 
 def _tile_units(units: int, row_bytes: int) -> int:
-    """Hidden units of a step: a divisor of a block's."""
+    """Hidden units of a step: a divisor of a block's, or all of them where steps are launched."""
+    if jax.default_backend() != "cpu":
+        return units
     most = max(1, TILE_BYTES // row_bytes)
     return max(n for n in range(1, min(units, most) + 1) if units % n == 0)
 

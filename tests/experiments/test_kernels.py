@@ -204,7 +204,7 @@ def test_forms_of_lora_compute_the_same():
     def outputs(**options):
         step = dataclasses.replace(TINY_STACK, **options)
         (parameters, x), frozen = step.arguments(key)
-        parameters = jax.tree.map(lambda p: p + 0.1, parameters)  # B starts at zero
+        parameters = jax.tree.map(lambda p: p + 0.01, parameters)  # B starts at zero
         return jax.jit(step.run)((parameters, x), frozen)[0]
 
     expected = outputs(lora_form="merged")
@@ -214,7 +214,7 @@ def test_forms_of_lora_compute_the_same():
         {"lora_form": "skinny_float32"},
         {"remat": True},
     ):
-        assert jnp.allclose(outputs(**options), expected, atol=1e-3)
+        assert jnp.allclose(outputs(**options), expected, atol=1e-4)
 
 
 def test_a_stack_is_that_of_a_decoder():
