@@ -109,6 +109,7 @@ def load_data(task: GlueTask, options: Options, tokenizer: Tokenizer, config: Mo
             ),
             max_positions=config.max_length,
             pad_to_max_length=options.pad_to_max_length,
+            pad_id=config.padding_id,
         )
         if isinstance(config, EncoderConfig) and config.num_token_types > 1:
             return examples

@@ -29,7 +29,7 @@ class MethodOptions:
     """Delete the run in --out."""
 
     epochs: float | None = None
-    """Passes over the training examples; by default 3, and 1 for the built-in task."""
+    """Passes over the training examples; by default 3, and 1 for the built-in task of glue."""
     steps: int | None = None
     """Optimizer steps, in place of --epochs."""
     batch_size: int = 32
@@ -37,7 +37,8 @@ class MethodOptions:
     accumulation: int = 1
     """Microbatches into which a batch is cut to save memory."""
     learning_rate: float | None = None
-    """Peak learning rate; by default 1e-3 for spt and lora, 5e-5 for full."""
+    """Peak learning rate; by default 1e-3 for spt and lora, and for full 5e-5 in glue and 1e-4 in
+    wikitext."""
     warmup: float = 0.06
     """Warm-up: share of the steps below 1, number of steps from 1 on."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"

@@ -101,7 +101,7 @@ class Options(MethodOptions):
 
     pretrain_share: float = 0.8
     """Share of the text on which --model scratch trains first; methods see the rest."""
-    pretrain_steps: int = 40
+    pretrain_steps: int = 30
     """Steps of that training."""
 
     @property
@@ -219,12 +219,6 @@ class Encoder:
                     documents += encode_messages(record, self.tokenizer, template)
         return documents
 
-    @property
-    def pad_id(self) -> int:
-        """Id that fills rows up; masked, so that any will do."""
-        pad = self.config.pad_token_id
-        return (self.eos_id or 0) if pad is None else pad
-
 
 def build_model(method: Method, source: str | Path, options: Options, data: Examples) -> Decoder:
     """The pretrained model, adapted for `method`."""
@@ -291,7 +285,7 @@ def run(options: Options, console: Console) -> dict[str, dict[str, Any]]:
             overwrite=options.overwrite,
         )
     encoder = Encoder(source, config, plain_chat=options.plain_chat)
-    sizes: dict[str, Any] = {"pad_id": encoder.pad_id, "vocab_size": config.vocab_size}
+    sizes: dict[str, Any] = {"pad_id": config.padding_id, "vocab_size": config.vocab_size}
     train_data = pack(encoder(corpus.train, "training text"), length, name="training text", **sizes)
     eval_data = strided_windows(
         encoder(corpus.evaluation, "evaluation text"),

@@ -177,6 +177,11 @@ class DecoderConfig:
         return 0 if self.rotary is not None else _OPT_POSITION_OFFSET
 
     @property
+    def padding_id(self) -> int:
+        """Id to fill rows up with: of the padding token, or else of one that ends a text."""
+        return next((i for i in (self.pad_token_id, *self.eos_token_ids) if i is not None), 0)
+
+    @property
     def max_length(self) -> int:
         """Longest sequence that the positions serve, their scaling included."""
         if self.rotary is None:

@@ -103,6 +103,11 @@ class EncoderConfig:
         return self.pad_token_id + 1 if self.model_type == "roberta" else 0
 
     @property
+    def padding_id(self) -> int:
+        """Id to fill rows up with."""
+        return self.pad_token_id
+
+    @property
     def max_length(self) -> int:
         """Longest sequence that the position embedding serves."""
         return self.num_positions - self.position_offset

@@ -106,6 +106,7 @@ def tokenize(
     max_positions: int | None = None,
     multiple_of: int = 16,
     pad_to_max_length: bool = False,
+    pad_id: int | None = None,
 ) -> Examples:
     """Tokenize a split in one call.
 
@@ -119,6 +120,7 @@ def tokenize(
         multiple_of: the sequence length is the smallest multiple of this that holds the longest
             example, or `max_length` if that is smaller.
         pad_to_max_length: take `max_length` as the sequence length whatever the examples.
+        pad_id: id that fills rows up where the tokenizer has no padding token.
 
     Raises:
         ValueError: no example, columns of different lengths, or `max_length` above the
@@ -154,14 +156,16 @@ def tokenize(
     encodings = tokenizer.encode_batch(inputs)
 
     pad_ids = (tokenizer.token_to_id(token) for token in _PAD_TOKENS)
-    pad_id = padding["pad_id"] if padding else next((i for i in pad_ids if i is not None), None)
-    if pad_id is None:
-        raise ValueError(f"the tokenizer has no padding token; looked for {_PAD_TOKENS}")
+    own = padding["pad_id"] if padding else next((i for i in pad_ids if i is not None), pad_id)
+    if own is None:
+        raise ValueError(
+            f"the tokenizer has no padding token; looked for {_PAD_TOKENS}; give pad_id"
+        )
     lengths = np.array([len(encoding) for encoding in encodings])
     longest = -(-int(lengths.max()) // multiple_of) * multiple_of
     length = max_length if pad_to_max_length else min(longest, max_length)
     inside = np.arange(length) < lengths[:, None]
-    input_ids = np.full(inside.shape, pad_id, np.int32)
+    input_ids = np.full(inside.shape, own, np.int32)
     token_type_ids = np.zeros(inside.shape, np.int32)
     input_ids[inside] = np.concatenate([encoding.ids for encoding in encodings])
     token_type_ids[inside] = np.concatenate([encoding.type_ids for encoding in encodings])
