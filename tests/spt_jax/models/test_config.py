@@ -90,7 +90,9 @@ def test_wrong_field_is_named(changes, message):
 def test_missing_fields_are_named(family, name):
     raw = raw_config(family)
     del raw[name], raw["vocab_size"]
-    with pytest.raises(ValueError, match=f"a config of the {family} family needs vocab_size, {name}"):
+    with pytest.raises(
+        ValueError, match=f"a config of the {family} family needs vocab_size, {name}"
+    ):
         parse_config(raw)
 
 

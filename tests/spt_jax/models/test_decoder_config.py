@@ -366,5 +366,7 @@ def test_wrong_field_is_named(family, changes, message):
 def test_missing_fields_are_named(family):
     config = raw(family)
     del config["hidden_size"], config["num_hidden_layers"]
-    with pytest.raises(ValueError, match=f"a config of the {family} family needs hidden_size, num_hidden_layers"):
+    with pytest.raises(
+        ValueError, match=f"a config of the {family} family needs hidden_size, num_hidden_layers"
+    ):
         parse_config(config)
