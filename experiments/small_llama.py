@@ -17,6 +17,7 @@ from spt_jax.training import encode_documents, next_token, pack, train
 BOS, EOS = "<s>", "</s>"
 BOS_ID, EOS_ID = 0, 1
 VOCAB_SIZE = 4096
+STEP_TOKENS = 4096
 #: Fields of its config.json.
 CONFIG = {
     "model_type": "llama",
@@ -67,7 +68,7 @@ def train_small_llama(
     Args:
         texts: documents.
         out: gets checkpoints, TensorBoard events and `model/`.
-        steps: optimizer steps of 16 rows.
+        steps: optimizer steps of `STEP_TOKENS` tokens.
         length: tokens of a row.
         seed: of weights and order.
         resume: go on with the training in `out`; a finished model is left as it is.
@@ -88,7 +89,7 @@ def train_small_llama(
     options = spt_jax.TrainConfig(
         trainable="all",
         steps=steps,
-        batch_size=min(16, len(data)),
+        batch_size=max(1, STEP_TOKENS // length),
         learning_rate=2e-3,
         schedule="cosine",
         weight_decay=0.1,

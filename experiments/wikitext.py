@@ -52,7 +52,8 @@ from spt_jax.training import (
 
 SCRATCH = "scratch"
 CALIBRATION_TOKENS = 8192
-LEARNING_RATES = {"spt": 1e-3, "lora": 1e-3, "full": 1e-4}
+LEARNING_RATES = {"spt": 2e-4, "lora": 2e-4, "full": 2e-5}
+SCRATCH_RATE = 10  # times as high for a small model
 METRICS = ("perplexity",)
 ANSWER_TOKENS = 64
 #: What chat templates take for today, so that the same file is the same data on any day. It is the
@@ -87,10 +88,13 @@ class Options(MethodOptions):
     out: Path = Path("runs/wikitext")
     """Folder for checkpoints, TensorBoard events, trained weights and metrics.json."""
 
-    batch_size: int = 16
+    batch_size: int = 8
     """Rows an optimizer step."""
+    learning_rate: float | None = None
+    """Peak learning rate; by default 2e-4 for spt and lora and 2e-5 for full, and ten times that
+    with --model scratch."""
     max_length: int | None = None
-    """Tokens of a row; by default 512, or 256 with --model scratch."""
+    """Tokens of a row; by default 1024, or 256 with --model scratch."""
     eval_stride: int | None = None
     """Tokens by which evaluation windows advance; by default half of --max-length."""
     plain_chat: bool = False
@@ -102,16 +106,16 @@ class Options(MethodOptions):
     pretrain_share: float = 0.8
     """Share of the text on which --model scratch trains first; methods see the rest."""
     pretrain_steps: int = 30
-    """Steps of that training."""
+    """Steps of that training, of 4096 tokens."""
 
     @property
     def row_length(self) -> int:
         """Tokens of a row."""
-        return self.max_length or (256 if self.model == SCRATCH else 512)
+        return self.max_length or (256 if self.model == SCRATCH else 1024)
 
     def default_learning_rate(self, method: Method) -> float:
         """Peak learning rate where --learning-rate is not given."""
-        return LEARNING_RATES[method]
+        return LEARNING_RATES[method] * (SCRATCH_RATE if self.model == SCRATCH else 1)
 
     def check(self) -> None:
         """Raise a ValueError for any mistake in the options, before anything is read."""

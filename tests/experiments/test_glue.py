@@ -89,6 +89,7 @@ def test_a_run_ends_in_a_table_and_its_numbers_in_metrics_json(finished):
     assert numbers["full"] == metrics["figures"]["full"]["total_parameters"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_result(finished, tiny_model, tmp_path):
     arguments = ["--model", tiny_model, "--method", "spt", *STEPS, "--out", tmp_path / "run"]
     process = start(*arguments)

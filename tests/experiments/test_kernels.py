@@ -87,6 +87,7 @@ TINY = comparisons.GPUSizes(
 )
 
 
+@pytest.mark.slow
 def test_what_a_gpu_runs(monkeypatch, capsys, tmp_path):
     kept = {  # one comparison of each kind, and of each the methods that differ in kind
         "routed_ffn_frozen": ("dense", "routed_ffn_frozen_half"),

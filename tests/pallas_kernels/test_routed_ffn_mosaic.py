@@ -97,6 +97,7 @@ def test_matches_reference(name):
     check(CASES[name])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("by_combination", "wide_tiles")
 def test_combinations_in_wide_tiles():
     lora = ("in", "gate", "out")
@@ -104,6 +105,7 @@ def test_combinations_in_wide_tiles():
     check(case, argnums=(0, 1, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("wide_tiles")
 def test_blocks_in_wide_tiles():
     check(Case(70, 3, 1, biases=False, activation="gelu", width=192, units=192))
@@ -113,6 +115,7 @@ def test_one_token_of_float16():
     check(Case(1, 2, 1, lora=("in",)), jnp.float16, argnums=(0, 1, 3))
 
 
+@pytest.mark.slow
 def test_under_vmap_checkpoint_and_scan():
     case = Case(20, 2, 1, biases=False)
     (x, c, w, lora), index = make(dataclasses.replace(case, tokens=40), jnp.bfloat16)

@@ -45,7 +45,13 @@ TOKEN = {
     "every_key": Case(70, 1, 1, num_keys=70),
     "width_128": Case(64, 1, 1, width=128),
 }
-CASES = [("tile", name) for name in TILE] + [("token", name) for name in TOKEN]
+#: Sizes that differ from others in one number; a program of each takes half a minute to interpret.
+SLOW = {"large_groups", "shared_lists", "three_warpgroups", "width_80", "width_96", "packed"}
+CASES = [
+    pytest.param(granularity, name, marks=[pytest.mark.slow] if name in SLOW else [])
+    for granularity, names in (("tile", TILE), ("token", TOKEN))
+    for name in names
+]
 HALF = [("tile", "grouped_heads"), ("token", "grouped_heads"), ("tile", "width_80")]
 
 
@@ -100,6 +106,7 @@ def test_equals_the_reference_in_float16(granularity, name):
     compare(granularity, name, jnp.float16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("granularity", "case"),
     [
