@@ -105,7 +105,7 @@ class Options(MethodOptions):
 
     pretrain_share: float = 0.8
     """Share of the text on which --model scratch trains first; methods see the rest."""
-    pretrain_steps: int = 30
+    pretrain_steps: int = 45
     """Steps of that training, of 4096 tokens."""
 
     @property
