@@ -7,6 +7,8 @@
 # Large temporary arrays in huge pages: a fifth off a training step on a CPU. Unknown to a C library
 # other than glibc, which then ignores it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+# Without bytecode on disk every process compiles the packages anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -19,7 +21,7 @@ PYTEST_ARGS ?=
 GPU_PACKAGES := jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm \
     nvidia-cudnn-cu13
 
-.PHONY: setup glue test test-gpu bench-gpu gpu-check lint clean
+.PHONY: setup glue test test-gpu bench-gpu gpu-check gpu-check-setup lint clean
 
 setup: $(STAMP)
 
@@ -52,9 +54,11 @@ $(GPU_CHECK_STAMP): pyproject.toml constraints.txt constraints-gpu-check.txt too
 	    --editable . $(GPU_PACKAGES)
 	@touch $@
 
+gpu-check-setup: $(GPU_CHECK_STAMP)
+
 gpu-check: OUT ?= runs/gpu-check
 gpu-check: $(GPU_CHECK_STAMP)
-	$(GPU_CHECK)/bin/python -m experiments.gpu_check --out $(OUT)
+	$(GPU_CHECK)/bin/python -m experiments.gpu_check --out $(OUT) $(if $(ONLY),--only '$(ONLY)')
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -25,10 +25,10 @@ def test_killed_and_resumed_runs_end_bit_for_bit_alike(tmp_path):
     moments = [("write", 1), (random.Random().uniform(0, 0.5),), ("write", 3)]
     for moment in moments:
         killed = start(tmp_path / "killed", *moment)
-        _, errors = killed.communicate(timeout=120)
+        _, errors = killed.communicate(timeout=300)
         assert killed.returncode == -signal.SIGKILL, errors
     resumed = start(tmp_path / "killed")
-    found, expected = (run.communicate(timeout=120) for run in (resumed, straight))
+    found, expected = (run.communicate(timeout=300) for run in (resumed, straight))
     assert (resumed.returncode, straight.returncode) == (0, 0), (found, expected)
     assert "passing over half-written checkpoint" in found[1]  # the last kill was amid a write
     found, expected = (json.loads(output) for output, _ in (found, expected))
