@@ -25,9 +25,9 @@ Method = Literal[
 Family = Literal["spt", "lora", "full"]
 
 DESCRIPTIONS: Mapping[Method, str] = {
-    "spt": "LoRA, sparse attention and routed FFN",
-    "lora": "LoRA alone",
     "full": "all weights, nothing added",
+    "lora": "LoRA alone",
+    "spt": "LoRA, sparse attention and routed FFN",
     "spt-dense-attention": "spt without sparse attention",
     "spt-dense-ffn": "spt without routed FFN",
     "spt-match-count": "spt that selects keys by the paper's match count",
