@@ -525,9 +525,11 @@ def _conditions(options: Options, cells: Finished) -> list[str]:
         )
         lines.append(f"{task}: {budgets or MISSING}.")
     records = cells.values()
-    dates = sorted(record["finished"] for record in records)
+    dates = sorted(record["finished"][:10] for record in records)
     lines += [
-        f"Cells finished from {dates[0]} to {dates[-1]}." if dates else "No cell is finished.",
+        f"Trained {' to '.join(sorted({dates[0], dates[-1]}))}."
+        if dates
+        else "No cell is finished.",
         f"Machine: {_distinct_texts(map(_machine, records)) or MISSING}.",
         f"Versions: {_distinct_texts(map(_versions, records)) or MISSING}.",
     ]
