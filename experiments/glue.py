@@ -52,24 +52,29 @@ BUILT_IN = GlueTask(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(MethodOptions):
-    """Options of the experiment."""
+class Inputs:
+    """The pretrained model, and how it is given the texts."""
 
-    task: TaskName = "acceptability"
-    """GLUE task; acceptability is a small demonstration task that needs no data; all runs all of
-    GLUE."""
     model: str = "minilm"
     """Hugging Face directory or hub id; minilm is the model that the set-up installs."""
     data_dir: Path | None = None
     """TFDS data directory; a task that is not there is downloaded into it."""
-    out: Path = Path("runs/glue")
-    """Folder for checkpoints, TensorBoard events and metrics.json."""
-
     max_length: int | None = None
     """Longer examples are cut; by default 128 or, if that is less, what the model has positions
     for."""
     pad_to_max_length: bool = False
     """Pad to --max-length, not to the longest example of the task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Inputs, MethodOptions):
+    """Options of the experiment."""
+
+    task: TaskName = "acceptability"
+    """GLUE task; acceptability is a small demonstration task that needs no data; all runs all of
+    GLUE."""
+    out: Path = Path("runs/glue")
+    """Folder for checkpoints, TensorBoard events and metrics.json."""
 
     @property
     def default_epochs(self) -> float:
@@ -85,7 +90,7 @@ class Data:
     validation: Mapping[str, Examples]
 
 
-def load_data(task: GlueTask, options: Options, tokenizer: Tokenizer, config: ModelConfig) -> Data:
+def load_data(task: GlueTask, options: Inputs, tokenizer: Tokenizer, config: ModelConfig) -> Data:
     """Read and tokenize all splits of a task, to one sequence length."""
 
     def read(split: str) -> Split:
@@ -119,9 +124,17 @@ def load_data(task: GlueTask, options: Options, tokenizer: Tokenizer, config: Mo
     return Data(tokens("train"), {name: tokens(s) for name, s in task.validation.items()})
 
 
-def build_model(
-    task: GlueTask, method: Method, options: Options, calibration: Examples
-) -> nnx.Module:
+def named_task(name: str) -> GlueTask:
+    """A task of GLUE, or the built-in one."""
+    return BUILT_IN if name == BUILT_IN.name else TASKS[name]
+
+
+def read_model_config(options: Inputs) -> ModelConfig:
+    """The sizes of the pretrained model."""
+    return read_config(find_files(options.model, files=("config.json",)))
+
+
+def build_model(task: GlueTask, method: Method, options: Options, data: Data) -> nnx.Module:
     """The pretrained model with a head for `task`, adapted for `method`."""
     rngs = nnx.Rngs(options.seed)
     model = spt_jax.load_pretrained(
@@ -135,38 +148,44 @@ def build_model(
     config = options.spt_config(method)
     if config is None:
         return model
+    order = np.random.default_rng(options.seed).permutation(len(data.train))
+    calibration = data.train.take(order[:CALIBRATION_EXAMPLES])
     return spt_jax.adapt(model, config, calibration_batch=calibration.columns, rngs=rngs)
+
+
+def train_method(
+    task: GlueTask, method: Method, options: Options, data: Data, out: Path
+) -> TrainResult:
+    """Adapt, train and evaluate one method."""
+    return train(
+        build_model(task, method, options, data),
+        data.train,
+        options.train_config(method),
+        out,
+        objective=supervised(mean_squared_error if task.num_labels is None else cross_entropy),
+        eval_data=data.validation,
+        metrics=task.metrics,
+        identity={"spt": asdict(spt) if (spt := options.spt_config(method)) else None},
+        resume=options.resume,
+        overwrite=options.overwrite,
+    )
 
 
 def run_task(
     task: GlueTask, options: Options, tokenizer: Tokenizer, out: Path, console: Console
 ) -> dict[str, dict[str, Any]]:
     """Train and evaluate every method on a task; returns the figures of each."""
-    config = read_config(find_files(options.model, files=("config.json",)))
-    data = load_data(task, options, tokenizer, config)
+    data = load_data(task, options, tokenizer, read_model_config(options))
     console.print(
         f"{task.name}: {len(data.train)} training examples, length {data.train.length}, "
         f"{data.train.num_truncated} cut"
     )
     if task is BUILT_IN:
         console.print("(the built-in demonstration task: was a sentence's word order scrambled?)")
-    order = np.random.default_rng(options.seed).permutation(len(data.train))
-    calibration = data.train.take(order[:CALIBRATION_EXAMPLES])
     results: dict[str, TrainResult] = {}
     for method in options.methods:
         console.print(f"\n{task.name}, {method}")
-        results[method] = train(
-            build_model(task, method, options, calibration),
-            data.train,
-            options.train_config(method),
-            out / method,
-            objective=supervised(mean_squared_error if task.num_labels is None else cross_entropy),
-            eval_data=data.validation,
-            metrics=task.metrics,
-            identity={"spt": asdict(spt) if (spt := options.spt_config(method)) else None},
-            resume=options.resume,
-            overwrite=options.overwrite,
-        )
+        results[method] = train_method(task, method, options, data, out / method)
     figures = {method: result.figures() for method, result in results.items()}
     console.print(results_table(f"{task.name}, validation", results))
     if note := speed_note(results):
@@ -180,7 +199,7 @@ def summarize(
 ) -> tuple[Table, dict[str, dict[str, float]]]:
     """Official metrics of all tasks and their average, one row a method.
 
-    A task with several metrics counts by their mean, as on the leaderboard.
+    A task with several metrics counts by their mean.
     """
     table = Table(title="GLUE, validation")
     table.add_column("method")
@@ -188,11 +207,7 @@ def summarize(
         table.add_column(name, justify="right")
     figures: dict[str, dict[str, float]] = {}
     for method in methods:
-        scores: dict[str, float] = {}
-        for name, results in by_task.items():
-            task = TASKS[name]
-            keys = [m + (f"_{s}" if s else "") for m in task.metrics for s in task.validation]
-            scores[name] = float(np.mean([results[method][key] for key in keys]))
+        scores = {name: TASKS[name].score(results[method]) for name, results in by_task.items()}
         scores["average"] = float(np.mean(list(scores.values())))
         figures[method] = scores
         table.add_row(method, *(f"{score:.4f}" for score in scores.values()))
@@ -207,8 +222,7 @@ def main() -> None:
     options.check()
     tokenizer = spt_jax.load_tokenizer(options.model)
     if options.task != "all":
-        task = BUILT_IN if options.task == BUILT_IN.name else TASKS[options.task]
-        run_task(task, options, tokenizer, options.out, console)
+        run_task(named_task(options.task), options, tokenizer, options.out, console)
         return
     for task in TASKS.values():
         for split in task.validation.values():

@@ -43,6 +43,20 @@ class GlueTask:
     validation: Mapping[str, str] = field(default=_VALIDATION)
     score_range: tuple[float, float] = (0.0, 5.0)
 
+    def score(self, figures: Mapping[str, Any]) -> float:
+        """One number for the task: the mean of its official metrics, as on the leaderboard.
+
+        Example:
+            >>> TASKS["mrpc"].score({"accuracy": 0.75, "f1": 0.85, "eval_loss": 0.5})
+            0.8
+        """
+        keys = [
+            metric + (f"_{split}" if split else "")
+            for metric in self.metrics
+            for split in self.validation
+        ]
+        return float(np.mean([figures[key] for key in keys]))
+
 
 _PAIR = ("sentence1", "sentence2")
 _MNLI_SPLITS = {"matched": "validation_matched", "mismatched": "validation_mismatched"}

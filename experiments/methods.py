@@ -3,30 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rich.table import Table
 
 import spt_jax
+from spt_jax.config import LearningRateMultipliers
 from spt_jax.training import TrainResult, environment, write_json_atomic
 
-Method = Literal["spt", "lora", "full"]
+Method = Literal[
+    "spt",
+    "lora",
+    "full",
+    "spt-dense-attention",
+    "spt-dense-ffn",
+    "spt-match-count",
+    "spt-random-router",
+]
+Family = Literal["spt", "lora", "full"]
 
-LEARNING_RATES: Mapping[Method, float] = {"spt": 1e-3, "lora": 1e-3, "full": 5e-5}
+DESCRIPTIONS: Mapping[Method, str] = {
+    "full": "all weights, nothing added",
+    "lora": "LoRA alone",
+    "spt": "LoRA, sparse attention and routed FFN",
+    "spt-dense-attention": "spt without sparse attention",
+    "spt-dense-ffn": "spt without routed FFN",
+    "spt-match-count": "spt that selects keys by the paper's match count",
+    "spt-random-router": "spt with the paper's start of the FFN: random blocks, random router",
+}
+LEARNING_RATES: Mapping[Family, float] = {"spt": 1e-3, "lora": 1e-3, "full": 5e-5}
+
+
+def family(method: Method) -> Family:
+    """The method by whose recipe `method` trains: spt for spt's ablations."""
+    if method == "lora" or method == "full":
+        return method
+    return "spt"
+
+
+def parse_methods(names: str, option: str) -> tuple[Method, ...]:
+    """Methods named by a command-line option, separated by commas.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    found = tuple(dict.fromkeys(name.strip() for name in names.split(",")))
+    unknown = [name for name in found if name not in get_args(Method)]
+    if unknown:
+        raise ValueError(
+            f"unknown method {unknown[0]!r} in {option} {names}; choose from "
+            f"{', '.join(get_args(Method))}"
+        )
+    return found  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodOptions:
-    """Options of every such experiment."""
-
-    method: str = "spt,lora"
-    """Methods to compare, separated by commas: spt, lora, full."""
-    resume: bool = False
-    """Go on with the run in --out."""
-    overwrite: bool = False
-    """Delete the run in --out."""
+class Recipe:
+    """What all methods have in common: budget, optimizer, sizes of the parts."""
 
     epochs: float | None = None
     """Passes over the training examples; by default 3, and 1 for the built-in task of glue."""
@@ -37,20 +72,23 @@ class MethodOptions:
     accumulation: int = 1
     """Microbatches into which a batch is cut to save memory."""
     learning_rate: float | None = None
-    """Peak learning rate; by default 1e-3 for spt and lora, and for full 5e-5 in glue and 1e-4 in
-    wikitext."""
+    """Peak learning rate; by default 1e-3 for spt and lora, and for full 5e-5."""
+    lora_learning_rate_multiplier: float = 1.0
+    """Factor on the learning rate of LoRA factors."""
+    router_learning_rate_multiplier: float = 0.01
+    """Factor on the learning rate of FFN routers."""
+    codebook_learning_rate_multiplier: float = 1.0
+    """Factor on the learning rate of codewords."""
+    head_learning_rate_multiplier: float = 1.0
+    """Factor on the learning rate of the task head."""
     warmup: float = 0.06
     """Warm-up: share of the steps below 1, number of steps from 1 on."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Decay of the learning rate."""
     eval_every: int | None = None
     """Steps between evaluations; by default once an epoch."""
-    patience: int | None = None
-    """Stop after so many evaluations without improvement."""
     result: Literal["last", "best"] = "last"
     """Which evaluation the table shows."""
-    seed: int = 0
-    """Seed of fresh weights, the order of examples, and dropout."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype, and that of frozen weights."""
     remat: bool = False
@@ -58,6 +96,8 @@ class MethodOptions:
 
     rank: int = 16
     """LoRA rank."""
+    lora_dropout: float = 0.0
+    """Probability with which an input feature of a LoRA factor is dropped."""
     density: float = 1 / 8
     """Share of the keys that a query attends to."""
     num_blocks: int = 4
@@ -65,17 +105,27 @@ class MethodOptions:
     active_blocks: int = 2
     """Blocks that a token computes."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions(Recipe):
+    """Options of an experiment that compares methods in one run."""
+
+    method: str = "spt,lora"
+    """Methods to compare, separated by commas: spt, lora, full, and ablations of spt:
+    spt-dense-attention, spt-dense-ffn, spt-match-count, spt-random-router."""
+    seed: int = 0
+    """Seed of fresh weights, the order of examples, and dropout."""
+    patience: int | None = None
+    """Stop after so many evaluations without improvement."""
+    resume: bool = False
+    """Go on with the run in --out."""
+    overwrite: bool = False
+    """Delete the run in --out."""
+
     @property
     def methods(self) -> tuple[Method, ...]:
         """The methods named by `method`, in order."""
-        names = tuple(dict.fromkeys(name.strip() for name in self.method.split(",")))
-        unknown = [name for name in names if name not in get_args(Method)]
-        if unknown:
-            raise ValueError(
-                f"unknown method {unknown[0]!r} in --method {self.method}; choose from "
-                f"{', '.join(get_args(Method))}"
-            )
-        return names  # type: ignore[return-value]
+        return parse_methods(self.method, "--method")
 
     @property
     def default_epochs(self) -> float:
@@ -84,22 +134,29 @@ class MethodOptions:
 
     def default_learning_rate(self, method: Method) -> float:
         """Peak learning rate where --learning-rate is not given."""
-        return LEARNING_RATES[method]
+        return LEARNING_RATES[family(method)]
 
     def spt_config(self, method: Method) -> spt_jax.SPTConfig | None:
         """What `method` adds to the model; None for nothing."""
-        lora = spt_jax.LoRAConfig(rank=self.rank)
-        if method == "full":
-            return None
-        if method == "lora":
-            return spt_jax.SPTConfig(lora=lora, attention=None, ffn=None)
-        return spt_jax.SPTConfig(
-            lora=lora,
-            attention=spt_jax.SparseAttentionConfig(density=self.density),
-            ffn=spt_jax.RoutedFFNConfig(
-                num_blocks=self.num_blocks, active_blocks=self.active_blocks
-            ),
-        )
+        lora = spt_jax.LoRAConfig(rank=self.rank, dropout=self.lora_dropout)
+        attention = spt_jax.SparseAttentionConfig(density=self.density)
+        ffn = spt_jax.RoutedFFNConfig(num_blocks=self.num_blocks, active_blocks=self.active_blocks)
+        spt = spt_jax.SPTConfig(lora=lora, attention=attention, ffn=ffn)
+        match method:
+            case "spt":
+                return spt
+            case "lora":
+                return replace(spt, attention=None, ffn=None)
+            case "full":
+                return None
+            case "spt-dense-attention":
+                return replace(spt, attention=None)
+            case "spt-dense-ffn":
+                return replace(spt, ffn=None)
+            case "spt-match-count":
+                return replace(spt, attention=replace(attention, rule="match_count"))
+            case "spt-random-router":
+                return replace(spt, ffn=replace(ffn, calibration="random"))
 
     def train_config(self, method: Method) -> spt_jax.TrainConfig:
         """How `method` trains."""
@@ -111,6 +168,12 @@ class MethodOptions:
             batch_size=self.batch_size,
             accumulation=self.accumulation,
             learning_rate=self.default_learning_rate(method) if rate is None else rate,
+            learning_rate_multipliers=LearningRateMultipliers(
+                lora=self.lora_learning_rate_multiplier,
+                router=self.router_learning_rate_multiplier,
+                codebook=self.codebook_learning_rate_multiplier,
+                head=self.head_learning_rate_multiplier,
+            ),
             warmup=self.warmup,
             schedule=self.schedule,
             remat=self.remat,

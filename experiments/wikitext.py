@@ -30,7 +30,14 @@ from tokenizers import Tokenizer
 import spt_jax
 from experiments import cli, small_llama
 from experiments.corpora import cpython_documentation, cut
-from experiments.methods import Method, MethodOptions, results_table, speed_note, write_metrics
+from experiments.methods import (
+    Method,
+    MethodOptions,
+    family,
+    results_table,
+    speed_note,
+    write_metrics,
+)
 from spt_jax.chat import ChatTemplate, encode_messages
 from spt_jax.models import Decoder, DecoderConfig
 from spt_jax.models.config import parse_config, read_config
@@ -68,7 +75,8 @@ class Options(MethodOptions):
     """Options of the experiment."""
 
     method: str = "spt,lora,full"
-    """Methods to compare, separated by commas: spt, lora, full."""
+    """Methods to compare, separated by commas: spt, lora, full, and ablations of spt:
+    spt-dense-attention, spt-dense-ffn, spt-match-count, spt-random-router."""
     model: str = SCRATCH
     """Hugging Face directory or hub id of a causal language model; scratch trains a small LLaMA
     first, on a part of the text."""
@@ -115,7 +123,7 @@ class Options(MethodOptions):
 
     def default_learning_rate(self, method: Method) -> float:
         """Peak learning rate where --learning-rate is not given."""
-        return LEARNING_RATES[method] * (SCRATCH_RATE if self.model == SCRATCH else 1)
+        return LEARNING_RATES[family(method)] * (SCRATCH_RATE if self.model == SCRATCH else 1)
 
     def check(self) -> None:
         """Raise a ValueError for any mistake in the options, before anything is read."""

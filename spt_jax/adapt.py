@@ -10,7 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from spt_jax.calibration import Routing, fit_routing, fit_sparse_attention, spread
+from spt_jax.calibration import (
+    Routing,
+    fit_routing,
+    fit_sparse_attention,
+    random_routing,
+    spread,
+)
 from spt_jax.config import LoRAConfig, RoutedFFNConfig, SPTConfig
 from spt_jax.layers import (
     Attention,
@@ -38,7 +44,8 @@ def adapt[Model: nnx.Module](
     """Add LoRA factors, sparse attention and routed FFNs to every layer of `model`.
 
     Codebooks, blocks of hidden units and routers are fitted to the activations of
-    `calibration_batch`. LoRA factors start at zero and permuting hidden units changes no output, so
+    `calibration_batch` (blocks and routers only where `RoutedFFNConfig.calibration` says so). LoRA
+    factors start at zero and permuting hidden units changes no output, so
     before training the model differs from the dense one only by what its sparse parts leave out.
 
     Args:
@@ -47,7 +54,7 @@ def adapt[Model: nnx.Module](
         calibration_batch: `input_ids` int `[B, S]` and, optionally, `attention_mask`,
             `token_type_ids` and `segment_ids`; some thousand tokens of the task at hand. Needed for
             the sparse parts only.
-        rngs: seeds LoRA factors and k-means; None stands for `nnx.Rngs(0)`.
+        rngs: seeds LoRA factors, k-means and random routers; None stands for `nnx.Rngs(0)`.
 
     Returns:
         The same model.
@@ -82,7 +89,10 @@ def adapt[Model: nnx.Module](
                 )
         if config.ffn is not None:
             for path, ffn in ffns.items():
-                routing = fit_routing(**activations[path], ffn=ffn, config=config.ffn)
+                if config.ffn.calibration == "random":
+                    routing = random_routing(ffn, config.ffn, key=rngs.params())
+                else:
+                    routing = fit_routing(**activations[path], ffn=ffn, config=config.ffn)
                 routed[path] = routing, config.ffn
 
     # nothing was changed so far, and nothing fails from here on

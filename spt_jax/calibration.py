@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
@@ -134,6 +135,24 @@ def fit_routing(x: Float[Array, "T D"], ffn: FeedForward, config: RoutedFFNConfi
     means = jnp.einsum("tg,tgd->gd", absent, outputs) / jnp.maximum(absent.sum(0), 1)[:, None]
     scale, shift = _fit_coefficients(rank, active, outputs, means)
     return Routing(permutation, scale * kernel, scale * bias + shift, means)
+
+
+def random_routing(ffn: FeedForward, config: RoutedFFNConfig, *, key: jax.Array) -> Routing:
+    """Blocks and a router drawn at random, as in the paper; an absent block adds nothing.
+
+    Args:
+        ffn: the dense FFN.
+        config: number of blocks.
+        key: seeds the permutation and the router's kernel, whose bias is zero.
+    """
+    width, blocks = ffn.up.in_features, config.num_blocks
+    permutation_key, router_key = jax.random.split(key)
+    return Routing(
+        jax.random.permutation(permutation_key, jnp.arange(ffn.up.out_features, dtype=jnp.int32)),
+        nnx.initializers.lecun_normal()(router_key, (width, blocks)),
+        jnp.zeros(blocks),
+        jnp.zeros((blocks, width)),
+    )
 
 
 @jax.jit

@@ -142,15 +142,23 @@ class RoutedFFNConfig:
         num_blocks: blocks G; divides the hidden size.
         active_blocks: blocks A that a token activates.
         load_balance_weight: weight of the load-balancing loss; 0 leaves it out.
+        calibration: where blocks and router come from when a model is adapted; "fitted" to the
+            activations of the calibration batch, or "random", the paper's start, in which a block
+            that is left out adds nothing.
         implementation: kernels to use; None picks the best for the device.
     """
 
     num_blocks: int = 4
     active_blocks: int = 2
     load_balance_weight: float = 0.0
+    calibration: Literal["fitted", "random"] = "fitted"
     implementation: Implementation | None = None
 
     def __post_init__(self) -> None:
+        _require(
+            self.calibration in ("fitted", "random"),
+            f"calibration must be fitted or random, got {self.calibration!r}",
+        )
         _require(
             1 <= self.active_blocks <= self.num_blocks,
             f"active_blocks must lie in 1..num_blocks, got {self.active_blocks} of "

@@ -1,6 +1,11 @@
 """Training: data, one jitted step, the loop around it, checkpoints and metrics."""
 
-from spt_jax.training.checkpoint import CheckpointError, Checkpoints, weights_fingerprint
+from spt_jax.training.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    differences_between,
+    weights_fingerprint,
+)
 from spt_jax.training.data import Examples, check_labels, eval_batches, tokenize, train_batches
 from spt_jax.training.loop import Interrupted, NonFiniteLoss, TrainResult, evaluate, train
 from spt_jax.training.losses import cross_entropy, linear_cross_entropy, mean_squared_error
@@ -9,6 +14,7 @@ from spt_jax.training.metrics import (
     evaluation_metrics,
     glue_metrics,
     write_json_atomic,
+    write_text_atomic,
 )
 from spt_jax.training.objectives import Objective, Outcome, next_token, supervised
 from spt_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -36,6 +42,7 @@ __all__ = [
     "TrainState",
     "check_labels",
     "cross_entropy",
+    "differences_between",
     "encode_documents",
     "environment",
     "eval_batches",
@@ -62,4 +69,5 @@ __all__ = [
     "weights_fingerprint",
     "write_back",
     "write_json_atomic",
+    "write_text_atomic",
 ]

@@ -221,7 +221,7 @@ class Checkpoints:
                 raise
 
     def _check_identity(self, step: int, found: Mapping[str, Any]) -> None:
-        differences = list(_differences(found, self._identity))
+        differences = list(differences_between(found, self._identity))
         if differences:
             raise CheckpointError(
                 f"checkpoint {self.directory / str(step)} is of a different run: "
@@ -272,11 +272,17 @@ def _raws(named: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {name: _raw(array) for name, array in named.items()}
 
 
-def _differences(found: Any, wanted: Any, name: str = "") -> Iterator[str]:
+def differences_between(found: Any, wanted: Any, name: str = "") -> Iterator[str]:
+    """Where two JSON values differ, one sentence a place.
+
+    Example:
+        >>> list(differences_between({"lora": {"rank": 8}}, {"lora": {"rank": 16}}))
+        ['lora.rank was 8, now 16']
+    """
     if isinstance(found, Mapping) and isinstance(wanted, Mapping):
         for key in sorted(found.keys() | wanted.keys()):
             inner = f"{name}.{key}" if name else key
-            yield from _differences(found.get(key), wanted.get(key), inner)
+            yield from differences_between(found.get(key), wanted.get(key), inner)
     elif found != wanted:
         yield f"{name} was {found!r}, now {wanted!r}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -103,12 +104,17 @@ def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:
     Raises:
         ValueError: `obj` holds a NaN or an infinity, which JSON cannot.
     """
-    path = Path(path)
     try:
         text = json.dumps(obj, indent=2, allow_nan=False) + "\n"
     except ValueError as error:
         names = ", ".join(_non_finite(obj, "")) or str(error)
         raise ValueError(f"cannot write {path}: not a finite number: {names}") from None
+    write_text_atomic(path, text)
+
+
+def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` so that `path` holds either its former content or all of the new one."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -150,8 +156,19 @@ def environment() -> dict[str, Any]:
             "platform": device.platform,
             "kind": device.device_kind,
             "count": jax.device_count(),
+            "cpu_model": _cpu_model(),
             "cpu_cores": os.cpu_count(),
             "machine": platform.machine(),
             "system": platform.system(),
         },
     }
+
+
+def _cpu_model() -> str:
+    """The processor's name, where Linux tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()

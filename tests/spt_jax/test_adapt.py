@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -193,6 +195,26 @@ def test_routing_follows_the_blocks_that_matter():
     assert error(routing) < 0.6 * error(random)
 
 
+def test_random_routing_is_another_start_of_the_same_function():
+    config = SPTConfig(
+        lora=None,
+        attention=None,
+        ffn=RoutedFFNConfig(num_blocks=4, active_blocks=4, calibration="random"),
+    )
+    routed, again = (_adapted(config).layers[0].ffn for _ in range(2))
+    fitted = _adapted(replace(config, ffn=replace(config.ffn, calibration="fitted")))
+    permutation = np.asarray(routed.permutation[...])
+    np.testing.assert_array_equal(permutation, again.permutation[...])
+    assert sorted(permutation.tolist()) == list(range(HIDDEN))
+    assert not np.array_equal(permutation, np.asarray(fitted.layers[0].ffn.permutation[...]))
+    assert not np.asarray(routed.absent_output[...]).any()
+    assert np.asarray(routed.router_kernel[...]).std() == pytest.approx(WIDTH**-0.5, rel=0.3)
+    dense = ToyModel(rngs=nnx.Rngs(0)).layers[0].ffn
+    x = jax.random.normal(jax.random.key(2), (2, 8, WIDTH))
+    routed.router_kernel[...] = jnp.zeros_like(routed.router_kernel[...])  # p = 1/2
+    np.testing.assert_allclose(routed(x)[0], dense(x)[0], atol=1e-5)
+
+
 def test_balanced_kmeans_is_balanced_and_finds_clusters():
     rng = np.random.default_rng(0)
     centers = rng.normal(size=(4, 50))
@@ -246,6 +268,7 @@ def test_heads_must_divide():
         (lambda: SparseAttentionConfig(rule="cosine"), "got 'cosine'"),
         (lambda: SparseAttentionConfig(granularity="row"), "got 'row'"),
         (lambda: RoutedFFNConfig(num_blocks=4, active_blocks=5), "got 5 of 4"),
+        (lambda: RoutedFFNConfig(calibration="none"), "got 'none'"),
     ],
 )
 def test_bad_configurations_are_named(make, message):
