@@ -30,6 +30,8 @@ from spt_jax.layers import FeedForward, RoutedFFN, recording
 
 Way = Literal["random", "random_blocks", "fitted", "oracle"]
 
+#: Random routings that are averaged: where few tokens have large outputs, one draw says little.
+RANDOM_DRAWS = 4
 #: The oracle tries every subset of the blocks up to this many.
 MOST_SUBSETS = 2**14
 #: Tokens whose subsets are tried at once.
@@ -135,30 +137,34 @@ def measure_layer(
         seed: of the random blocks and of the random router.
 
     Returns:
-        Errors of "random" (see `random_routing`), of "random_blocks" (random blocks with a fitted
-        router, coefficients and constants), of "fitted" (what `adapt` does), and of the "oracle":
-        on the fitted blocks, with the fitted coefficients and constants, the subset of active
-        blocks of the least error for each token (see `oracle_index`).
+        Errors of "random" (mean of `RANDOM_DRAWS` of `random_routing`), of "random_blocks" (random
+        blocks with a fitted router, coefficients and constants), of "fitted" (what `adapt` does),
+        and of the "oracle": on the fitted blocks, with the fitted coefficients and constants, the
+        subset of active blocks of the least error for each token (see `oracle_index`).
 
     Raises:
         ValueError: the hidden units do not split into that many blocks.
     """
     tokens = spread(calibration)
-    random = random_routing(ffn, config, jax.random.key(seed))
-    routings: dict[Way, Routing] = {
-        "random": random,
-        "random_blocks": fit_routing(tokens, ffn, config, permutation=random.permutation),
-        "fitted": fit_routing(tokens, ffn, config),
-    }
     dense = ffn(held_out[None])[0][0]
-    errors: dict[Way, RoutingError] = {}
-    for way, routing in routings.items():
+
+    def measured(routing: Routing) -> tuple[RoutedFFN, RoutingError]:
         routed = RoutedFFN(nnx.clone(ffn), **routing._asdict(), config=config)
         index = jax.lax.top_k(routed.probabilities(held_out), config.active_blocks)[1]
-        errors[way] = _error(routed(held_out[None])[0][0], dense, index, config.num_blocks)
+        return routed, _error(routed(held_out[None])[0][0], dense, index, config.num_blocks)
+
+    keys = jax.random.split(jax.random.key(seed), RANDOM_DRAWS)
+    draws = [random_routing(ffn, config, key) for key in keys]
+    random_blocks = fit_routing(tokens, ffn, config, permutation=draws[0].permutation)
+    routed, fitted = measured(fit_routing(tokens, ffn, config))
     index = oracle_index(ffn, routed, held_out)
-    y = routed_output(ffn, routed, held_out, index)
-    return errors | {"oracle": _error(y, dense, index, config.num_blocks)}
+    best = routed_output(ffn, routed, held_out, index)
+    return {
+        "random": mean_error([measured(draw)[1] for draw in draws]),
+        "random_blocks": measured(random_blocks)[1],
+        "fitted": fitted,
+        "oracle": _error(best, dense, index, config.num_blocks),
+    }
 
 
 def _error(

@@ -171,11 +171,8 @@ def fit_routing(
         labels = _exchange(x, hidden, down, labels, ridge, config)
         permutation = jnp.asarray(np.argsort(labels, kind="stable").astype(np.int32))
     outputs = _block_outputs(hidden, down, permutation.reshape(blocks, -1))
-    absent_output = outputs.mean(0)
-    for _ in range(ROUTER_STEPS):
-        router = _fit_router(x, outputs, absent_output, ridge, active_blocks)
-        absent_output = router.absent_output
-    scale, shift = _fit_coefficients(router.rank, router.active, outputs, absent_output)
+    router = _fit_router(x, outputs, None, ridge, active_blocks)
+    scale, shift = _fit_coefficients(router.rank, router.active, outputs, router.absent_output)
     coefficients = 2 * jax.nn.sigmoid(scale * router.rank + shift)
     return Routing(
         permutation,
@@ -231,15 +228,19 @@ def _block_outputs(
 def _fit_router(
     x: Float[Array, "T D"],
     outputs: Float[Array, "T G D"],
-    absent_output: Float[Array, "G D"],
+    absent_output: Float[Array, "G D"] | None,
     ridge: _Ridge,
     active_blocks: int,
 ) -> _Router:
-    """Router for given constants, and the constants that fit its choice."""
-    kernel, bias = ridge(_log_distance(outputs, absent_output))
-    rank = x @ kernel + bias
-    active = jax.nn.one_hot(jax.lax.top_k(rank, active_blocks)[1], rank.shape[1]).sum(1)
-    return _Router(kernel, bias, rank, active, _absent_output(outputs, active, active))
+    """Router for given constants, and the constants that fit its choice; None fits both in turn."""
+    steps = 1 if absent_output is not None else ROUTER_STEPS
+    constants = outputs.mean(0) if absent_output is None else absent_output
+    for _ in range(steps):
+        kernel, bias = ridge(_log_distance(outputs, constants))
+        rank = x @ kernel + bias
+        active = jax.nn.one_hot(jax.lax.top_k(rank, active_blocks)[1], rank.shape[1]).sum(1)
+        constants = _absent_output(outputs, active, active)
+    return _Router(kernel, bias, rank, active, constants)
 
 
 @jax.jit
@@ -305,8 +306,7 @@ def _exchange(
     def fit(labels: np.ndarray, absent_output: jax.Array | None) -> tuple[_Router, jax.Array]:
         units = jnp.asarray(np.argsort(labels, kind="stable").reshape(config.num_blocks, -1))
         outputs = _block_outputs(hidden, down, units)
-        constants = outputs.mean(0) if absent_output is None else absent_output
-        router = _fit_router(x, outputs, constants, ridge, config.active_blocks)
+        router = _fit_router(x, outputs, absent_output, ridge, config.active_blocks)
         return router, _residual(outputs, router.active, router.absent_output)
 
     number = max(1, round(len(labels) * EXCHANGE_SHARE))
