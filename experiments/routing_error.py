@@ -95,7 +95,7 @@ def ffn_inputs(
     mask = inputs.get("attention_mask", jnp.ones_like(inputs["input_ids"]))
     tokens = np.flatnonzero(np.asarray(mask))
     with recording() as records:
-        model(**inputs)  # type: ignore[operator]
+        model(**inputs)
     return {
         path: records[id(ffn)]["x"].reshape(mask.size, -1)[tokens]
         for path, ffn in dense_ffns(model).items()
