@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -20,6 +22,15 @@ KMEANS_STEPS = 20
 CLUSTERING_STEPS = 15
 #: Ridge penalty of the router fit, as a share of the mean variance of its inputs.
 ROUTER_RIDGE = 0.01
+#: Rounds in which the router and the constants of left-out blocks are fitted to each other.
+ROUTER_STEPS = 3
+#: Penalty of those constants, as a share of the mean number of tokens that leave a block out.
+CONSTANTS_RIDGE = 1e-3
+#: Rounds of exchanges of hidden units between blocks, the share of the units that are exchanged in
+#: the first round, and the share below which rounds stop once they no longer help.
+EXCHANGE_ROUNDS = 12
+EXCHANGE_SHARE = 1 / 16
+EXCHANGE_STOP = 1 / 512
 #: Candidates for the scale and the shift of a router's logits.
 ROUTER_SCALES = np.array([0.05, 0.1, 0.2, 0.4, 0.8], np.float32)
 ROUTER_SHIFTS = np.linspace(-0.5, 0.5, 11, dtype=np.float32)
@@ -101,40 +112,158 @@ class Routing(NamedTuple):
     absent_output: Float[Array, "G D"]
 
 
-def fit_routing(x: Float[Array, "T D"], ffn: FeedForward, config: RoutedFFNConfig) -> Routing:
-    """Blocks of hidden units that fire together, and a router that predicts each block's share.
+def fit_routing(
+    x: Float[Array, "T D"],
+    ffn: FeedForward,
+    config: RoutedFFNConfig,
+    *,
+    permutation: Int[Array, "F"] | None = None,
+) -> Routing:
+    """Blocks of hidden units and a router that leave out little of the output.
 
-    A hidden unit is described by the size of its contribution to the output on each token. Balanced
-    k-means groups units whose contributions rise and fall together. A ridge regression predicts,
-    from the FFN's input, the logarithm of a block's output norm over the mean of all blocks: the
-    rank of a block. The router's logits are that prediction, scaled and shifted so that the active
-    blocks times `2 sigmoid(logit)` come nearest to the dense output.
+    Balanced k-means groups the hidden units whose contributions to the output rise and fall
+    together. From there pairs of units trade blocks, those first whose exchange lowers the squared
+    error `||dense - routed||^2` most, as long as it falls. The blocks that a token leaves out are
+    the router's choice throughout, so that blocks stay predictable.
+
+    The router is a ridge regression that predicts, from the FFN's input, how far a block's output
+    lies from the constant that stands for it where it is left out: the logarithm of that distance
+    over the mean of all blocks. Its logits are the prediction, scaled and shifted so that the
+    active blocks times `2 sigmoid(logit)` come nearest to the dense output; the constants are the
+    least-squares solution. With all blocks active every logit is 0 and the dense FFN is kept
+    exactly.
+
+    It computes in float32 and holds a few arrays `[T, F]` and `[T, G, D]`. Nothing is random.
 
     Args:
-        x: inputs of the FFN at valid tokens.
+        x: inputs of the FFN at valid tokens, any floating type.
         ffn: the dense FFN, LoRA still at zero.
         config: number of blocks and of active ones.
+        permutation: blocks to keep, of which only the router is fitted; None chooses them.
 
     Returns:
-        Permutation (block g is its g-th run of F / G entries), router kernel and bias, and the mean
-        output of each block over the tokens that leave it out.
+        Permutation (block g is its g-th run of F / G entries), router kernel and bias, and what
+        each block adds where it is left out.
+
+    Raises:
+        ValueError: the hidden units do not split into that many blocks.
+
+    References:
+        Balanced clusters of co-activated units and a router on their score: Zhang et al.,
+        "MoEfication", arXiv 2110.01786, sections 3.2 and 3.3. The error as objective, exchanges
+        and constants are this library's.
     """
+    blocks, active_blocks = config.num_blocks, config.active_blocks
+    hidden_size, width = ffn.down.in_features, ffn.down.out_features
+    if hidden_size % blocks:
+        raise ValueError(f"{hidden_size} hidden units do not split into num_blocks={blocks} blocks")
+    if blocks == active_blocks:
+        order = jnp.arange(hidden_size, dtype=jnp.int32) if permutation is None else permutation
+        return Routing(
+            order, jnp.zeros((x.shape[1], blocks)), jnp.zeros(blocks), jnp.zeros((blocks, width))
+        )
     x = x.astype(jnp.float32)
     hidden = ffn.hidden(x.astype(ffn.up.dtype)).astype(jnp.float32)
     down = ffn.down.kernel[...].astype(jnp.float32)
-    contribution = jnp.abs(hidden) * jnp.linalg.norm(down, axis=1)
-    labels = balanced_kmeans(np.asarray(contribution.T), config.num_blocks)
-    permutation = jnp.asarray(np.argsort(labels, kind="stable").astype(np.int32))
-    blocks = permutation.reshape(config.num_blocks, -1)
-    outputs = jnp.stack([hidden[:, units] @ down[units] for units in blocks], axis=1)
-    norms = jnp.linalg.norm(outputs, axis=-1)
-    kernel, bias = _ridge(x, jnp.log(norms + 1e-6) - jnp.log(norms.mean(-1, keepdims=True) + 1e-6))
-    rank = x @ kernel + bias
-    active = jax.nn.one_hot(jax.lax.top_k(rank, config.active_blocks)[1], config.num_blocks).sum(1)
+    ridge = _ridge(x)
+    if permutation is None:
+        contribution = jnp.abs(hidden) * jnp.linalg.norm(down, axis=1)
+        labels = balanced_kmeans(np.asarray(contribution.T), blocks)
+        labels = _exchange(x, hidden, down, labels, ridge, config)
+        permutation = jnp.asarray(np.argsort(labels, kind="stable").astype(np.int32))
+    outputs = _block_outputs(hidden, down, permutation.reshape(blocks, -1))
+    router = _fit_router(x, outputs, None, ridge, active_blocks)
+    scale, shift = _fit_coefficients(router.rank, router.active, outputs, router.absent_output)
+    coefficients = 2 * jax.nn.sigmoid(scale * router.rank + shift)
+    return Routing(
+        permutation,
+        scale * router.kernel,
+        scale * router.bias + shift,
+        _absent_output(outputs, router.active, coefficients),
+    )
+
+
+class _Router(NamedTuple):
+    """A router before its logits are scaled, and what it chooses on the calibration tokens."""
+
+    kernel: Float[Array, "D G"]
+    bias: Float[Array, "G"]
+    rank: Float[Array, "T G"]
+    active: Float[Array, "T G"]  # 1 for active blocks, else 0
+    absent_output: Float[Array, "G D"]
+
+
+_Ridge = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def _ridge(x: Float[Array, "T D"]) -> _Ridge:
+    """Ridge regression on `x` with an unpenalised intercept, in float64.
+
+    Returns:
+        Function from targets `[T, G]` to kernel `[D, G]` and bias `[G]`, both float32.
+    """
+    inputs = np.asarray(x, np.float64)
+    mean_in = inputs.mean(0)
+    centered = inputs - mean_in
+    gram = centered.T @ centered
+    penalty = ROUTER_RIDGE * np.trace(gram) / len(gram) + 1e-12
+    factor = scipy.linalg.cho_factor(gram + penalty * np.eye(len(gram)))
+
+    def solve(target: jax.Array) -> tuple[jax.Array, jax.Array]:
+        outputs = np.asarray(target, np.float64)
+        mean_out = outputs.mean(0)
+        kernel = scipy.linalg.cho_solve(factor, centered.T @ (outputs - mean_out))
+        bias = mean_out - mean_in @ kernel
+        return jnp.asarray(kernel, jnp.float32), jnp.asarray(bias, jnp.float32)
+
+    return solve
+
+
+@jax.jit
+def _block_outputs(
+    hidden: Float[Array, "T F"], down: Float[Array, "F D"], blocks: Int[Array, "G Fb"]
+) -> Float[Array, "T G D"]:
+    return jax.lax.map(lambda units: hidden[:, units] @ down[units], blocks).swapaxes(0, 1)
+
+
+def _fit_router(
+    x: Float[Array, "T D"],
+    outputs: Float[Array, "T G D"],
+    absent_output: Float[Array, "G D"] | None,
+    ridge: _Ridge,
+    active_blocks: int,
+) -> _Router:
+    """Router for given constants, and the constants that fit its choice; None fits both in turn."""
+    steps = 1 if absent_output is not None else ROUTER_STEPS
+    constants = outputs.mean(0) if absent_output is None else absent_output
+    for _ in range(steps):
+        kernel, bias = ridge(_log_distance(outputs, constants))
+        rank = x @ kernel + bias
+        active = jax.nn.one_hot(jax.lax.top_k(rank, active_blocks)[1], rank.shape[1]).sum(1)
+        constants = _absent_output(outputs, active, active)
+    return _Router(kernel, bias, rank, active, constants)
+
+
+@jax.jit
+def _log_distance(
+    outputs: Float[Array, "T G D"], absent_output: Float[Array, "G D"]
+) -> Float[Array, "T G"]:
+    distance = jnp.linalg.norm(outputs - absent_output, axis=-1)
+    return jnp.log(distance + 1e-6) - jnp.log(distance.mean(-1, keepdims=True) + 1e-6)
+
+
+@jax.jit
+def _absent_output(
+    outputs: Float[Array, "T G D"],
+    active: Float[Array, "T G"],
+    coefficients: Float[Array, "T G"],
+) -> Float[Array, "G D"]:
+    """Constants of left-out blocks that come nearest to the dense output, by least squares."""
     absent = 1 - active
-    means = jnp.einsum("tg,tgd->gd", absent, outputs) / jnp.maximum(absent.sum(0), 1)[:, None]
-    scale, shift = _fit_coefficients(rank, active, outputs, means)
-    return Routing(permutation, scale * kernel, scale * bias + shift, means)
+    missing = jnp.einsum("tg,tgd->td", 1 - active * coefficients, outputs)
+    gram = absent.T @ absent
+    gram += CONSTANTS_RIDGE * jnp.trace(gram) / len(gram) * jnp.eye(len(gram))
+    return jnp.linalg.solve(gram, absent.T @ missing)
 
 
 def random_routing(ffn: FeedForward, config: RoutedFFNConfig, *, key: jax.Array) -> Routing:
@@ -160,12 +289,12 @@ def _fit_coefficients(
     rank: Float[Array, "T G"],
     active: Float[Array, "T G"],
     outputs: Float[Array, "T G D"],
-    means: Float[Array, "G D"],
+    absent_output: Float[Array, "G D"],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Scale and shift of the logits, from a grid, that come nearest to the dense output."""
     # what is missing of the dense output is sum_g (1 - c_g) outputs_g over the active blocks, plus
     # a part of the absent ones that does not depend on the coefficients
-    absent = jnp.einsum("tg,tgd->td", 1 - active, outputs - means)
+    absent = jnp.einsum("tg,tgd->td", 1 - active, outputs - absent_output)
     gram = jnp.einsum("tgd,thd->tgh", outputs, outputs)
     cross = jnp.einsum("tgd,td->tg", outputs, absent)
 
@@ -179,17 +308,103 @@ def _fit_coefficients(
     return scale, shift
 
 
-def _ridge(
-    x: Float[Array, "T D"], target: Float[Array, "T G"]
-) -> tuple[Float[Array, "D G"], Float[Array, "G"]]:
-    """Ridge regression with an unpenalised intercept, in float64."""
-    inputs, outputs = np.asarray(x, np.float64), np.asarray(target, np.float64)
-    mean_in, mean_out = inputs.mean(0), outputs.mean(0)
-    centered = inputs - mean_in
-    gram = centered.T @ centered
-    penalty = ROUTER_RIDGE * np.trace(gram) / len(gram) + 1e-12
-    kernel = np.linalg.solve(gram + penalty * np.eye(len(gram)), centered.T @ (outputs - mean_out))
-    return jnp.asarray(kernel, jnp.float32), jnp.asarray(mean_out - mean_in @ kernel, jnp.float32)
+def _exchange(
+    x: Float[Array, "T D"],
+    hidden: Float[Array, "T F"],
+    down: Float[Array, "F D"],
+    labels: np.ndarray,
+    ridge: _Ridge,
+    config: RoutedFFNConfig,
+) -> np.ndarray:
+    """Blocks of the units, int `[F]`, after exchanges between blocks that lower the error.
+
+    Many exchanges are made at once, each chosen as if it were the only one. Where the error did not
+    fall, the round is undone and the next one makes half as many.
+    """
+
+    def fit(labels: np.ndarray, absent_output: jax.Array | None) -> tuple[_Router, jax.Array]:
+        units = jnp.asarray(np.argsort(labels, kind="stable").reshape(config.num_blocks, -1))
+        outputs = _block_outputs(hidden, down, units)
+        router = _fit_router(x, outputs, absent_output, ridge, config.active_blocks)
+        return router, _residual(outputs, router.active, router.absent_output)
+
+    number = max(1, round(len(labels) * EXCHANGE_SHARE))
+    least = max(1, round(len(labels) * EXCHANGE_STOP))
+    router, residual = fit(labels, None)
+    error = float((residual**2).sum())
+    for _ in range(EXCHANGE_ROUNDS):
+        changes = _error_changes(hidden, down, jnp.asarray(labels), router.active, residual)
+        trial = _exchanged(np.asarray(changes), labels, number)
+        if np.array_equal(trial, labels):
+            break
+        new_router, new_residual = fit(trial, router.absent_output)
+        new_error = float((new_residual**2).sum())
+        if new_error < error:
+            labels, router, residual, error = trial, new_router, new_residual, new_error
+        elif number > least:
+            number = max(least, number // 2)
+        else:
+            break
+    return labels
+
+
+@jax.jit
+def _residual(
+    outputs: Float[Array, "T G D"],
+    active: Float[Array, "T G"],
+    absent_output: Float[Array, "G D"],
+) -> Float[Array, "T D"]:
+    """Dense output minus the routed one, active blocks at a coefficient of 1."""
+    return jnp.einsum("tg,tgd->td", 1 - active, outputs - absent_output)
+
+
+@jax.jit
+def _error_changes(
+    hidden: Float[Array, "T F"],
+    down: Float[Array, "F D"],
+    labels: Int[Array, "F"],
+    active: Float[Array, "T G"],
+    residual: Float[Array, "T D"],
+) -> Float[Array, "F G"]:
+    """By how much the squared error would change if a unit alone moved to another block.
+
+    Moving unit u from block b to g adds `(absent_g - absent_b) hidden_u down_u` to the residual. A
+    unit counts without its mean, which the constants take up.
+    """
+    absent, (num_blocks,) = 1 - active, active.shape[1:]
+    varying = hidden - hidden.mean(0)
+    first = 2 * (varying * (residual @ down.T)).T @ absent
+    first -= jnp.take_along_axis(first, labels[:, None], 1)
+    pairs = (absent[:, :, None] * absent[:, None]).reshape(len(absent), -1)
+    both = ((varying**2).T @ pairs).reshape(-1, num_blocks, num_blocks)
+    alone = jnp.diagonal(both, axis1=1, axis2=2)
+    second = alone + jnp.take_along_axis(alone, labels[:, None], 1)
+    second -= 2 * jnp.take_along_axis(both, labels[:, None, None], 1)[:, 0]
+    return first + (down**2).sum(1)[:, None] * second
+
+
+def _exchanged(changes: np.ndarray, labels: np.ndarray, number: int) -> np.ndarray:
+    """Labels after the best exchanges, at most `number`, a unit taking part in one at most."""
+    num_blocks = changes.shape[1]
+    members = [np.flatnonzero(labels == g) for g in range(num_blocks)]
+    candidates = []
+    for g in range(num_blocks):
+        for h in range(g + 1, num_blocks):
+            # the best unit to leave g with the best to leave h, the second with the second, ...
+            one = members[g][np.argsort(changes[members[g], h], kind="stable")[:number]]
+            two = members[h][np.argsort(changes[members[h], g], kind="stable")[:number]]
+            candidates.append((changes[one, h] + changes[two, g], one, two))
+    change, one, two = (np.concatenate(parts) for parts in zip(*candidates, strict=True))
+    labels, used = labels.copy(), np.zeros(len(labels), bool)
+    for i in np.argsort(change, kind="stable"):
+        if number == 0 or change[i] >= 0:
+            break
+        u, v = one[i], two[i]
+        if not used[u] and not used[v]:
+            used[[u, v]] = True
+            labels[u], labels[v] = labels[v], labels[u]
+            number -= 1
+    return labels
 
 
 def balanced_kmeans(features: np.ndarray, num_clusters: int) -> np.ndarray:

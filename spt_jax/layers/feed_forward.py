@@ -96,7 +96,7 @@ class RoutedFFN(nnx.Module):
 
     `p = sigmoid(x Wr + br)`, `y = sum over active g of 2 p_g FFN_g(x) + bias` (Gui et al.,
     arXiv 2312.10365, section 4.2): at A = G and p = 1/2 exactly the dense FFN. To that, each block
-    that is left out adds a constant, its mean output over the calibration tokens that left it out.
+    that is left out adds a constant, fitted to what the calibration tokens that left it out miss.
 
     Args:
         dense: FFN whose weights are taken over; its LoRA factors too.

@@ -1,11 +1,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from spt_jax.config import LoRAConfig, RoutedFFNConfig
-from spt_jax.layers import FeedForward, LoRA, RoutedFFN
+from spt_jax.layers import FeedForward, LoRA, RoutedFFN, RouterParam
 from spt_jax.layers.feed_forward import _load_balance_loss
 
 D, F, G = 16, 48, 4
@@ -70,6 +71,32 @@ def test_the_load_balance_loss_moves_the_router_towards_balance():
     slope = jax.grad(loss, allow_int=True)(state)["router_bias"][...]
     assert slope[0] > 0  # descent lowers the overloaded block's bias
     assert slope[0] > slope[1:].max()
+
+
+def test_training_with_the_load_balance_loss_bounds_the_busiest_block():
+    _, routed, _ = _routed(active=1, weight=1.0, bias=jnp.array([6.0, 0.0, 0.0, 0.0]))
+    x = jax.random.normal(jax.random.key(7), (4, 64, D))
+    graph, router, rest = nnx.split(routed, RouterParam, ...)
+    optimizer = optax.adam(0.1)
+
+    @jax.jit
+    def step(router, opt_state):
+        def loss(router):
+            return nnx.merge(graph, router, rest)(x)[1]["load_balance_loss"] / (4 * 64)
+
+        updates, opt_state = optimizer.update(jax.grad(loss)(router), opt_state, router)
+        return optax.apply_updates(router, updates), opt_state
+
+    def imbalance():  # largest group over the mean
+        chosen = routed.probabilities(x.reshape(-1, D)).argmax(-1)
+        return float(jnp.bincount(chosen, length=G).max() / (4 * 64 / G))
+
+    assert imbalance() > 2.5
+    opt_state = optimizer.init(router)
+    for _ in range(60):
+        router, opt_state = step(router, opt_state)
+    nnx.update(routed, router)
+    assert imbalance() < 1.5
 
 
 def test_blocks_must_divide_the_hidden_units():
