@@ -14,9 +14,9 @@ from experiments.routing_error import (
     mean_error,
     measure_layer,
     oracle_index,
-    random_routing,
     routed_output,
 )
+from spt_jax.calibration import random_routing
 from spt_jax.config import RoutedFFNConfig
 from spt_jax.layers import FeedForward, RoutedFFN
 from tests.spt_jax.toy import WIDTH, ToyModel, toy_batch
@@ -39,7 +39,7 @@ def _inputs(seed, tokens=300, dtype=jnp.float32):
 
 
 def _routed(ffn, config, seed=0):
-    routing = random_routing(ffn, config, jax.random.key(seed))
+    routing = random_routing(ffn, config, key=jax.random.key(seed))
     key = jax.random.key(seed + 1)
     routing = routing._replace(
         router_kernel=jax.random.normal(key, routing.router_kernel.shape),
