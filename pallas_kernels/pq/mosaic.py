@@ -1209,8 +1209,9 @@ def select(
     packed, block = segment_ids is not None, sub_tile(block_q)
     size = tile_list_length(overlaps, num_keys, key_group, causal=causal, segments=packed)
     seen = _seen_words(length, block, key_group, causal, key_mask, segment_ids)
+    tiles, groups = overlaps.shape
     batch_chunk, head_chunk = _chunks(
-        query_codes, key_codes, query_codewords, *overlaps.shape, -(-length // block)
+        query_codes, key_codes, query_codewords, tiles, groups, tiles * (block_q // block)
     )
     kv_heads, rows = key_codes.shape[2], query_codes.shape[2] // key_codes.shape[2]
     steps = kv_heads // head_chunk
@@ -1241,5 +1242,5 @@ def select(
 
     chunks = batch // batch_chunk * steps
     found = lax.map(run, jnp.arange(chunks, dtype=jnp.int32)) if chunks > 1 else run(jnp.int32(0))
-    groups, counts = (a.reshape(batch, kv_heads * rows, len(overlaps), -1) for a in found)
-    return TileSelection(groups=groups, counts=counts[..., 0], block_q=block_q, key_group=key_group)
+    lists, counts = (a.reshape(batch, kv_heads * rows, tiles, -1) for a in found)
+    return TileSelection(groups=lists, counts=counts[..., 0], block_q=block_q, key_group=key_group)
