@@ -32,6 +32,7 @@ from pallas_kernels import (
     pq_encode,
     pq_select,
     routed_ffn,
+    score_unit,
     scoring_codewords,
     sparse_attention,
 )
@@ -289,7 +290,7 @@ def _attention_inputs(shape: AttentionShape, dtype: Any, key: jax.Array) -> tupl
     size = (shape.batch, shape.length, shape.heads, shape.head_width)
     qkv = tuple(jax.random.normal(k, size, dtype) for k in jax.random.split(key, 3))
     vectors = (t[0, :16].astype(jnp.float32) for t in qkv[:2])
-    codebooks = tuple(jnp.moveaxis(v.reshape(16, shape.heads, -1, 4), 0, 2) for v in vectors)
+    codebooks = tuple(jnp.moveaxis(v.reshape(16, shape.heads, -1, 2), 0, 2) for v in vectors)
     return qkv, codebooks
 
 
@@ -317,6 +318,7 @@ class _Sparse:
             key_codewords,
             num_keys=self.num_keys,
             granularity=self.granularity,
+            score_unit=score_unit(*codebooks),
             causal=self.shape.causal,
         )
 

@@ -119,7 +119,8 @@ class Attention:
         }
 
     def _codes(self) -> tuple[Any, ...]:
-        spaces, books = self.width // 4, (self.kv_heads, self.width // 4, 16, 4)
+        spaces = self.width // 2
+        books = self.kv_heads, spaces, 16, 2
         return (
             *(_spec(self.batch, self.length, n, spaces, dtype=jnp.uint8) for n in self._heads()),
             *(_spec(*books, dtype=jnp.int8) for _ in range(2)),
@@ -212,6 +213,7 @@ def _ffn(mode: Literal["full", "frozen", "lora"], *, gated: bool) -> Program:
 
 def _kernel_cases() -> Iterator[Case]:
     for width, codeword_width, codewords in (
+        (64, 2, 16),
         (64, 4, 16),
         (128, 8, 256),
         (64, 16, 64),

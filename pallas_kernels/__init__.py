@@ -7,6 +7,7 @@ from pallas_kernels.pq import (
     TokenSelection,
     pq_encode,
     pq_select,
+    score_unit,
     scoring_codewords,
 )
 from pallas_kernels.routed_ffn import (
@@ -35,6 +36,7 @@ __all__ = [
     "pq_select",
     "routed_ffn",
     "routed_ffn_decode",
+    "score_unit",
     "scoring_codewords",
     "sparse_attention",
     "sparse_decode",

@@ -101,7 +101,7 @@ class SparseAttentionConfig:
     block_q: int = 64
     key_group: Literal[1, 8, 16, 32, 64, 128] = 16
     rule: Literal["inner_product", "match_count"] = "inner_product"
-    codeword_width: int = 4
+    codeword_width: int = 2
     num_codewords: int = 16
     codebook_loss_weight: float = 0.01
     codebook_loss_tokens: int = 256

@@ -19,6 +19,7 @@ _ENCODE = {"mosaic": mosaic.encode, "xla": xla.encode, "reference": reference.en
 _SELECT = {"mosaic": mosaic.select, "xla": xla.select, "reference": reference.select}
 
 MAX_SCORE = 2**13 - 1  # of one query and one key
+DEFAULT_SCORE_UNIT = 2.0**-8
 
 
 def pq_encode(
@@ -100,8 +101,8 @@ def scoring_codewords(
         raise ValueError(
             f"scoring_codewords: unknown rule {rule!r}; choose one of {', '.join(get_args(Rule))}."
         )
-    kv_heads, spaces, num_codewords, width = query_codebooks.shape
     if rule == "match_count":
+        kv_heads, spaces, num_codewords, _ = query_codebooks.shape
         rows = jnp.broadcast_to(
             jnp.eye(num_codewords, dtype=jnp.int8),
             (kv_heads, spaces, num_codewords, num_codewords),
@@ -110,13 +111,48 @@ def scoring_codewords(
     books = [
         jax.lax.stop_gradient(book).astype(jnp.float32) for book in (query_codebooks, key_codebooks)
     ]
-    a, b = (jnp.max(jnp.abs(book), 2, keepdims=True) + 1e-30 for book in books)
-    norm = jnp.sqrt(jnp.sum(a * b, (1, 3), keepdims=True))
-    factor = (MAX_SCORE**0.5 - (spaces * width) ** 0.5 / 2) / norm
-    balance = jnp.sqrt(b / a)
+    factor, balance = _factors(*books)
     scaled = books[0] * (factor * balance), books[1] * (factor / balance)
     query, key = (jnp.clip(jnp.round(book), -127, 127).astype(jnp.int8) for book in scaled)
     return query, key
+
+
+def score_unit(
+    query_codebooks: Float[Array, "K M E C"],
+    key_codebooks: Float[Array, "K M E C"],
+    rule: Rule = "inner_product",
+) -> Float[Array, "K"]:
+    """What a score of 1 adds to the exponent of softmax, where that is <q, k> / sqrt(H).
+
+    `inner_product`: 1 / (s^2 sqrt(H)), s as for `scoring_codewords`. `match_count`: 1.
+
+    Args:
+      query_codebooks: As given to `scoring_codewords`.
+      key_codebooks: As given to `scoring_codewords`.
+      rule: How codes score a key.
+
+    Returns:
+      A float32 a key head, for `pq_select`.
+    """
+    kv_heads, spaces, _, width = query_codebooks.shape
+    if rule == "match_count":
+        return jnp.ones(kv_heads, jnp.float32)
+    books = jax.lax.stop_gradient((query_codebooks, key_codebooks))
+    factor, _ = _factors(*(book.astype(jnp.float32) for book in books))
+    return 1 / (factor.reshape(kv_heads) ** 2 * (spaces * width) ** 0.5)
+
+
+def _factors(
+    query_codebooks: Float[Array, "K M E C"], key_codebooks: Float[Array, "K M E C"]
+) -> tuple[Float[Array, "K 1 1 1"], Float[Array, "K M 1 C"]]:
+    """The factor of both sides of a head, and what moves size from keys to queries."""
+    a, b = (
+        jnp.max(jnp.abs(book), 2, keepdims=True) + 1e-30
+        for book in (query_codebooks, key_codebooks)
+    )
+    norm = jnp.sqrt(jnp.sum(a * b, (1, 3), keepdims=True))
+    width = a.shape[1] * a.shape[3]
+    return (MAX_SCORE**0.5 - width**0.5 / 2) / norm, jnp.sqrt(b / a)
 
 
 def pq_select(
@@ -127,6 +163,7 @@ def pq_select(
     *,
     num_keys: int,
     granularity: Granularity,
+    score_unit: Float[Array, "K"] | None = None,
     causal: bool = False,
     key_mask: Bool[Array, "B S"] | None = None,
     segment_ids: Int[Array, "B S"] | None = None,
@@ -143,12 +180,23 @@ def pq_select(
     `token`: each query keeps its min(num_keys, valid) valid keys of highest score; among equals
     those of least tie distance 2 |d| - (d < 0), d = key position - query position. Memory O(S).
 
-    `tile`: tile t of queries t block_q, ... keeps groups of `key_group` consecutive keys. With
-    u(k) = sum of score(q, k) over the tile's queries (those that `key_mask` hides left out),
-    score(g) = max u(k) over the group's keys that are valid for any query of the tile; a group
-    without such a key is never kept. Groups that overlap the tile come first, then those of highest
-    score, among equals those of least 2 |d| - (d < 0), d = g - t block_q // key_group. The first
-    max(ceil(num_keys / key_group), groups that overlap a tile) are kept. All sums are exact.
+    `tile`: tile t of queries t block_q, ... keeps groups of `key_group` consecutive keys, those of
+    the highest estimate of the attention that its queries pay them. The tile is cut into sub-tiles
+    of n queries, the largest divisor of `block_q` up to 16. With u_r(k) the mean of score(q, k)
+    over the queries of sub-tile r (those that `key_mask` hides left out),
+
+        score(g) = sum_r sum_k exp(score_unit u_r(k))
+
+    over the group's keys that are valid for any query of the sub-tile; a group without such a key
+    is never kept. Among groups of equal score those of least 2 |d| - (d < 0) come first,
+    d = g - t block_q // key_group. ceil(num_keys / key_group) groups are kept, and with `causal`
+    at least as many as overlap a tile, so that no query is without a key. With `segment_ids` the
+    groups that overlap the tile come before all others, and all of them are kept.
+
+    Every device comes to the same score: codewords are averaged in half units; 2^x is taken as
+    2^i (1 + f) for x = i + f, clipped to -100..100, which is float32's own bit pattern; the sums
+    run in float32 in the order of the keys, then of the sub-tiles; and of the result the 12 highest
+    bits of the mantissa count. A sub-tile without queries weighs 2^-100.
 
     Not differentiated.
 
@@ -159,6 +207,8 @@ def pq_select(
       key_codewords: As `scoring_codewords` returns them.
       num_keys: Keys L that a query keeps; at least 1.
       granularity: "token" or "tile".
+      score_unit: What a score of 1 adds to the exponent of softmax, as `score_unit` returns it;
+        unused with "token". None for 1/256.
       causal: Whether a query sees only itself and earlier keys.
       key_mask: False where a key is padding.
       segment_ids: Tokens see only tokens with their own id.
@@ -194,6 +244,13 @@ def pq_select(
         raise ValueError(f"pq_select: block_q must be 1..512, got {block_q}.")
     if granularity == "tile" and key_group < 1:
         raise ValueError(f"pq_select: key_group must be at least 1, got {key_group}.")
+    if score_unit is None:
+        score_unit = jnp.full(kv_heads, DEFAULT_SCORE_UNIT, jnp.float32)
+    if score_unit.shape != (kv_heads,):
+        raise ValueError(
+            f"pq_select: score_unit must have one element for each of the {kv_heads} key heads, "
+            f"got shape {score_unit.shape}."
+        )
     codes = jax.lax.stop_gradient((query_codes, key_codes, query_codewords, key_codewords))
     run = resolve(
         "pq_select",
@@ -205,6 +262,7 @@ def pq_select(
         *codes,
         num_keys=num_keys,
         granularity=granularity,
+        score_unit=jax.lax.stop_gradient(score_unit).astype(jnp.float32),
         causal=causal,
         key_mask=key_mask,
         segment_ids=segment_ids,

@@ -20,7 +20,16 @@ from jaxtyping import Array, Bool, Float, Int, Int8, Int32, Num, UInt8
 
 from pallas_kernels import mosaic as m
 from pallas_kernels import tuning
-from pallas_kernels.pq.reference import tile_groups
+from pallas_kernels.pq.reference import (
+    TILE_SCORES,
+    bits_of_power,
+    exponent_step,
+    mean_rows,
+    sub_tile,
+    tile_groups,
+    tile_list_length,
+    tile_score,
+)
 from pallas_kernels.pq.types import Selection, TileSelection, TokenSelection
 
 ROWS = m.WARPGROUP_ROWS
@@ -389,7 +398,7 @@ class TileScoresConfig:
     """Tiles of `pq_tile_scores`.
 
     Attributes:
-      warpgroups: Warpgroups that compute, each for 64 tiles of queries.
+      warpgroups: Warpgroups that compute, each for 64 sub-tiles of queries.
       groups: Key groups of a thread block.
       stages: Blocks of keys in shared memory.
     """
@@ -400,41 +409,43 @@ class TileScoresConfig:
 
 
 def tile_scores_config(tiles: int, width: int) -> TileScoresConfig:
-    """Tiles for so many tiles of queries a head, and rows of `width`."""
+    """Tiles for so many sub-tiles of queries a head, and rows of `width`."""
     warpgroups, groups = 2 if tiles > ROWS and width <= 192 else 1, 64
-    used = warpgroups * ROWS * 4 * (width + groups)
+    used = warpgroups * ROWS * (2 * width + 4 * groups)
     return TileScoresConfig(
         warpgroups, groups, min(6, (SHARED_BYTES - used) // (2 * groups * width))
     )
 
 
 def _tile_scores_kernel(
-    totals_ref: Any,
+    means_ref: Any,
     keys_ref: Any,
+    steps_ref: Any,
     *refs: Any,
     heads: int,
     kv_heads: int,
     length: int,
-    block_q: int,
+    block: int,
     key_group: int,
     causal: bool,
     config: TileScoresConfig,
 ) -> None:
-    """Scores of a block of key groups for 64 tiles a warpgroup; see `_tile_scores`.
+    """Weights of a block of key groups for 64 sub-tiles a warpgroup; see `_tile_scores`.
 
-    Product u scores the u-th key of every group, so the best of a group is an elementwise maximum.
+    Product u scores the u-th key of every group, so the weight of a group is an elementwise sum.
     """
-    *seen_refs, scores_ref, totals_s, keys_s, scores_s, totals_bar, seen_bar, keys_bar, free = refs
+    *seen_refs, scores_ref, means_s, keys_s, scores_s, means_bar, seen_bar, keys_bar, free = refs
     wgs, groups, stages = config.warpgroups, config.groups, config.stages
     width, wg = keys_s.shape[-1], lax.axis_index("wg")
     sequence, head = lax.axis_index("sequence"), lax.axis_index("head")
     first_group = lax.axis_index("groups") * groups
     first_tile = lax.axis_index("tiles") * (wgs * ROWS)
     first_key = first_group * key_group
+    kv_head = lax.div(head, jnp.int32(heads // kv_heads))
 
     def end(tile: Any) -> Any:
-        """The first key that a tile of queries does not see, by the order of positions alone."""
-        return jnp.minimum((tile + 1) * block_q, length) if causal else length
+        """The first key that a sub-tile does not see, by the order of positions alone."""
+        return jnp.minimum((tile + 1) * block, length) if causal else length
 
     def products(last_tile: Any) -> Any:
         return jnp.where(first_key < end(last_tile), key_group, 0)
@@ -445,7 +456,6 @@ def _tile_scores_kernel(
     def _() -> None:
         plgpu.set_max_registers(40, action="decrease")
         row = sequence * scores_ref.shape[1] + first_group
-        kv_head = lax.div(head, jnp.int32(heads // kv_heads))
 
         def copy(u: Any, slot: Any) -> None:
             where = pl.ds(row, groups), pl.ds((u * kv_heads + kv_head) * width, width)
@@ -456,28 +466,22 @@ def _tile_scores_kernel(
     @pl.when(wg < wgs)
     def _() -> None:
         plgpu.set_max_registers(MAX_REGISTERS[wgs], action="increase")
-        block = ROWS, groups
+        shape = ROWS, groups
+        step = steps_ref[kv_head]
         tile, tiles = first_tile + wg * ROWS, pl.num_programs(2) * (wgs * ROWS)
         row, columns = (sequence * heads + head) * tiles + tile, pl.ds(first_group, groups)
-        plgpu.copy_gmem_to_smem(totals_ref.at[pl.ds(row, ROWS)], totals_s.at[wg], totals_bar.at[wg])
-        plgpu.barrier_wait(totals_bar.at[wg])
+        plgpu.copy_gmem_to_smem(means_ref.at[pl.ds(row, ROWS)], means_s.at[wg], means_bar.at[wg])
+        plgpu.barrier_wait(means_bar.at[wg])
         mine = products(tile + (ROWS - 1))
 
-        def score(u: Any) -> jax.Array:
+        def power(u: Any) -> jax.Array:
             slot = lax.rem(u, jnp.int32(stages))
             plgpu.barrier_wait(keys_bar.at[slot])
-
-            def multiply(acc_ref: Any) -> jax.Array:
-                for part in range(2):
-                    totals = totals_s.at[wg, :, pl.ds(part * width, width)]
-                    plgpu.wgmma(acc_ref, totals, keys_s.at[slot].T)
-                return acc_ref[...]
-
-            out = pl.run_scoped(multiply, plgpu.ACC(block, jnp.float32))
+            score = m.dot(means_s.at[wg], keys_s.at[slot].T)
             plgpu.barrier_arrive(free.at[slot])
-            return out
+            return lax.bitcast_convert_type(bits_of_power(step, score), jnp.float32)
 
-        best = plgpu.layout_cast(jnp.full(block, -jnp.inf, jnp.float32), plgpu.Layout.WGMMA)
+        total = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
         if seen_refs:
             (seen_ref,) = seen_refs
             rows = seen_ref.shape[0] // -(-key_group // WORD)
@@ -490,22 +494,22 @@ def _tile_scores_kernel(
                 plgpu.commit_smem()
 
                 def seen(u: Any, carry: Any) -> tuple[jax.Array, jax.Array]:
-                    best, word = carry
-                    value = jnp.where((word & 1) == 1, score(u), -jnp.inf)
-                    return jnp.maximum(best, value), lax.shift_right_logical(word, 1)
+                    total, word = carry
+                    total = total + jnp.where((word & 1) == 1, power(u), 0.0)
+                    return total, lax.shift_right_logical(word, 1)
 
                 lower, upper = (jnp.minimum(first_bit + n, mine) for n in (0, WORD))
-                best = lax.fori_loop(lower, upper, seen, (best, word))[0]
+                total = lax.fori_loop(lower, upper, seen, (total, word))[0]
         else:
-            each_end = end(m.iota(block, 0) + tile)
-            each_key = m.iota(block, 1) * key_group + first_key
+            each_end = end(m.iota(shape, 0) + tile)
+            each_key = m.iota(shape, 1) * key_group + first_key
 
-            def masked(u: Any, best: jax.Array) -> jax.Array:
-                return jnp.maximum(best, jnp.where(each_key + u < each_end, score(u), -jnp.inf))
+            def masked(u: Any, total: jax.Array) -> jax.Array:
+                return total + jnp.where(each_key + u < each_end, power(u), 0.0)
 
             clear = jnp.where(first_key + groups * key_group <= end(tile), mine, 0)
-            best = lax.fori_loop(0, clear, lambda u, best: jnp.maximum(best, score(u)), best)
-            best = lax.fori_loop(clear, mine, masked, best)
+            total = lax.fori_loop(0, clear, lambda u, total: total + power(u), total)
+            total = lax.fori_loop(clear, mine, masked, total)
 
         @pl.loop(mine, steps)
         def _(u: Any) -> None:
@@ -513,42 +517,39 @@ def _tile_scores_kernel(
             plgpu.barrier_wait(keys_bar.at[slot])
             plgpu.barrier_arrive(free.at[slot])
 
-        first = (m.iota(block, 0) + tile) * block_q
-        last = jnp.minimum(first + block_q, length) - 1
-        group = m.iota(block, 1) + first_group
-        own = (group * key_group <= last) & (group * key_group + (key_group - 1) >= first)
-        best = jnp.where(own & (best > -jnp.inf), float(SCORE_LIMIT * block_q), best)
-        scores_s[wg] = lax.bitcast_convert_type(best, jnp.int32)
+        scores_s[wg] = lax.bitcast_convert_type(total, jnp.int32)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(scores_s.at[wg], scores_ref.at[pl.ds(row, ROWS), columns])
         plgpu.wait_smem_to_gmem(0)
 
 
 def _tile_scores(
-    totals: Int32[Array, "B N Q V"],
+    means: Float[Array, "B N U V"],
     keys: Float[Array, "B S K V"],
-    seen: Int32[Array, "u B Q G"] | None,
+    steps: Float[Array, "K"],
+    seen: Int32[Array, "u B s G"] | None,
     *,
-    block_q: int,
+    block: int,
     key_group: int,
     causal: bool,
     config: TileScoresConfig | None = None,
 ) -> Float[Array, "B N t g"]:
-    """Score of every key group for every tile, padded to whole blocks of both.
+    """Sum of 2^x over the keys of every group for every sub-tile, padded to whole blocks of both.
 
-    Groups that overlap the tile score `SCORE_LIMIT * block_q`, those without a visible key -inf. A
-    total is 256 a + b, |a| <= 254 and |b| <= 128, both exact in bfloat16; so are sums in float32.
+    Keys that a sub-tile does not see add nothing. Means are integers of at most 254, as key
+    codewords exact in bfloat16; so are their products in float32.
 
     Args:
-      totals: Sums of the codeword rows of the queries of each tile.
+      means: `mean_rows` of the queries, bfloat16.
       keys: Codeword rows of the keys.
-      seen: Keys of a group that a tile sees, a bit each in words; None where `causal` decides.
-      block_q: Queries of a tile.
+      steps: `exponent_step` of each key head.
+      seen: Keys of a group that a sub-tile sees, a bit each in words; None where `causal` decides.
+      block: Queries of a sub-tile.
       key_group: Keys of a group.
-      causal: Whether a tile sees nothing after its last query.
+      causal: Whether a sub-tile sees nothing after its last query.
       config: Tile sizes.
     """
-    batch, heads, tiles, width = totals.shape
+    batch, heads, tiles, width = means.shape
     length, kv_heads = keys.shape[1:3]
     if config is None:
         best = tile_scores_config(tiles, width)
@@ -559,16 +560,15 @@ def _tile_scores(
     tile_blocks = -(-tiles // (wgs * ROWS))
     group_blocks = -(-length // (key_group * groups))
     pad_tiles, all_groups = tile_blocks * wgs * ROWS - tiles, group_blocks * groups
-    totals = jnp.pad(totals, ((0, 0), (0, 0), (0, pad_tiles), (0, 0)))
-    high = (totals + 128) & -256
-    parts = jnp.concatenate([high, totals - high], -1).astype(jnp.bfloat16)
+    means = jnp.pad(means, ((0, 0), (0, 0), (0, pad_tiles), (0, 0)))
     keys = jnp.pad(keys, ((0, 0), (0, all_groups * key_group - length), (0, 0), (0, 0)))
     operands = [
-        parts.reshape(-1, 2 * width),
+        means.reshape(-1, width),
         keys.reshape(batch * all_groups, key_group * kv_heads * width),
+        steps,
     ]
     if seen is not None:
-        pad = (0, pad_tiles), (0, all_groups - seen.shape[-1])
+        pad = (0, pad_tiles + tiles - seen.shape[2]), (0, all_groups - seen.shape[-1])
         operands.append(jnp.pad(seen, ((0, 0), (0, 0), *pad)).reshape(-1, all_groups))
 
     def body(*refs: Any) -> None:
@@ -577,7 +577,7 @@ def _tile_scores(
             heads=heads,
             kv_heads=kv_heads,
             length=length,
-            block_q=block_q,
+            block=block,
             key_group=key_group,
             causal=causal,
             config=config,
@@ -588,7 +588,7 @@ def _tile_scores(
         body,
         out_type=jax.ShapeDtypeStruct((len(operands[0]), all_groups), jnp.int32),
         scratch_types=[
-            plgpu.SMEM((wgs, ROWS, 2 * width), dtype, transforms=m.transforms(width, dtype)),
+            m.matrix((wgs, ROWS, width), dtype),
             m.matrix((config.stages, groups, width), dtype),
             m.matrix((wgs, ROWS, groups), jnp.int32),
             plgpu.Barrier(num_barriers=wgs),
@@ -780,8 +780,7 @@ def _tile_threshold_kernel(
     wg, first = lax.axis_index("wg"), lax.axis_index("rows") * ROWS
     row = lax.axis_index("head") * (pl.num_programs(0) * ROWS) + first
     steps, resident = groups // size, groups // size <= stages
-    low, values = 1 - SCORE_LIMIT * block_q, 2 * SCORE_LIMIT * block_q
-    passes = 1 + _passes(values) + _passes(2 * groups)
+    passes = 1 + _passes(TILE_SCORES) + _passes(2 * groups)
     items = steps if resident else steps * passes
 
     @pl.when(wg == 1)
@@ -819,8 +818,8 @@ def _tile_threshold_kernel(
             origin=lax.div(tile * block_q, jnp.full_like(tile, key_group)).astype(jnp.float32),
             number=None,
             count=count,
-            low=low,
-            values=values,
+            low=0,
+            values=TILE_SCORES,
             columns=groups,
             block=(ROWS, size),
         )
@@ -1037,17 +1036,17 @@ def _token_thresholds(
 
 def _seen_words(
     length: int,
-    block_q: int,
+    block: int,
     key_group: int,
     causal: bool,
     key_mask: Bool[Array, "B S"] | None,
     segment_ids: Int[Array, "B S"] | None,
-) -> Int32[Array, "u B Q G"] | None:
-    """Whether any query of a tile sees a key, a bit a key; None where positions alone decide."""
+) -> Int32[Array, "u B U G"] | None:
+    """Whether any of `block` queries sees a key, a bit a key; None where positions alone decide."""
     if key_mask is None and segment_ids is None:
         return None
-    tiles, groups = -(-length // block_q), -(-length // key_group)
-    query = jnp.arange(tiles * block_q, dtype=jnp.int32).reshape(tiles, block_q, 1, 1)
+    tiles, groups = -(-length // block), -(-length // key_group)
+    query = jnp.arange(tiles * block, dtype=jnp.int32).reshape(tiles, block, 1, 1)
     key = jnp.arange(groups * key_group, dtype=jnp.int32).reshape(groups, key_group)
     if segment_ids is None:
         query = jnp.minimum(query[:, -1:], length - 1)
@@ -1058,7 +1057,7 @@ def _seen_words(
     if segment_ids is not None:
         ids = [
             jnp.pad(segment_ids, ((0, 0), (0, n * size - length))).reshape(-1, n, size)
-            for n, size in ((tiles, block_q), (groups, key_group))
+            for n, size in ((tiles, block), (groups, key_group))
         ]
         valid = valid & (ids[0][:, :, :, None, None] == ids[1][:, None, None])
     if key_mask is not None:
@@ -1077,32 +1076,47 @@ def _select_tiles(
     key_codes: UInt8[Array, "B S K M"],
     query_codewords: Int8[Array, "K M E W"],
     key_codewords: Int8[Array, "K M E W"],
-    seen: Int32[Array, "u B Q G"] | None,
+    score_unit: Float[Array, "K"],
+    seen: Int32[Array, "u B U G"] | None,
     key_mask: Bool[Array, "B S"] | None,
     *,
     size: int,
     block_q: int,
     key_group: int,
     causal: bool,
+    packed: bool,
 ) -> tuple[Int32[Array, "B N Q P"], Int32[Array, "B N Q"]]:
     """Lists of key groups and their lengths."""
     length, tiles = key_codes.shape[1], -(-key_codes.shape[1] // block_q)
-    rows = codeword_rows(query_codes, query_codewords, jnp.int32)
-    if key_mask is not None:
-        rows = jnp.where(key_mask[:, :, None, None], rows, 0)
-    rows = jnp.pad(rows, ((0, 0), (0, tiles * block_q - length), (0, 0), (0, 0)))
-    totals = rows.reshape(len(rows), tiles, block_q, *rows.shape[2:]).sum(2)
-    keys = codeword_rows(key_codes, key_codewords, jnp.bfloat16)
-    scores = _tile_scores(
-        jnp.moveaxis(totals, 2, 1),
-        keys,
+    block, padded = sub_tile(block_q), tiles * block_q
+    rows = codeword_rows(query_codes, query_codewords, jnp.bfloat16)
+    counted = jnp.ones((1, length), bool) if key_mask is None else key_mask
+    means, counted = mean_rows(jnp.moveaxis(rows, 2, 1), counted[:, None], block, padded)
+    weights = _tile_scores(
+        means.astype(jnp.bfloat16),
+        codeword_rows(key_codes, key_codewords, jnp.bfloat16),
+        exponent_step(score_unit),
         seen,
-        block_q=block_q,
+        block=block,
         key_group=key_group,
         causal=causal,
     )
-    level, radius = _tile_thresholds(scores, count=size, block_q=block_q, key_group=key_group)
-    scores, level, radius = (a[:, :, :tiles] for a in (scores, level[..., None], radius[..., None]))
+    real = jnp.arange(0, padded, block)[:, None] < length
+    weights = jnp.where(real, weights[:, :, : padded // block], 0)
+    weights = weights.reshape(*weights.shape[:2], tiles, -1, weights.shape[-1])
+    scores = tile_score(weights, counted.reshape(*counted.shape[:2], tiles, -1))
+    if packed:
+        own = jnp.asarray(tile_groups(length, block_q, key_group)[0])
+        own = jnp.pad(own, ((0, 0), (0, scores.shape[-1] - own.shape[1])))
+        scores = jnp.where(own & (scores > -jnp.inf), TILE_SCORES - 1, scores)
+    pad = (0, 0), (0, 0), (0, -tiles % ROWS), (0, 0)
+    level, radius = _tile_thresholds(
+        jnp.pad(scores, pad, constant_values=-jnp.inf),
+        count=size,
+        block_q=block_q,
+        key_group=key_group,
+    )
+    level, radius = (a[:, :, :tiles, None] for a in (level, radius))
     group = jnp.arange(scores.shape[-1], dtype=jnp.int32)
     origin = jnp.arange(tiles, dtype=jnp.int32)[:, None] * block_q // key_group
     distance = 2 * jnp.abs(group - origin) - (group < origin)
@@ -1138,12 +1152,14 @@ def _chunks(
     codewords: Int8[Array, "K M E W"],
     tiles: int,
     groups: int,
+    sub_tiles: int,
 ) -> tuple[int, int]:
     """Sequences and key heads whose groups are chosen at once; several of only one of them."""
     batch, length, heads, _ = query_codes.shape
     kv_heads = key_codes.shape[2]
-    scores = 4 * -(-tiles // ROWS) * ROWS * -(-groups // ROWS) * ROWS
-    each = 2 * length * row_width(codewords) + 3 * heads // kv_heads * scores
+    rows = 3 * -(-tiles // ROWS) + 2 * -(-sub_tiles // ROWS)
+    scores = 4 * rows * ROWS * -(-groups // ROWS) * ROWS
+    each = 2 * length * row_width(codewords) + heads // kv_heads * scores
     most = max(1, CHUNK_BYTES // each)
     head_chunk = max(n for n in range(1, min(most, kv_heads) + 1) if kv_heads % n == 0)
     most = most // kv_heads if head_chunk == kv_heads else 1
@@ -1158,6 +1174,7 @@ def select(
     *,
     num_keys: int,
     granularity: str,
+    score_unit: Float[Array, "K"],
     causal: bool,
     key_mask: Bool[Array, "B S"] | None,
     segment_ids: Int[Array, "B S"] | None,
@@ -1189,9 +1206,13 @@ def select(
             tie_radius=radius,
         )
     overlaps, _ = tile_groups(length, block_q, key_group)
-    size = min(overlaps.shape[1], max(-(-num_keys // key_group), int(overlaps.sum(-1).max())))
-    seen = _seen_words(length, block_q, key_group, causal, key_mask, segment_ids)
-    batch_chunk, head_chunk = _chunks(query_codes, key_codes, query_codewords, *overlaps.shape)
+    packed, block = segment_ids is not None, sub_tile(block_q)
+    size = tile_list_length(overlaps, num_keys, key_group, causal=causal, segments=packed)
+    seen = _seen_words(length, block, key_group, causal, key_mask, segment_ids)
+    tiles, groups = overlaps.shape
+    batch_chunk, head_chunk = _chunks(
+        query_codes, key_codes, query_codewords, tiles, groups, tiles * (block_q // block)
+    )
     kv_heads, rows = key_codes.shape[2], query_codes.shape[2] // key_codes.shape[2]
     steps = kv_heads // head_chunk
 
@@ -1209,15 +1230,17 @@ def select(
             heads(part(key_codes), 2),
             heads(query_codewords, 0),
             heads(key_codewords, 0),
+            heads(score_unit, 0),
             None if seen is None else part(seen, 1),
             None if key_mask is None else part(key_mask),
             size=size,
             block_q=block_q,
             key_group=key_group,
             causal=causal,
+            packed=packed,
         )
 
     chunks = batch // batch_chunk * steps
     found = lax.map(run, jnp.arange(chunks, dtype=jnp.int32)) if chunks > 1 else run(jnp.int32(0))
-    groups, counts = (a.reshape(batch, kv_heads * rows, len(overlaps), -1) for a in found)
-    return TileSelection(groups=groups, counts=counts[..., 0], block_q=block_q, key_group=key_group)
+    lists, counts = (a.reshape(batch, kv_heads * rows, tiles, -1) for a in found)
+    return TileSelection(groups=lists, counts=counts[..., 0], block_q=block_q, key_group=key_group)

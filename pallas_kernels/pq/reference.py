@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int8, Int32, UInt8
 
 from pallas_kernels.pq.types import Selection, TileSelection, TokenSelection
+
+MAX_SUB_TILE = 16
+MANTISSA_BITS = 23  # of float32
+EXPONENT_BIAS = 127
+MAX_EXPONENT = 100  # sums of powers up to 2^100 stay finite, and the least stay normal
+DROPPED_BITS = 11  # of a sum of powers, which leaves scores below TILE_SCORES
+TILE_SCORES = 2 ** (31 - DROPPED_BITS)
 
 
 def encode(
@@ -66,6 +74,73 @@ def tie_distance(length: int) -> Int32[Array, "S S"]:
     return 2 * jnp.abs(d) - (d < 0)
 
 
+def sub_tile(block_q: int) -> int:
+    """Queries of a sub-tile, whose mean query is scored."""
+    return max(n for n in range(1, min(block_q, MAX_SUB_TILE) + 1) if block_q % n == 0)
+
+
+def mean_rows(
+    rows: Float[Array, "... S w"], mask: Bool[Array, "... S"], block: int, padded: int
+) -> tuple[Float[Array, "... U w"], Bool[Array, "... U"]]:
+    """Twice the mean codeword row of each run of `block` queries, integers of at most 254.
+
+    Args:
+      rows: Codeword rows of the queries.
+      mask: False where a query is left out.
+      block: Queries of a run; at most `MAX_SUB_TILE`.
+      padded: Queries after padding; a multiple of `block`.
+
+    Returns:
+      The means, 0 where no query counts, and whether any does.
+    """
+    tail = padded - rows.shape[-2]
+    rows = jnp.where(mask[..., None], rows.astype(jnp.float32), 0)
+    rows = jnp.pad(rows, ((0, 0),) * (rows.ndim - 2) + ((0, tail), (0, 0)))
+    mask = jnp.pad(mask, ((0, 0),) * (mask.ndim - 1) + ((0, tail),))
+    totals = rows.reshape(*rows.shape[:-2], -1, block, rows.shape[-1]).sum(-2)
+    number = mask.reshape(*mask.shape[:-1], -1, block).sum(-1)
+    # a quotient would be rounded differently by different devices; a product is not
+    twice = jnp.asarray(2 / np.maximum(np.arange(block + 1), 1), jnp.float32)
+    return jnp.round(totals * twice[number][..., None]), number > 0
+
+
+def exponent_step(score_unit: Float[Array, "K"]) -> Float[Array, "K"]:
+    """What a product of `mean_rows` and key codewords adds to the bit pattern of 2^x."""
+    return score_unit * np.float32(2**MANTISSA_BITS / (2 * np.log(2)))
+
+
+def bits_of_power(step: Float[Array, "*#n"], score: Float[Array, "*n"]) -> Int32[Array, "*n"]:
+    """Bit pattern of the float32 2^i (1 + f), i + f = step * score / 2^23 in -100..100."""
+    limit = np.float32(MAX_EXPONENT * 2**MANTISSA_BITS)
+    away = jnp.clip(step * score, -limit, limit).astype(jnp.int32)
+    return away + (EXPONENT_BIAS << MANTISSA_BITS)
+
+
+def tile_score(
+    weights: Float[Array, "... Q u G"], counts: Bool[Array, "... Q u"]
+) -> Float[Array, "... Q G"]:
+    """Integer score of a group for a tile, -inf where its sub-tiles see no key.
+
+    Args:
+      weights: Of each sub-tile, the sum of 2^x over the keys that it sees.
+      counts: Whether a sub-tile has a query.
+    """
+    weights = jnp.where(counts[..., None], weights, weights * np.float32(2.0**-MAX_EXPONENT))
+    total = weights[..., 0, :]
+    for r in range(1, weights.shape[-2]):
+        total = total + weights[..., r, :]
+    bits = jax.lax.bitcast_convert_type(total, jnp.int32) >> DROPPED_BITS
+    return jnp.where(total > 0, bits.astype(jnp.float32), -jnp.inf)
+
+
+def tile_list_length(
+    own: Bool[np.ndarray, "Q G"], num_keys: int, key_group: int, *, causal: bool, segments: bool
+) -> int:
+    """Groups that a tile keeps at most."""
+    least = int(own.sum(-1).max()) if causal or segments else 1
+    return min(own.shape[1], max(-(-num_keys // key_group), least))
+
+
 def tile_groups(
     length: int, block_q: int, key_group: int
 ) -> tuple[Bool[np.ndarray, "Q G"], Int32[np.ndarray, "Q G"]]:
@@ -86,6 +161,7 @@ def select(
     *,
     num_keys: int,
     granularity: str,
+    score_unit: Float[Array, "K"],
     causal: bool,
     key_mask: Bool[Array, "B S"] | None,
     segment_ids: Int[Array, "B S"] | None,
@@ -93,11 +169,11 @@ def select(
     key_group: int,
 ) -> Selection:
     """As `pq_select`."""
-    score = scores(query_codes, key_codes, query_codewords, key_codewords)
-    batch, heads, length, _ = score.shape
+    batch, length, heads, _ = query_codes.shape
     valid = valid_keys(length, causal, key_mask, segment_ids)
-    valid = jnp.broadcast_to(valid[:, None], score.shape)
+    valid = jnp.broadcast_to(valid[:, None], (batch, heads, length, length))
     if granularity == "token":
+        score = scores(query_codes, key_codes, query_codewords, key_codewords)
         distance = jnp.broadcast_to(tie_distance(length), score.shape)
         order = jnp.lexsort((distance, -score, ~valid))
         kept = jnp.minimum(num_keys, valid.sum(-1))
@@ -111,20 +187,32 @@ def select(
             threshold=jnp.where(kept > 0, threshold, 0),
             tie_radius=jnp.where(kept > 0, radius, -1),
         )
-    tiles, count = -(-length // block_q), -(-length // key_group)
+    tiles, count, block = -(-length // block_q), -(-length // key_group), sub_tile(block_q)
     rows, keys = tiles * block_q - length, count * key_group - length
     counted = jnp.ones((1, length), bool) if key_mask is None else key_mask
-    total = jnp.where(counted[:, None, :, None], score, 0)
-    total = jnp.pad(total, ((0, 0), (0, 0), (0, rows), (0, keys)))
-    total = total.reshape(batch, heads, tiles, block_q, count, key_group).sum(3)
-    visible = jnp.pad(valid, ((0, 0), (0, 0), (0, rows), (0, keys)))
-    visible = visible.reshape(batch, heads, tiles, block_q, count, key_group).any(3)
-    group_score = jnp.max(total, -1, where=visible, initial=jnp.iinfo(jnp.int32).min)
-    listed = visible.any(-1)
+    queries = decode(query_codes, query_codewords)
+    counted = jnp.broadcast_to(counted[:, None], queries.shape[:3])
+    means, counted = mean_rows(queries, counted, block, tiles * block_q)
+    key_rows = jnp.repeat(decode(key_codes, key_codewords), heads // key_codes.shape[2], 1)
+    product = jnp.einsum("bnuw,bnkw->bnuk", means, key_rows, precision="highest")
+    step = jnp.repeat(exponent_step(score_unit), heads // key_codes.shape[2])
+    power = jax.lax.bitcast_convert_type(bits_of_power(step[:, None, None], product), jnp.float32)
+    visible = jnp.pad(valid, ((0, 0), (0, 0), (0, rows), (0, 0)))
+    visible = visible.reshape(batch, heads, -1, block, length).any(3)
+    power = jnp.pad(jnp.where(visible, power, 0), ((0, 0), (0, 0), (0, 0), (0, keys)))
+    power = power.reshape(batch, heads, tiles, -1, count, key_group)
+    weights = power[..., 0]
+    for key in range(1, key_group):
+        weights = weights + power[..., key]
+    group_score = tile_score(weights, counted.reshape(batch, heads, tiles, -1))
+    listed = group_score > -jnp.inf
     own, away = tile_groups(length, block_q, key_group)
-    list_length = min(count, max(-(-num_keys // key_group), int(own.sum(-1).max())))
+    list_length = tile_list_length(
+        own, num_keys, key_group, causal=causal, segments=segment_ids is not None
+    )
+    first = own if segment_ids is not None else np.zeros_like(own)
     order = jnp.lexsort(
-        tuple(jnp.broadcast_to(a, listed.shape) for a in (away, -group_score, ~own, ~listed))
+        tuple(jnp.broadcast_to(a, listed.shape) for a in (away, -group_score, ~first, ~listed))
     )
     counts = jnp.minimum(list_length, listed.sum(-1))
     chosen = jnp.arange(list_length) < counts[..., None]

@@ -14,7 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int8, Int32, UInt8
 
-from pallas_kernels.pq.reference import tile_groups
+from pallas_kernels.pq.reference import (
+    TILE_SCORES,
+    bits_of_power,
+    exponent_step,
+    mean_rows,
+    sub_tile,
+    tile_groups,
+    tile_list_length,
+    tile_score,
+)
 from pallas_kernels.pq.types import Selection, TileSelection, TokenSelection
 
 BLOCK_ELEMENTS = 2**19  # float32 elements of a block of scores
@@ -206,6 +215,7 @@ def select(
     *,
     num_keys: int,
     granularity: str,
+    score_unit: Float[Array, "K"],
     causal: bool,
     key_mask: Bool[Array, "B S"] | None,
     segment_ids: Int[Array, "B S"] | None,
@@ -217,7 +227,7 @@ def select(
     queries, keys = decode(query_codes, query_codewords), decode(key_codes, key_codewords)[:, 0]
     if granularity == "tile":
         groups, counts = _select_tiles(
-            queries, keys, num_keys, block_q, key_group, causal, key_mask, segment_ids
+            queries, keys, score_unit, num_keys, block_q, key_group, causal, key_mask, segment_ids
         )
         return TileSelection(
             groups=groups.reshape(batch, heads, *groups.shape[2:]),
@@ -305,6 +315,7 @@ def _kept(
 def _select_tiles(
     queries: Float[Array, "g r S w"],
     keys: Float[Array, "g S w"],
+    score_unit: Float[Array, "K"],
     num_keys: int,
     block_q: int,
     key_group: int,
@@ -313,28 +324,35 @@ def _select_tiles(
     segment_ids: Int[Array, "B S"] | None,
 ) -> tuple[Int32[Array, "g r Q P"], Int32[Array, "g r Q"]]:
     """Lists of key groups and their lengths."""
-    pairs, rows, length, width = queries.shape
+    pairs, rows, length, _ = queries.shape
     overlaps, away = tile_groups(length, block_q, key_group)
-    (tiles, count), overlap = overlaps.shape, int(overlaps.sum(-1).max())
+    tiles, count = overlaps.shape
     own, distance = jnp.asarray(overlaps), jnp.asarray(away.T)
-    size = min(count, max(-(-num_keys // key_group), overlap))
-    visible = _visible(length, block_q, causal, key_mask, segment_ids)
-    batch = visible.shape[0]
-    if key_mask is not None:
-        queries = jnp.where(jnp.repeat(key_mask, pairs // batch, 0)[:, None, :, None], queries, 0)
-    tail = count * key_group - length
-    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, tiles * block_q - length), (0, 0)))
-    totals = queries.reshape(pairs, rows, tiles, block_q, width).sum(3)
-    keys = jnp.pad(keys, ((0, 0), (0, tail), (0, 0)))
+    packed, block = segment_ids is not None, sub_tile(block_q)
+    size = tile_list_length(overlaps, num_keys, key_group, causal=causal, segments=packed)
+    visible = _visible(length, tiles * block_q, block, causal, key_mask, segment_ids)
+    batch, tail = len(visible), count * key_group - length
+    counted = jnp.ones((1, length), bool) if key_mask is None else key_mask
+    means, counted = jax.vmap(
+        lambda q, mask: mean_rows(q, mask, block, tiles * block_q), (1, None), (1, None)
+    )(queries, jnp.repeat(counted, pairs // len(counted), 0))
+    counted = counted.reshape(pairs, 1, tiles, -1)
+    keys = _pad(keys, count * key_group, 1)
     visible = jnp.pad(visible, ((0, 0), (0, 0), (0, tail)))
+    steps = jnp.tile(exponent_step(score_unit), pairs // len(score_unit))
 
     def run(pair: jax.Array) -> tuple[jax.Array, jax.Array]:
-        seen = visible[pair // (pairs // batch)]
-        score = jnp.einsum("kw,rtw->krt", keys[pair], totals[pair], precision="highest")
-        score = jnp.where(seen.T[:, None], score, -jnp.inf)
-        score = score.reshape(count, key_group, rows, tiles).max(1)
-        first = score.max() + 1  # above every other score
-        score = jnp.where(own.T[:, None] & (score > -jnp.inf), first, score)
+        seen = visible[pair // (pairs // batch)].T.reshape(count, key_group, 1, -1)
+        product = jnp.einsum("kw,ruw->kru", keys[pair], means[pair], precision="highest")
+        bits = bits_of_power(steps[pair], product).reshape(count, key_group, rows, -1)
+        power = jnp.where(seen, jax.lax.bitcast_convert_type(bits, jnp.float32), 0)
+        weights = jax.lax.fori_loop(
+            1, key_group, lambda key, total: total + power[:, key], power[:, 0]
+        )
+        weights = jnp.moveaxis(weights.reshape(count, rows, tiles, -1), 0, -1)
+        score = jnp.moveaxis(tile_score(weights, counted[pair]), -1, 0)
+        if packed:
+            score = jnp.where(own.T[:, None] & (score > -jnp.inf), TILE_SCORES - 1, score)
         level, radius = threshold(score[None], distance, size)
         kept = _kept(score[None], distance, level, radius)[0]
         rank = jnp.cumsum(kept, 0)
@@ -349,23 +367,28 @@ def _select_tiles(
 
 def _visible(
     length: int,
-    block_q: int,
+    padded: int,
+    block: int,
     causal: bool,
     key_mask: Bool[Array, "B S"] | None,
     segment_ids: Int[Array, "B S"] | None,
-) -> Bool[Array, "b Q S"]:
-    """Whether any query of a tile may see a key; b is 1 without mask and segments."""
+) -> Bool[Array, "b U S"]:
+    """Whether any query of a run of `block` may see a key; b is 1 without mask and segments.
+
+    There are `padded` queries, of which those from `length` on see nothing.
+    """
     position = jnp.arange(length)
-    first = jnp.arange(0, length, block_q)
-    visible = jnp.ones((1, len(first), length), bool)
+    first = jnp.arange(0, padded, block)
+    visible = jnp.broadcast_to(first[:, None] < length, (len(first), length))[None]
     if segment_ids is not None:
 
         def see(first: jax.Array) -> jax.Array:
-            query = jnp.minimum(first + jnp.arange(block_q), length - 1)
-            same = segment_ids[:, query, None] == segment_ids[:, None, :]
+            query = first + jnp.arange(block)
+            same = segment_ids[:, jnp.minimum(query, length - 1), None] == segment_ids[:, None, :]
+            same &= query[:, None] < length
             return jnp.any(same & (position <= query[:, None]) if causal else same, 1)
 
         visible = jnp.moveaxis(jax.lax.map(see, first), 0, 1)
     elif causal:
-        visible = visible & (position < first[:, None] + block_q)
+        visible = visible & (position < first[:, None] + block)
     return visible if key_mask is None else visible & key_mask[:, None, :]

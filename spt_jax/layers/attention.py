@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,10 @@ from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int, Int8, UInt8
 
 from pallas_kernels import (
+    Selection,
     pq_encode,
     pq_select,
+    score_unit,
     scoring_codewords,
     sparse_attention,
     sparse_decode,
@@ -162,35 +164,39 @@ class SparseAttention(nnx.Module):
         }
         if num_keys >= length:
             return dense_attention(q, k, v, **masks), {}
-        query_codebooks, key_codebooks = self._codebooks()
-        queries = jax.lax.stop_gradient(q)
-        keys = self._centered(k)
-        frozen = jax.lax.stop_gradient((query_codebooks, key_codebooks))
-        query_codes = pq_encode(queries, frozen[0], implementation=config.implementation)
-        key_codes = pq_encode(keys, frozen[1], implementation=config.implementation)
-        selection = pq_select(
-            query_codes,
-            key_codes,
-            *scoring_codewords(*frozen, config.rule),
-            num_keys=num_keys,
-            granularity=config.granularity_at(capacity or length),
-            block_q=config.block_q,
-            key_group=config.key_group,
-            implementation=config.implementation,
-            **masks,
-        )
+        queries, keys = jax.lax.stop_gradient(q), self._centered(k)
+        codes = self._encode(queries, keys)
+        granularity = config.granularity_at(capacity or length)
+        selection = self._select(codes, num_keys=num_keys, granularity=granularity, **masks)
         out = sparse_attention(q, k, v, selection, implementation=config.implementation, **masks)
         aux = {}
         if config.codebook_loss_weight > 0:
             losses = [
-                _sampled_codebook_loss(x, codebooks, codes, key_mask, config.codebook_loss_tokens)
-                for x, codebooks, codes in (
-                    (queries, query_codebooks, query_codes),
-                    (keys, key_codebooks, key_codes),
-                )
+                _sampled_codebook_loss(*side, key_mask, config.codebook_loss_tokens)
+                for side in zip((queries, keys), self._codebooks(), codes, strict=True)
             ]
             aux["codebook_loss"] = config.codebook_loss_weight * (losses[0] + losses[1])
         return out, aux
+
+    def select(
+        self,
+        q: Float[Array, "B S N H"],
+        k: Float[Array, "B S K H"],
+        *,
+        num_keys: int,
+        granularity: Literal["token", "tile"],
+        key_mask: Bool[Array, "B S"] | None = None,
+        segment_ids: Int[Array, "B S"] | None = None,
+    ) -> Selection:
+        """The keys that each query keeps."""
+        return self._select(
+            self._encode(q, self._centered(k)),
+            num_keys=num_keys,
+            granularity=granularity,
+            causal=self.causal,
+            key_mask=key_mask,
+            segment_ids=segment_ids,
+        )
 
     def key_codes(self, k: Float[Array, "B S K H"]) -> UInt8[Array, "B K M S"]:
         """Codes of keys, in the layout of a cache."""
@@ -222,6 +228,31 @@ class SparseAttention(nnx.Module):
             *cache.codes,
             num_keys=self.config.num_keys(key_mask.shape[1]),
             key_mask=key_mask,
+        )
+
+    def _encode(
+        self, queries: Float[Array, "B S N H"], centered_keys: Float[Array, "B S K H"]
+    ) -> tuple[UInt8[Array, "B S N M"], UInt8[Array, "B S K M"]]:
+        """Codes of queries and keys."""
+        of_queries, of_keys = self._codebooks()
+        implementation = self.config.implementation
+        return (
+            pq_encode(queries, of_queries, implementation=implementation),
+            pq_encode(centered_keys, of_keys, implementation=implementation),
+        )
+
+    def _select(
+        self, codes: tuple[UInt8[Array, "B S N M"], UInt8[Array, "B S K M"]], **options: Any
+    ) -> Selection:
+        config, codebooks = self.config, self._codebooks()
+        return pq_select(
+            *codes,
+            *scoring_codewords(*codebooks, config.rule),
+            score_unit=score_unit(*codebooks, config.rule),
+            block_q=config.block_q,
+            key_group=config.key_group,
+            implementation=config.implementation,
+            **options,
         )
 
     def _codebooks(self) -> tuple[Float[Array, "K M E C"], Float[Array, "K M E C"]]:

@@ -10,7 +10,13 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from pallas_kernels import TokenSelection, pq_encode, pq_select, scoring_codewords
+from pallas_kernels import (
+    TokenSelection,
+    pq_encode,
+    pq_select,
+    score_unit,
+    scoring_codewords,
+)
 from pallas_kernels.pq import reference, xla
 
 
@@ -140,7 +146,7 @@ def test_token_keeps_exactly_the_best_keys(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_tile_lists_are_ascending_valid_and_hold_the_own_tile(name):
+def test_tile_lists_are_ascending_and_valid_and_leave_no_query_alone(name):
     case = CASES[name]
     selection = selected(case, "tile", "xla")
     valid = valid_keys(case)
@@ -151,9 +157,63 @@ def test_tile_lists_are_ascending_valid_and_hold_the_own_tile(name):
         own = {g for g in seen if g in np.arange(first, last) // case.key_group}
         listed = groups[b, n, t, :count]
         assert (np.diff(listed) > 0).all()
-        assert own <= set(listed) <= set(seen)
+        assert set(listed) <= set(seen)
+        assert own <= set(listed) or not case.segments
         assert count == min(groups.shape[-1], len(set(seen)))
+    budget = min(-(-case.num_keys // case.key_group), -(-case.length // case.key_group))
+    assert groups.shape[-1] == budget or case.causal or case.segments
+    kept = np.asarray(kept_keys(selection, case.length)) & valid[:, None]
+    some = np.broadcast_to(valid.any(-1)[:, None], kept.shape[:3])
+    np.testing.assert_array_equal(kept.any(-1), some)
     assert_equal(selection, selected(case, "tile", "reference"))
+
+
+@pytest.mark.parametrize("block_q", [24, 64])
+@pytest.mark.parametrize("causal", [False, True])
+def test_tiles_keep_the_groups_of_most_attention(causal, block_q):
+    """Against float64 softmax numerators of the sub-tiles' mean queries."""
+    rng = np.random.default_rng(0)
+    length, group, count, sub = 256, 16, 5, {24: 12, 64: 16}[block_q]
+    books = rng.normal(size=(2, 2, 4, 16, 2)).astype(np.float32)
+    codes = rng.integers(0, 16, (2, 1, length, 2, 4), np.uint8)
+    selection = pq_select(
+        *map(jnp.asarray, codes), *scoring_codewords(*map(jnp.asarray, books)),
+        num_keys=count * group, granularity="tile", score_unit=score_unit(*map(jnp.asarray, books)),
+        causal=causal, block_q=block_q, key_group=group,
+    )  # fmt: skip
+    q, k = (
+        book[np.arange(2)[:, None], np.arange(4), code].reshape(length, 2, 8).astype(np.float64)
+        for book, code in zip(books, codes[:, 0], strict=True)
+    )
+    for head, tile in np.ndindex(2, -(-length // block_q)):
+        mass = np.zeros(length)
+        for first in range(tile * block_q, min((tile + 1) * block_q, length), sub):
+            mean = q[first : first + sub, head].mean(0)
+            seen = np.arange(length) < (min(first + sub, length) if causal else length)
+            mass += np.where(seen, np.exp(k[:, head] @ mean / 8**0.5), 0)
+        mass = mass.reshape(-1, group).sum(1)
+        number = selection.counts[0, head, tile]
+        kept = np.asarray(selection.groups)[0, head, tile, :number]
+        best = np.sort(mass)[::-1][:number].sum()
+        assert mass[kept].sum() > 0.99 * best
+
+
+def test_a_score_of_one_is_worth_its_unit():
+    rng = np.random.default_rng(0)
+    books = rng.normal(size=(2, 2, 8, 16, 4)).astype(np.float32)
+    codes = rng.integers(0, 16, (2, 1, 64, 2, 8), np.uint8)
+    on_device = [jnp.asarray(book) for book in books]
+    scores = np.asarray(score_keys(*codes, *scoring_codewords(*on_device)))[0]
+    q, k = (
+        book[np.arange(2)[:, None], np.arange(8), code].reshape(64, 2, -1)
+        for book, code in zip(books, codes[:, 0], strict=True)
+    )
+    logits = np.einsum("qnw,knw->nqk", q, k) / 32**0.5
+    unit = np.asarray(score_unit(*on_device))
+    for head in range(2):
+        slope = np.polyfit(logits[head].ravel(), scores[head].ravel() * unit[head], 1)[0]
+        assert abs(slope - 1) < 0.01
+    assert score_unit(*on_device, "match_count").tolist() == [1, 1]
 
 
 def test_ties_go_to_the_nearest_key_the_earlier_first():
@@ -272,6 +332,8 @@ def test_errors_name_the_value():
         pick(granularity="tile", block_q=1024)
     with pytest.raises(ValueError, match="key_group must be at least 1, got 0"):
         pick(granularity="tile", key_group=0)
+    with pytest.raises(ValueError, match=r"each of the 1 key heads, got shape \(2,\)"):
+        pick(granularity="tile", score_unit=jnp.ones(2))
     with pytest.raises(NotImplementedError, match="'triton' is not available"):
         pick(implementation="triton")
     with pytest.raises(ValueError, match="3 heads are not a multiple of the 2"):

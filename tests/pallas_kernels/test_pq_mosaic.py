@@ -39,6 +39,7 @@ class Encode:
 
 ENCODE = {
     "two_slabs": Encode(4, 16, 8, tokens=70, kv_heads=1),
+    "width_2": Encode(2, 16, 16, tokens=70),
     "float16": Encode(8, 16, 8, dtype="float16", heads=1, kv_heads=1),
     "two_products": Encode(16, 20, 2, dtype="float16"),
     "across_threads": Encode(32, 16, 1, tokens=256),

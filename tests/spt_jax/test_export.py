@@ -82,7 +82,7 @@ def _make_sparse(model):
     for layer in model.layers:
         attention, ffn = layer.attention, layer.ffn
         heads, width = attention.num_kv_heads, attention.head_width
-        codebooks = (heads, width // 4, 4, 4)
+        codebooks = (heads, width // 2, 4, 2)
         attention.sparse = SparseAttention(
             normal(*codebooks),
             normal(*codebooks),

@@ -61,7 +61,7 @@ def test_the_sampled_codebook_loss_estimates_the_whole(num_tokens):
         q.reshape(-1, N, H), k.reshape(-1, K, H), config=config, causal=False, key=jax.random.key(1)
     )
     books = sparse.key_codebooks[...]
-    codes = jax.random.randint(jax.random.key(3), (B, S, K, H // 4), 0, 16).astype(jnp.uint8)
+    codes = jax.random.randint(jax.random.key(3), (B, S, *books.shape[:2]), 0, 16).astype(jnp.uint8)
     mask = jnp.arange(S) < jnp.array([[33], [21]])
     whole = codebook_loss(k, books, codes, mask)
     estimate = _sampled_codebook_loss(k, books, codes, mask, num_tokens)
