@@ -15,12 +15,13 @@ import tyro
 import experiments
 import pallas_kernels
 import spt_jax
-from experiments import glue, glue_table, kernels, mmlu, wikitext
+from experiments import capture, glue, glue_table, kernels, mmlu, wikitext
 from experiments.methods import MethodOptions
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 OPTIONS = {
+    "experiments.capture": capture.Options,
     "experiments.glue": glue.Options,
     "experiments.glue_table": glue_table.Options,
     "experiments.kernels": kernels.Options,
@@ -65,5 +66,5 @@ def test_readme_commands_exist(command):
     python, flag, module, *arguments = words
     assert (python, flag) == (".venv/bin/python", "-m")
     options = tyro.cli(OPTIONS[module], args=arguments)
-    if isinstance(options, MethodOptions | glue_table.Options):
+    if isinstance(options, MethodOptions | glue_table.Options | capture.Options):
         options.check()
