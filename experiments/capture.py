@@ -430,6 +430,7 @@ def main() -> None:
     """Run the experiment."""
     options = tyro.cli(Options, prog="experiments.capture", description=__doc__)
     options.check()
+    options.out.mkdir(parents=True, exist_ok=True)  # fails now, not at the end of a long run
     config = read_config(find_files(options.model, files=("config.json",)))
     for name in ("length", "ffn_length"):
         if (value := getattr(options, name)) > config.max_length:
@@ -450,7 +451,6 @@ def main() -> None:
     console = Console(width=None if sys.stdout.isatty() else 140)
     for table in (*attention_tables(attention), ffn_table(ffn)):
         console.print(table)
-    options.out.mkdir(parents=True, exist_ok=True)
     write_tables(options.out, attention, ffn)
     plot_densities(options.out / "attention.png", attention)
     plot_heads(options.out / "heads.png", attention)

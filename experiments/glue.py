@@ -220,6 +220,7 @@ def main() -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     methods = options.methods
     options.check()
+    options.out.mkdir(parents=True, exist_ok=True)  # fails now, not at the end of a long run
     tokenizer = spt_jax.load_tokenizer(options.model)
     if options.task != "all":
         run_task(named_task(options.task), options, tokenizer, options.out, console)

@@ -429,6 +429,7 @@ def main() -> None:
     options = tyro.cli(Options, prog="experiments.mmlu", description=__doc__)
     console = Console(width=None if sys.stdout.isatty() else 120)
     data = {subject: read_subject(options, subject) for subject in find_subjects(options)}
+    options.out.mkdir(parents=True, exist_ok=True)  # fails now, not at the end of a long run
     tokenizer = spt_jax.load_tokenizer(options.model)
     model = spt_jax.load_pretrained(options.model, task="causal-lm", dtype=options.dtype)
     assert isinstance(model, Decoder)

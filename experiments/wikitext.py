@@ -350,6 +350,7 @@ def main() -> None:
     """Run the experiment."""
     options = tyro.cli(Options, prog="experiments.wikitext", description=__doc__)
     options.check()
+    options.out.mkdir(parents=True, exist_ok=True)  # fails now, not at the end of a long run
     run(options, Console(width=None if sys.stdout.isatty() else 120))
 
 

@@ -52,8 +52,9 @@ def adapt[Model: nnx.Module](
         model: a model of `load_pretrained`, or any module made of `spt_jax.layers`.
         config: the parts to add; a part that is None stays dense.
         calibration_batch: `input_ids` int `[B, S]` and, optionally, `attention_mask`,
-            `token_type_ids` and `segment_ids`; some thousand tokens of the task at hand. Needed for
-            the sparse parts only.
+            `token_type_ids` and `segment_ids`; some thousand tokens of the task at hand, in
+            sequences as long as it has: codebooks fitted to short ones know no later positions.
+            Needed for the sparse parts only.
         rngs: seeds LoRA factors, k-means and random routers; None stands for `nnx.Rngs(0)`.
 
     Returns:
