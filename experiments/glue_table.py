@@ -561,7 +561,6 @@ def main() -> None:
     options = tyro.cli(Options, prog="experiments.glue_table", description=__doc__)
     console = Console(width=None if sys.stdout.isatty() else 160)
     options.check()
-    options.out.mkdir(parents=True, exist_ok=True)  # fails now, not at the end of a long run
     cells: Finished = read_cells(options)
 
     def report(cells: Finished) -> None:

@@ -429,7 +429,6 @@ def main() -> None:
     options = tyro.cli(Options, prog="experiments.mmlu", description=__doc__)
     console = Console(width=None if sys.stdout.isatty() else 120)
     data = {subject: read_subject(options, subject) for subject in find_subjects(options)}
-    options.out.mkdir(parents=True, exist_ok=True)  # fails now, not at the end of a long run
     tokenizer = spt_jax.load_tokenizer(options.model)
     model = spt_jax.load_pretrained(options.model, task="causal-lm", dtype=options.dtype)
     assert isinstance(model, Decoder)
@@ -445,6 +444,7 @@ def main() -> None:
         for prompt in make_prompts(subject, shown, questions, tokenizer, max_length)
     ]
     _check_tokens(prompts, model.config.vocab_size)
+    options.out.mkdir(parents=True, exist_ok=True)  # fails now, not at the end of a long run
     tokens = sum(len(prompt.ids) for prompt in prompts)
     console.print(f"{len(prompts):,} questions of {len(data)} subjects, {tokens:,} tokens")
     began = time.perf_counter()
