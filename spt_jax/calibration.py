@@ -294,7 +294,7 @@ def _fit_coefficients(
     """Scale and shift of the logits, from a grid, that come nearest to the dense output."""
     # what is missing of the dense output is sum_g (1 - c_g) outputs_g over the active blocks, plus
     # a part of the absent ones that does not depend on the coefficients
-    absent = jnp.einsum("tg,tgd->td", 1 - active, outputs - absent_output)
+    absent = _residual(outputs, active, absent_output)
     gram = jnp.einsum("tgd,thd->tgh", outputs, outputs)
     cross = jnp.einsum("tgd,td->tg", outputs, absent)
 
