@@ -26,9 +26,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.pq import reference
-from spt_jax.calibration import fit_sparse_attention, spread
+from spt_jax.calibration import fit_sparse_attention, record_activations, spread
 from spt_jax.config import SparseAttentionConfig
-from spt_jax.layers import Attention, SparseAttention, recording
+from spt_jax.layers import Attention, SparseAttention
 
 Granularity = Literal["token", "tile"]
 
@@ -111,23 +111,16 @@ def record_layers(model: nnx.Module, input_ids: Int[np.ndarray, "B S"]) -> list[
     """Queries and keys of every attention layer, in the model's order.
 
     Args:
-        model: a model of `load_pretrained`, not adapted.
+        model: a model of `load_pretrained`, adapted or not.
         input_ids: rows without padding.
     """
-    graphdef, state = nnx.split(model)
-
-    @jax.jit
-    def run(state: nnx.State, ids: jax.Array) -> list[LayerActivations]:
-        copy = nnx.merge(graphdef, state)
-        with recording() as records:
-            copy(ids)
-        return [
-            LayerActivations(**records[id(module)])
-            for _, module in nnx.iter_modules(copy)
-            if isinstance(module, Attention)
-        ]
-
-    return run(state, jnp.asarray(input_ids))
+    found = record_activations(model, {"input_ids": input_ids}, most=None)
+    modules = dict(nnx.iter_modules(model))
+    return [
+        LayerActivations(*(arrays[n].reshape(*input_ids.shape, *arrays[n].shape[1:]) for n in "qk"))
+        for path, arrays in found.items()
+        if isinstance(modules[path], Attention)
+    ]
 
 
 def fit(layer: LayerActivations, rule: Rule, *, causal: bool, seed: int = 0) -> SparseAttention:

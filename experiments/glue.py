@@ -148,9 +148,14 @@ def build_model(task: GlueTask, method: Method, options: Options, data: Data) ->
     config = options.spt_config(method)
     if config is None:
         return model
-    order = np.random.default_rng(options.seed).permutation(len(data.train))
-    calibration = data.train.take(order[:CALIBRATION_EXAMPLES])
+    calibration = calibration_examples(data, options.seed)
     return spt_jax.adapt(model, config, calibration_batch=calibration.columns, rngs=rngs)
+
+
+def calibration_examples(data: Data, seed: int) -> Examples:
+    """Random training examples to calibrate on."""
+    order = np.random.default_rng(seed).permutation(len(data.train))
+    return data.train.take(order[:CALIBRATION_EXAMPLES])
 
 
 def train_method(

@@ -71,6 +71,8 @@ class Recipe:
     """Examples an optimizer step."""
     accumulation: int = 1
     """Microbatches into which a batch is cut to save memory."""
+    group_by_length: bool = False
+    """Put examples of like length into a batch and pad it less: faster where lengths differ."""
     learning_rate: float | None = None
     """Peak learning rate; by default 1e-3 for spt and lora, and for full 5e-5."""
     lora_learning_rate_multiplier: float = 1.0
@@ -100,6 +102,8 @@ class Recipe:
     """Probability with which an input feature of a LoRA factor is dropped."""
     density: float = 1 / 8
     """Share of the keys that a query attends to."""
+    min_keys: int = spt_jax.SparseAttentionConfig.min_keys
+    """A query attends to at least so many keys."""
     num_blocks: int = 4
     """Blocks of FFN units."""
     active_blocks: int = 2
@@ -139,7 +143,7 @@ class MethodOptions(Recipe):
     def spt_config(self, method: Method) -> spt_jax.SPTConfig | None:
         """What `method` adds to the model; None for nothing."""
         lora = spt_jax.LoRAConfig(rank=self.rank, dropout=self.lora_dropout)
-        attention = spt_jax.SparseAttentionConfig(density=self.density)
+        attention = spt_jax.SparseAttentionConfig(density=self.density, min_keys=self.min_keys)
         ffn = spt_jax.RoutedFFNConfig(num_blocks=self.num_blocks, active_blocks=self.active_blocks)
         spt = spt_jax.SPTConfig(lora=lora, attention=attention, ffn=ffn)
         match method:
@@ -167,6 +171,7 @@ class MethodOptions(Recipe):
             steps=self.steps,
             batch_size=self.batch_size,
             accumulation=self.accumulation,
+            group_by_length=self.group_by_length,
             learning_rate=self.default_learning_rate(method) if rate is None else rate,
             learning_rate_multipliers=LearningRateMultipliers(
                 lora=self.lora_learning_rate_multiplier,

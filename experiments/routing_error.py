@@ -24,9 +24,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from spt_jax.calibration import Routing, fit_routing, random_routing, spread
+from spt_jax.calibration import Routing, fit_routing, random_routing, record_activations, spread
 from spt_jax.config import RoutedFFNConfig
-from spt_jax.layers import FeedForward, RoutedFFN, recording
+from spt_jax.layers import FeedForward, RoutedFFN
 
 Way = Literal["random", "random_blocks", "fitted", "oracle"]
 
@@ -91,14 +91,12 @@ def ffn_inputs(
         Inputs by the path of `dense_ffns`, in the model's compute dtype; `B * S` tokens a layer are
         held at once.
     """
-    inputs = {name: jnp.asarray(array) for name, array in batch.items()}
-    mask = inputs.get("attention_mask", jnp.ones_like(inputs["input_ids"]))
-    tokens = np.flatnonzero(np.asarray(mask))
-    with recording() as records:
-        model(**inputs)
+    found = record_activations(model, batch, most=None)
+    modules = dict(nnx.iter_modules(model))
     return {
-        path: records[id(ffn)]["x"].reshape(mask.size, -1)[tokens]
-        for path, ffn in dense_ffns(model).items()
+        ".".join(map(str, path)): arrays["x"]
+        for path, arrays in found.items()
+        if isinstance(modules[path], FeedForward)
     }
 
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from spt_jax.calibration import (
+    Path,
     Routing,
     fit_routing,
     fit_sparse_attention,
     random_routing,
-    spread,
+    record_activations,
 )
 from spt_jax.config import LoRAConfig, RoutedFFNConfig, SPTConfig
 from spt_jax.layers import (
@@ -26,12 +25,7 @@ from spt_jax.layers import (
     LoRA,
     RoutedFFN,
     SparseAttention,
-    recording,
 )
-
-Path = tuple[Any, ...]  # of a module in the model, as nnx.iter_modules gives it
-
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "segment_ids")
 
 
 def adapt[Model: nnx.Module](
@@ -79,7 +73,7 @@ def adapt[Model: nnx.Module](
     routed: dict[Path, tuple[Routing, RoutedFFNConfig]] = {}
     if config.attention is not None or config.ffn is not None:
         assert calibration_batch is not None  # checked above
-        activations = _activations(model, calibration_batch)
+        activations = record_activations(model, calibration_batch)
         if config.attention is not None:
             for path, attention in attentions.items():
                 sparse[path] = fit_sparse_attention(
@@ -135,32 +129,6 @@ def _check(
                     f"{module.up.out_features} hidden units do not split into "
                     f"num_blocks={config.ffn.num_blocks} blocks"
                 )
-
-
-def _activations(
-    model: nnx.Module, batch: Mapping[str, jax.Array | np.ndarray]
-) -> dict[Path, dict[str, jax.Array]]:
-    """What each layer recorded, at valid tokens of the batch: `{path: {name: [T, ...]}}`."""
-    inputs = {name: jnp.asarray(batch[name]) for name in _INPUTS if batch.get(name) is not None}
-    mask = inputs.get("attention_mask", jnp.ones_like(inputs["input_ids"]))
-    tokens = spread(np.flatnonzero(np.asarray(mask)))
-    graphdef, state = nnx.split(model)
-
-    @jax.jit
-    def run(state: nnx.State) -> dict[Path, dict[str, jax.Array]]:
-        copy = nnx.merge(graphdef, state)
-        with recording() as records:
-            copy(**inputs)
-        return {
-            path: {
-                name: array.reshape(-1, *array.shape[2:])[tokens]
-                for name, array in records[id(module)].items()
-            }
-            for path, module in nnx.iter_modules(copy)
-            if id(module) in records
-        }
-
-    return run(state)
 
 
 def _add_lora(modules: Mapping[Path, nnx.Module], config: LoRAConfig, rngs: nnx.Rngs) -> None:

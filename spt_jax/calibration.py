@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
-from spt_jax.layers import FeedForward, SparseAttention
+from spt_jax.layers import FeedForward, SparseAttention, recording
 from spt_jax.layers.quantizer import kmeans
 
+Path = tuple[Any, ...]  # of a module in a model, as nnx.iter_modules gives it
+
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "segment_ids")
 #: Tokens of the calibration batch, evenly spread, that codebooks, blocks and routers are fitted to.
 CALIBRATION_TOKENS = 4096
 KMEANS_STEPS = 20
@@ -41,6 +45,54 @@ def spread[Rows: (jax.Array, np.ndarray)](rows: Rows, number: int = CALIBRATION_
     if len(rows) <= number:
         return rows
     return rows[np.linspace(0, len(rows) - 1, number).astype(np.int32)]
+
+
+def record_activations(
+    model: nnx.Module,
+    batch: Mapping[str, jax.Array | np.ndarray],
+    *,
+    most: int | None = CALIBRATION_TOKENS,
+) -> dict[Path, dict[str, jax.Array]]:
+    """What each attention layer and dense FFN of a model reads at the valid tokens of a batch.
+
+    Args:
+        model: dense or adapted; not changed.
+        batch: arguments of the model: `input_ids` int `[B, S]` and, optionally, `attention_mask`,
+            `token_type_ids` and `segment_ids`; other columns are left out.
+        most: tokens to keep, evenly spread; None for all.
+
+    Returns:
+        `{path of the module: {name: [T, ...]}}` in the model's order: queries `q` `[T, N, H]` and
+        keys `k` `[T, K, H]` of attention, inputs `x` `[T, D]` of an FFN.
+    """
+    inputs = {name: jnp.asarray(batch[name]) for name in _INPUTS if batch.get(name) is not None}
+    mask = inputs.get("attention_mask", jnp.ones_like(inputs["input_ids"]))
+    tokens = np.flatnonzero(np.asarray(mask))
+    if most is not None:
+        tokens = spread(tokens, most)
+    found = _recorded(*nnx.split(model), inputs, tokens).values()
+    paths = [path for path, _ in nnx.iter_modules(model)]
+    return {path: arrays for path, arrays in zip(paths, found, strict=True) if arrays}
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _recorded(
+    graphdef: nnx.GraphDef[nnx.Module],
+    state: nnx.State,
+    inputs: dict[str, jax.Array],
+    tokens: Int[Array, "T"],
+) -> dict[int, dict[str, jax.Array]]:
+    """What each module records at `tokens`, by its number in the order of `nnx.iter_modules`."""
+    model: Any = nnx.merge(graphdef, state)
+    with recording() as records:
+        model(**inputs)
+    return {
+        number: {
+            name: x.reshape(-1, *x.shape[2:])[tokens]
+            for name, x in records.get(id(module), {}).items()
+        }
+        for number, (_, module) in enumerate(nnx.iter_modules(model))
+    }
 
 
 def fit_sparse_attention(

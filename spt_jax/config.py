@@ -218,6 +218,9 @@ class TrainConfig:
         batch_size: examples an optimizer step.
         accumulation: microbatches into which a batch is cut; divides `batch_size`. The step is
             the same as that of the whole batch and holds the activations of one microbatch.
+        group_by_length: put examples of like length into a batch, and pad it to one of at most
+            four lengths, not to the longest example: faster where lengths differ. A sparse
+            attention keeps a share of the padded length.
         learning_rate: its peak.
         learning_rate_multipliers: factors on it by kind of parameter.
         warmup: linear warm-up from 0; a share of the steps below 1, a number of steps from 1 on.
@@ -246,6 +249,7 @@ class TrainConfig:
     steps: int | None = None
     batch_size: int = 32
     accumulation: int = 1
+    group_by_length: bool = False
     learning_rate: float = 5e-4
     learning_rate_multipliers: LearningRateMultipliers = field(
         default_factory=LearningRateMultipliers

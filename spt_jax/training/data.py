@@ -15,6 +15,11 @@ from jaxtyping import Num
 from tokenizers import Tokenizer
 
 _PAD_TOKENS = ("[PAD]", "<pad>")
+#: Batches whose examples are sorted by length together.
+GROUPED_BATCHES = 16
+#: Sequence lengths at most that batches by length are cut to; a training step is compiled for each.
+MOST_LENGTHS = 4
+_LENGTH_UNIT = 16
 
 
 @dataclass(frozen=True)
@@ -179,23 +184,83 @@ def tokenize(
 
 
 def train_batches(
-    examples: Examples, batch_size: int, *, seed: int
+    examples: Examples, batch_size: int, *, seed: int, group_by_length: bool = False
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Endless batches in a new random order each epoch.
 
     A batch may hold the end of one epoch and the start of the next, so batches are always full
     and every example is seen once an epoch, however many there are.
 
+    Args:
+        examples: what to draw from.
+        batch_size: examples of a batch.
+        seed: of the order.
+        group_by_length: sort the examples of 16 batches by length before they are cut into
+            batches, which then come in random order, each cut to the first of `batch_lengths` that
+            holds it.
+
     Returns:
         An iterator with `get_state` and `set_state`; the state is a JSON object.
     """
+    lengths, valid = batch_lengths(examples), _valid_lengths(examples.columns["attention_mask"])
 
     def gather(indices: np.ndarray) -> dict[str, np.ndarray]:
-        return _with_weight(examples.take(indices))
+        batch = _with_weight(examples.take(indices))
+        if not group_by_length:
+            return batch
+        longest = valid[indices].max()
+        return cut_batch(batch, next(n for n in lengths if n >= longest))
 
-    dataset = grain.MapDataset.range(len(examples)).shuffle(seed).repeat().batch(batch_size)
+    order = grain.MapDataset.range(len(examples)).shuffle(seed).repeat()
+    if group_by_length:
+        windows = order.batch(batch_size * GROUPED_BATCHES)
+        by_length = _BatchesByLength(valid, seed)
+        batches = grain.experimental.FlatMapMapDataset(windows, by_length)
+    else:
+        batches = order.batch(batch_size)
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(dataset.map(gather).to_iter_dataset(options))
+    return iter(batches.map(gather).to_iter_dataset(options))
+
+
+def batch_lengths(examples: Examples) -> tuple[int, ...]:
+    """Sequence lengths of batches grouped by length: a few, about evenly spaced, the last is S.
+
+    Example:
+        >>> columns = {"input_ids": np.ones((1, 128)), "label": np.ones(1)}
+        >>> batch_lengths(Examples({**columns, "attention_mask": columns["input_ids"]}, "x"))
+        (32, 64, 96, 128)
+    """
+    full = examples.length
+    step = -(-full // (MOST_LENGTHS * _LENGTH_UNIT)) * _LENGTH_UNIT
+    return (*range(step, full, step), full)
+
+
+class _BatchesByLength(grain.experimental.FlatMapTransform):
+    """Cuts the indices of a window into batches of examples of like length, in random order."""
+
+    max_fan_out = GROUPED_BATCHES
+
+    def __init__(self, lengths: np.ndarray, seed: int) -> None:
+        self._lengths = lengths
+        self._seed = seed
+
+    def flat_map(self, element: np.ndarray) -> Sequence[np.ndarray]:
+        ordered = element[np.argsort(self._lengths[element], kind="stable")]
+        rng = np.random.default_rng([self._seed, *element])
+        return list(rng.permutation(ordered.reshape(GROUPED_BATCHES, -1)))
+
+
+def _valid_lengths(mask: np.ndarray) -> np.ndarray:
+    """Positions up to the last valid one of each row."""
+    return np.where(mask.any(1), mask.shape[1] - np.argmax(mask[:, ::-1] != 0, axis=1), 0)
+
+
+def cut_batch(batch: Mapping[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+    """The first `length` positions of all columns that have positions."""
+    full = batch["attention_mask"].shape[1]
+    return {
+        name: x[:, :length] if x.ndim > 1 and x.shape[1] == full else x for name, x in batch.items()
+    }
 
 
 def eval_batches(examples: Examples, batch_size: int) -> Iterator[dict[str, np.ndarray]]:

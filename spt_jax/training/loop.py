@@ -24,7 +24,13 @@ from tqdm import tqdm
 
 from spt_jax.config import TrainConfig
 from spt_jax.training.checkpoint import Checkpoints, weights_fingerprint
-from spt_jax.training.data import Examples, eval_batches, train_batches
+from spt_jax.training.data import (
+    Examples,
+    batch_lengths,
+    cut_batch,
+    eval_batches,
+    train_batches,
+)
 from spt_jax.training.metrics import evaluation_metrics
 from spt_jax.training.objectives import Objective
 from spt_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -71,14 +77,16 @@ class TrainResult:
         metrics_step: the step they were taken at.
         best_step: step of the best evaluation.
         train_loss: mean over the last steps, 200 at most.
-        step_ms: median time of a step over the last steps, without compilation and evaluation.
+        step_ms: median time of a step over the last steps, without compilation and evaluation;
+            with `group_by_length` these are steps of different lengths.
         tokens_per_s: tokens that are not padding, over the last steps.
         padded_tokens_per_s: all positions, padding included.
-        compile_s: time to compile the step.
+        compile_s: time to compile the step, with `group_by_length` for each length.
         wall_s: time of this call.
         peak_bytes: highest memory use of the device if this run set it, else the compiler's.
         peak_bytes_source: "device" or "compiler".
-        compiled_peak_bytes: what the compiler plans for a step: arguments, outputs, temporaries.
+        compiled_peak_bytes: what the compiler plans for a step, the longest: arguments, outputs,
+            temporaries.
         trainable_parameters: scalars that train.
         total_parameters: scalars of all parameters.
     """
@@ -178,7 +186,9 @@ def train(
         opt_state=optimizer.init(parts.params),
         key=jax.random.key(config.seed),
     )
-    batches = train_batches(train_data, config.batch_size, seed=config.seed)
+    batches = train_batches(
+        train_data, config.batch_size, seed=config.seed, group_by_length=config.group_by_length
+    )
     progress = _Progress()
 
     with checkpoints, _stop_signal() as stop:
@@ -203,9 +213,12 @@ def train(
             accumulation=config.accumulation,
             dropout=config.dropout,
         )
-        sample = next(eval_batches(train_data, config.batch_size))
+        jitted = jax.jit(run_step, donate_argnums=0)
         compiling = time.perf_counter()
-        compiled = jax.jit(run_step, donate_argnums=0).lower(state, parts.frozen, sample).compile()
+        compiled = {
+            sample["input_ids"].shape[1]: jitted.lower(state, parts.frozen, sample).compile()
+            for sample in _samples(train_data, config)
+        }
         compile_s = time.perf_counter() - compiling
         evaluate_splits = partial(
             _evaluate,
@@ -225,13 +238,13 @@ def train(
                 nonlocal mark, under_way
                 if under_way is None:
                     return
-                number, tokens, on_device = under_way
+                number, mask, on_device = under_way
                 under_way = None
                 values = {name: x.item() for name, x in jax.device_get(on_device).items()}
                 now = time.perf_counter()
                 if not values.pop("finite"):
                     raise NonFiniteLoss(_not_finite(number, values, checkpoints))
-                progress.add_step(values["loss"], tokens, (now - mark) * 1e3)
+                progress.add_step(values["loss"], mask, (now - mark) * 1e3)
                 mark = now
                 report.step(number, values, progress)
 
@@ -268,10 +281,11 @@ def train(
                         break
                     mark = time.perf_counter()
                 batch = next(batches)
-                state, on_device = compiled(state, parts.frozen, batch)
+                run_compiled = compiled[batch["input_ids"].shape[1]]
+                state, on_device = run_compiled(state, parts.frozen, batch)
                 step += 1
                 settle()  # the step before: the device always has the next one at hand
-                under_way = step, int(np.sum(batch["attention_mask"])), on_device
+                under_way = step, batch["attention_mask"], on_device
 
         checkpoints.wait()
         best = config.result == "best"
@@ -279,13 +293,12 @@ def train(
             state, _ = checkpoints.restore(progress.best_step, state)
     write_back(model, state.params)
 
-    compiled_peak = _compiled_peak_bytes(compiled)
+    compiled_peak = max(map(_compiled_peak_bytes, compiled.values()))
     device_peak = _device_peak_bytes()
     peak, source = compiled_peak, "compiler"
     if device_peak is not None and device_peak > (peak_before or 0):
         peak, source = device_peak, "device"
     seconds = sum(progress.step_ms) / 1e3
-    positions = config.batch_size * train_data.length * len(progress.step_ms)
     return TrainResult(
         steps=step,
         epochs=step * config.batch_size / len(train_data),
@@ -297,7 +310,7 @@ def train(
         train_loss=statistics.fmean(progress.losses),
         step_ms=statistics.median(progress.step_ms),
         tokens_per_s=sum(progress.tokens) / seconds,
-        padded_tokens_per_s=positions / seconds,
+        padded_tokens_per_s=sum(progress.positions) / seconds,
         compile_s=compile_s,
         wall_s=time.perf_counter() - began,
         peak_bytes=peak,
@@ -364,10 +377,12 @@ class _Progress:
     losses: list[float] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
 
-    def add_step(self, loss: float, tokens: int, ms: float) -> None:
+    def add_step(self, loss: float, mask: np.ndarray, ms: float) -> None:
         self.losses = [*self.losses, loss][-_REMEMBERED:]
-        self.tokens = [*self.tokens, tokens][-_REMEMBERED:]
+        self.tokens = [*self.tokens, int(np.sum(mask))][-_REMEMBERED:]
+        self.positions = [*self.positions, mask.size][-_REMEMBERED:]
         self.step_ms = [*self.step_ms, ms][-_REMEMBERED:]
 
     def add_evaluation(self, step: int, metrics: dict[str, float], monitor: str) -> None:
@@ -453,6 +468,13 @@ def _evaluate(
         found = evaluation_metrics(names, loss, predicted, examples.columns["label"])
         values |= {name + (f"_{split}" if split else ""): value for name, value in found.items()}
     return values
+
+
+def _samples(examples: Examples, config: TrainConfig) -> Iterator[dict[str, np.ndarray]]:
+    """A batch of each sequence length that training may meet."""
+    sample = next(eval_batches(examples, config.batch_size))
+    lengths = batch_lengths(examples) if config.group_by_length else (examples.length,)
+    return (cut_batch(sample, length) for length in lengths)
 
 
 def _monitor(config: TrainConfig, splits: Mapping[str, Examples], metrics: Sequence[str]) -> str:

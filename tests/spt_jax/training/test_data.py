@@ -7,6 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from spt_jax.training import Examples, check_labels, eval_batches, tokenize, train_batches
+from spt_jax.training.data import GROUPED_BATCHES, batch_lengths, cut_batch
 from tests.spt_jax.training.toy import examples
 
 WORDS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "b", "c", "d")
@@ -149,6 +150,71 @@ def test_iterator_state_is_json_and_continues_the_stream():
     assert labels(train_batches(numbered(10), 4, seed=4), 3) != labels(
         train_batches(numbered(10), 4, seed=3), 3
     )
+
+
+def of_lengths(lengths, full=64):
+    """Examples whose only label is their number."""
+    mask = (np.arange(full) < np.asarray(lengths)[:, None]).astype(np.int32)
+    label = np.arange(len(lengths), dtype=np.int32)
+    return Examples({"input_ids": mask * 7, "attention_mask": mask, "label": label}, "lengths")
+
+
+def test_batches_by_length_hold_like_examples_and_are_cut_to_them():
+    lengths = np.random.default_rng(0).integers(1, 65, 4 * GROUPED_BATCHES)
+    batches = train_batches(of_lengths(lengths), 4, seed=1, group_by_length=True)
+    found = [next(batches) for _ in range(2 * GROUPED_BATCHES)]
+    for batch in found:
+        valid = batch["attention_mask"].sum(1)
+        np.testing.assert_array_equal(valid, lengths[batch["label"]])
+        length = batch["input_ids"].shape[1]
+        assert batch["attention_mask"].shape == (4, length)
+        assert length - 16 < valid.max() <= length
+        assert length in (16, 32, 48, 64)
+        assert valid.max() - valid.min() < 16
+    for epoch in found[:GROUPED_BATCHES], found[GROUPED_BATCHES:]:
+        seen = np.concatenate([batch["label"] for batch in epoch])
+        np.testing.assert_array_equal(np.sort(seen), np.arange(len(lengths)))
+    mean = [batch["attention_mask"].sum(1).mean() for batch in found[:GROUPED_BATCHES]]
+    assert (np.diff(mean) < 0).any()  # not from the shortest to the longest
+
+
+def test_batches_by_length_go_on_from_their_state():
+    data = of_lengths(np.random.default_rng(0).integers(1, 65, 50))
+    batches = train_batches(data, 4, seed=3, group_by_length=True)
+    for _ in range(21):
+        next(batches)
+    again = train_batches(data, 4, seed=3, group_by_length=True)
+    again.set_state(json.loads(json.dumps(batches.get_state())))
+    for _ in range(30):
+        expected, found = next(batches), next(again)
+        assert expected.keys() == found.keys()
+        for name, column in expected.items():
+            np.testing.assert_array_equal(found[name], column)
+
+
+@pytest.mark.parametrize(
+    ("full", "expected"),
+    [
+        (8, (8,)),
+        (16, (16,)),
+        (48, (16, 32, 48)),
+        (64, (16, 32, 48, 64)),
+        (100, (32, 64, 96, 100)),
+        (512, (128, 256, 384, 512)),
+    ],
+)
+def test_lengths_of_batches(full, expected):
+    assert batch_lengths(of_lengths([full], full)) == expected
+
+
+def test_cutting_leaves_columns_without_positions():
+    full = {"attention_mask": np.ones((2, 8)), "label": np.zeros(2), "weight": np.ones((2, 8))}
+    cut = cut_batch(full, 3)
+    assert {name: x.shape for name, x in cut.items()} == {
+        "attention_mask": (2, 3),
+        "label": (2,),
+        "weight": (2, 3),
+    }
 
 
 def test_eval_batches_are_in_order_and_filled_with_weight_zero():

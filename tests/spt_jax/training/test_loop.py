@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import threading
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -233,6 +234,30 @@ def test_remat_changes_the_program_but_not_the_result(straight, tmp_path):
     assert result.train_loss == pytest.approx(straight[1].train_loss, rel=1e-4)
     with pytest.raises(ValueError, match="Linear has no option remat"):
         run(tmp_path / "none", config, model=nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+
+
+def test_batches_by_length(tmp_path):
+    data = examples(100)
+    columns = {name: np.repeat(x, 4, 1) if x.ndim > 1 else x for name, x in data.columns.items()}
+    config = replace(CONFIG, group_by_length=True, steps=36, eval_every=12)
+    long = replace(data, columns=columns)
+    assert long.length == 64
+    straight, model = run(tmp_path / "straight", config, data=long)
+    dense, _ = run(tmp_path / "dense", replace(config, group_by_length=False), data=long)
+    assert straight.metrics["matthews"] > 0.5
+    assert straight.padded_tokens_per_s / straight.tokens_per_s < (
+        0.9 * dense.padded_tokens_per_s / dense.tokens_per_s
+    )
+    assert straight.compiled_peak_bytes == dense.compiled_peak_bytes  # the longest length
+
+    def stop(message):
+        if message.startswith("step 17/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run(tmp_path / "stopped", config, data=long, log=stop)
+    resumed, other = run(tmp_path / "stopped", config, data=long, resume=True)
+    assert outcome(resumed, other) == outcome(straight, model)
 
 
 def test_training_split_smaller_than_a_batch(tmp_path):
