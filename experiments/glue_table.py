@@ -39,6 +39,7 @@ from experiments import cli, glue
 from experiments.glue import Data, Inputs, load_data, named_task, read_model_config, train_method
 from experiments.glue_tasks import TASKS
 from experiments.methods import DESCRIPTIONS, Method, Recipe, parse_methods, write_metrics
+from spt_jax.config import SparseAttentionConfig
 from spt_jax.training import (
     Interrupted,
     NonFiniteLoss,
@@ -84,6 +85,12 @@ class Options(Inputs, Recipe):
     """Seeds, separated by commas."""
     long_task_steps: int | None = 500
     """Steps of sst2, qqp, mnli and qnli, in place of --epochs; None trains them as the others."""
+    eval_every: int | None = 1_000_000
+    """Steps between evaluations; as it is, each cell is evaluated at its end."""
+    group_by_length: bool = True
+    """Put examples of like length into a batch and pad it less: faster where lengths differ."""
+    min_keys: int = 8
+    """A query attends to at least so many keys: the share --density of 64."""
     max_length: int | None = 64
     """Longer examples are cut; None takes what experiments.glue takes."""
     out: Path = Path("runs/glue-table")
@@ -477,8 +484,8 @@ def command(options: Options) -> str:
     """The command that fills the table; options at their defaults are left out.
 
     Example:
-        >>> command(Options(seeds="0,1", out=Path("elsewhere")))
-        'python -m experiments.glue_table --data-dir DIR --seeds 0,1'
+        >>> command(Options(seeds="0,1", group_by_length=False, out=Path("elsewhere")))
+        'python -m experiments.glue_table --data-dir DIR --seeds 0,1 --no-group-by-length'
     """
     words = ["python", "-m", "experiments.glue_table", "--data-dir", "DIR"]
     for option in fields(options):
@@ -486,9 +493,11 @@ def command(options: Options) -> str:
         local = option.name in ("data_dir", "out", "report", "report_only", "overwrite")
         if local or value == option.default:
             continue
-        words.append(f"--{option.name.replace('_', '-')}")
-        if value is not True:
-            words.append(str(value))
+        name = option.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", str(value)]
     return shlex.join(words)
 
 
@@ -504,6 +513,7 @@ def _conditions(options: Options, cells: Finished) -> list[str]:
         if cell.method not in rates.setdefault(rate, []):
             rates[rate].append(cell.method)
     length = options.max_length or glue.DEFAULT_MAX_LENGTH
+    attention = SparseAttentionConfig(density=options.density, min_keys=options.min_keys)
     lines = [
         f"Model {options.model}, {options.dtype}; batches of {options.batch_size}, texts of at "
         f"most {length} tokens; seeds {options.seeds}.",
@@ -514,7 +524,8 @@ def _conditions(options: Options, cells: Finished) -> list[str]:
         f"{options.codebook_learning_rate_multiplier:g}, head "
         f"{options.head_learning_rate_multiplier:g}.",
         f"LoRA rank {options.rank}, dropout {options.lora_dropout:g}; "
-        f"{options.active_blocks} of {options.num_blocks} blocks; density {options.density:g}.",
+        f"{options.active_blocks} of {options.num_blocks} blocks; density {options.density:g}, "
+        f"{attention.num_keys(length)} keys of {length}, at least {attention.min_keys}.",
     ]
     for task in options.task_names:
         of_task = {c: r for c, r in cells.items() if c.task == task}
