@@ -26,6 +26,7 @@ import csv
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +51,7 @@ from experiments.attention_capture import (
 )
 from experiments.corpora import cpython_documentation
 from experiments.methods import write_metrics
+from experiments.reports import how, page
 from experiments.routing_error import (
     RoutingError,
     Way,
@@ -62,6 +64,7 @@ from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
 from spt_jax.layers import Attention, SparseAttention
 from spt_jax.models.config import read_config
 from spt_jax.models.hub import find_files
+from spt_jax.training import environment, write_text_atomic
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -106,6 +109,8 @@ class Options:
     """Seed of k-means, random blocks and random routers."""
     out: Path = Path("runs/capture")
     """Folder for the tables, plots and metrics.json."""
+    report: Path | None = None
+    """Markdown file that gets the tables, and how they were made."""
 
     def check(self) -> None:
         """Raise a ValueError for any mistake in the options."""
@@ -266,7 +271,7 @@ def attention_tables(found: Sequence[tuple[float, Capture]]) -> Iterator[Table]:
                 key = (f"{density:g}", *group, rule_name(rule))
                 rows.setdefault(key, {})[capture.causal] = capture
         block = f" of {found[0][1].rule.block_q} queries" if granularity == "tile" else ""
-        table = Table(title=f"attention mass kept, by {granularity}{block}")
+        table = Table(title=f"Attention mass kept, by {granularity}{block}")
         for header in ("density", *(["group"] if granularity == "tile" else []), "rule"):
             table.add_column(header)
         for causal in directions:
@@ -284,7 +289,7 @@ def attention_tables(found: Sequence[tuple[float, Capture]]) -> Iterator[Table]:
 
 def ffn_table(found: FFNErrors) -> Table:
     """Mean errors over layers."""
-    table = Table(title="relative error of the routed FFN's output, mean of layers")
+    table = Table(title="Relative error of the routed FFN's output, mean of layers")
     for header in ("blocks", "active", "routing"):
         table.add_column(header)
     for header in ("error", "centred", "of a token", "busiest block"):
@@ -449,8 +454,19 @@ def main() -> None:
     jax.clear_caches()
     ffn = measure_ffn(options, ids, model=model)
     console = Console(width=None if sys.stdout.isatty() else 140)
-    for table in (*attention_tables(attention), ffn_table(ffn)):
+    tables = [*attention_tables(attention), ffn_table(ffn)]
+    for table in tables:
         console.print(table)
+    if options.report is not None:
+        conditions = how(
+            "experiments.capture",
+            options,
+            f"Model {options.model}; attention on {options.rows} rows of {options.length} tokens, "
+            f"FFN on {options.ffn_rows} of {options.ffn_length}; fitted to as many others.",
+            environment=environment(),
+            date=datetime.now(UTC).date().isoformat(),
+        )
+        write_text_atomic(options.report, page("What sparsity keeps", *tables, conditions))
     write_tables(options.out, attention, ffn)
     plot_densities(options.out / "attention.png", attention)
     plot_heads(options.out / "heads.png", attention)

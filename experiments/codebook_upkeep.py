@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ import matplotlib
 import numpy as np
 import tyro
 from flax import nnx
+from jaxtyping import Array, Bool, Float, UInt8
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -39,11 +41,18 @@ from experiments import cli, glue
 from experiments.attention_capture import LayerActivations, Rule, measure, record_layers
 from experiments.glue_tasks import GlueTask
 from experiments.methods import Recipe, write_metrics
+from experiments.reports import how, page
 from pallas_kernels import pq_encode
 from spt_jax.calibration import CALIBRATION_TOKENS, fit_sparse_attention, record_activations
 from spt_jax.layers import Attention, SparseAttention
-from spt_jax.layers.quantizer import ema_update
-from spt_jax.training import Examples, cross_entropy, mean_squared_error, supervised
+from spt_jax.training import (
+    Examples,
+    cross_entropy,
+    environment,
+    mean_squared_error,
+    supervised,
+    write_text_atomic,
+)
 from spt_jax.training.data import train_batches
 from spt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from spt_jax.training.step import Partition, TrainState, partition, train_step
@@ -66,6 +75,8 @@ class Options(glue.Inputs, Recipe):
     """Optimizer steps, in place of --epochs."""
     batch_size: int = 16
     """Examples an optimizer step."""
+    codebook_loss_weight: float = 0.01
+    """Weight of the codebook loss."""
     min_keys: int = 1
     """A query keeps at least so many keys; the default leaves --density alone to decide."""
     measure_every: int = 250
@@ -80,6 +91,8 @@ class Options(glue.Inputs, Recipe):
     """Seed of fresh weights, k-means and the order of examples."""
     out: Path = Path("runs/codebook-upkeep")
     """Folder of the plot and of metrics.json."""
+    report: Path | None = None
+    """Markdown file that gets the table, and how it was made."""
 
     def training(self) -> glue.Options:
         """The options with which `experiments.glue` would train the same model."""
@@ -120,6 +133,50 @@ def layer_tokens(
     return [
         LayerActivations(arrays["q"], arrays["k"]) for arrays in found.values() if "q" in arrays
     ]
+
+
+def ema_update(
+    codebooks: Float[Array, "K M E C"],
+    counts: Float[Array, "K M E"],
+    x: Float[Array, "B S N H"],
+    codes: UInt8[Array, "B S N M"],
+    mask: Bool[Array, "B S"] | None = None,
+    *,
+    decay: float = 0.99,
+) -> tuple[Float[Array, "K M E C"], Float[Array, "K M E"]]:
+    """One exponential-moving-average k-means step.
+
+    With n_e vectors of sum s_e assigned to codeword e: counts' = decay counts + (1 - decay) n,
+    codebooks' = (decay counts codebooks + (1 - decay) s) / counts'. A codeword that has never had a
+    vector stays where it is.
+
+    Args:
+      codebooks: Codewords.
+      counts: Running number of vectors of each codeword.
+      x: Vectors; head n uses codebook n // (N // K).
+      codes: Their codes, as `pq_encode` returns them.
+      mask: False where a token is padding; None for none.
+      decay: Share of the old averages that stays, in [0, 1).
+
+    Returns:
+      New codebooks and counts.
+
+    References:
+      van den Oord et al., "Neural Discrete Representation Learning", arXiv 1711.00937, appendix A.
+    """
+    batch, length, heads, _ = x.shape
+    kv_heads, spaces, num_codewords, codeword_width = codebooks.shape
+    groups = (batch, length, kv_heads, heads // kv_heads, spaces)
+    members = jax.nn.one_hot(codes.reshape(groups), num_codewords)
+    if mask is not None:
+        members = jnp.where(mask[:, :, None, None, None, None], members, 0)
+    vectors = jax.lax.stop_gradient(x).astype(jnp.float32).reshape(*groups, codeword_width)
+    sums = jnp.einsum("bskrme,bskrmc->kmec", members, vectors)
+    new_counts = decay * counts + (1 - decay) * members.sum((0, 1, 3))
+    totals = (decay * counts)[..., None] * codebooks + (1 - decay) * sums
+    seen = new_counts > 0
+    means = totals / jnp.where(seen, new_counts, 1)[..., None]
+    return jnp.where(seen[..., None], means, codebooks).astype(codebooks.dtype), new_counts
 
 
 class MovingAverages:
@@ -261,7 +318,7 @@ def current(parts: Partition, state: TrainState) -> nnx.Module:
 
 def results_table(found: Mapping[int, Shares], losses: Mapping[int, float]) -> Table:
     """One row a measurement."""
-    table = Table(title="attention mass kept while a model trains, mean of layers and heads")
+    table = Table(title="Attention mass kept while a model trains, mean of layers and heads")
     for header in ("step", *UPKEEPS, "oracle", "train loss"):
         table.add_column(header, justify="right")
     for step, shares in found.items():
@@ -296,7 +353,19 @@ def main() -> None:
         found[step], losses[step] = shares, loss
         shown = ", ".join(f"{name} {share:.4f}" for name, share in shares.items())
         tqdm.write(f"step {step}: {shown}", file=sys.stderr)
-    Console(width=None if sys.stdout.isatty() else 120).print(results_table(found, losses))
+    table = results_table(found, losses)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    if options.report is not None:
+        conditions = how(
+            "experiments.codebook_upkeep",
+            options,
+            f"Model {options.model}, task {options.task}; batches of {options.batch_size}, texts "
+            f"of at most {data.train.length} tokens; density {options.density:g}; measured on "
+            f"{options.rows} of the longest rows; in brackets the share of the oracle's mass.",
+            environment=environment(),
+            date=datetime.now(UTC).date().isoformat(),
+        )
+        write_text_atomic(options.report, page("Upkeep of codebooks", table, conditions))
     plot(options.out / "capture.png", found)
     last = found[max(found)]
     figures = {f"capture_{name}": share for name, share in last.items()}
@@ -306,7 +375,6 @@ def main() -> None:
         options,
         figures,
         steps=[{"step": step, **shares} for step, shares in found.items()],
-        spt=asdict(options.training().spt_config("spt")),  # type: ignore[call-overload]
     )
 
 

@@ -20,7 +20,6 @@ after each cell, with the missing ones marked.
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 import statistics
 import sys
@@ -39,6 +38,7 @@ from experiments import cli, glue
 from experiments.glue import Data, Inputs, load_data, named_task, read_model_config, train_method
 from experiments.glue_tasks import TASKS
 from experiments.methods import DESCRIPTIONS, Method, Recipe, parse_methods, write_metrics
+from experiments.reports import bullets, command, machine, page, versions
 from spt_jax.config import SparseAttentionConfig
 from spt_jax.training import (
     Interrupted,
@@ -421,19 +421,14 @@ def score_lines(options: Options, rows: Mapping[Method, Row]) -> Lines:
     return lines
 
 
-def cost_lines(options: Options, rows: Mapping[Method, Row]) -> Lines:
-    """Step times, memory and parameters."""
-    lines = [
-        ["method", *(f"{task} step ms" for task in options.task_names), "peak MB", "trainable"]
-    ]
+def cost_lines(rows: Mapping[Method, Row], *, times: bool = True) -> Lines:
+    """Memory and parameters, and the median step over tasks where `times` is set."""
+    lines = [["method", *["step ms"] * times, "peak MB", "trainable parameters"]]
     for method, row in rows.items():
-        times = [
-            f"{row.step_ms[task]:.0f}" if task in row.step_ms else MISSING
-            for task in options.task_names
-        ]
+        step = f"{statistics.fmean(row.step_ms.values()):.0f}" if row.step_ms else MISSING
         memory = MISSING if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}"
         trained = MISSING if row.trainable_parameters is None else f"{row.trainable_parameters:,}"
-        lines.append([method, *times, memory, trained])
+        lines.append([method, *[step] * times, memory, trained])
     return lines
 
 
@@ -447,62 +442,31 @@ def terminal_table(title: str, lines: Lines) -> Table:
     return table
 
 
-def markdown_table(lines: Lines) -> str:
-    """For the report."""
-    header, *body = lines
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *body])
-
-
 def write_report(path: Path, options: Options, cells: Finished) -> None:
-    """Write the page: the table, what it cost, and how it was made; all from finished cells."""
+    """Write the page: the table, memory, and how it was made; all from finished cells.
+
+    Step times are left out: over the hours that a table takes, machines change their speed.
+    """
     rows = summarize(options, cells)
     missing = [str(cell) for cell in options.cells if cell not in cells]
-    parts = [
-        "# SPT, LoRA and full fine-tuning on GLUE",
+    parts: list[str | Table] = [
         "Scores on the validation sets, in points: "
         + ", ".join(f"{t} {' and '.join(named_task(t).metrics)}" for t in options.task_names)
         + ". Two metrics count by their mean. ± is the sample standard deviation over seeds; "
         f"`to {BASELINE}` is the difference of averages to it, seed by seed.",
-        markdown_table(score_lines(options, rows)),
-        _bullets(f"`{method}`: {DESCRIPTIONS[method]}" for method in options.method_names),
+        terminal_table("", score_lines(options, rows)),
+        bullets(f"`{method}`: {DESCRIPTIONS[method]}" for method in options.method_names),
     ]
     if missing:
         parts.append(f"Not finished: {len(missing)} of {len(options.cells)} cells.")
     parts += [
-        "## Cost",
-        "The median time of a step, without compilation and evaluation, and the memory that the "
-        "compiler plans for it: parameters, optimizer state and temporaries.",
-        markdown_table(cost_lines(options, rows)),
+        terminal_table("Memory", cost_lines(rows, times=False)),
+        "What the compiler plans for a step: parameters, optimizer state and temporaries.",
         "## How it was made",
-        f"```sh\n{command(options)}\n```",
-        _bullets(_conditions(options, cells)),
+        f"```sh\n{command('experiments.glue_table', options)}\n```",
+        bullets(_conditions(options, cells)),
     ]
-    write_text_atomic(path, "\n\n".join(parts) + "\n")
-
-
-def command(options: Options) -> str:
-    """The command that fills the table; options at their defaults are left out.
-
-    Example:
-        >>> command(Options(seeds="0,1", group_by_length=False, out=Path("elsewhere")))
-        'python -m experiments.glue_table --data-dir DIR --seeds 0,1 --no-group-by-length'
-    """
-    words = ["python", "-m", "experiments.glue_table", "--data-dir", "DIR"]
-    for option in fields(options):
-        value = getattr(options, option.name)
-        local = option.name in ("data_dir", "out", "report", "report_only", "overwrite")
-        if local or value == option.default:
-            continue
-        name = option.name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            words += [f"--{name}", str(value)]
-    return shlex.join(words)
-
-
-def _bullets(lines: Iterable[str]) -> str:
-    return "\n".join(f"* {line}" for line in lines)
+    write_text_atomic(path, page("SPT, LoRA and full fine-tuning on GLUE", *parts))
 
 
 def _conditions(options: Options, cells: Finished) -> list[str]:
@@ -541,22 +505,10 @@ def _conditions(options: Options, cells: Finished) -> list[str]:
         f"Trained {' to '.join(sorted({dates[0], dates[-1]}))}."
         if dates
         else "No cell is finished.",
-        f"Machine: {_distinct_texts(map(_machine, records)) or MISSING}.",
-        f"Versions: {_distinct_texts(map(_versions, records)) or MISSING}.",
+        f"Machine: {_distinct_texts(map(machine, records)) or MISSING}.",
+        f"Versions: {_distinct_texts(map(versions, records)) or MISSING}.",
     ]
     return lines
-
-
-def _machine(record: Mapping[str, Any]) -> str:
-    device = record["device"]
-    if device["platform"] != "cpu":
-        return f"{device['count']} {device['kind']}"
-    return f"{device['cpu_model']}, {device['cpu_cores']} cores, no GPU"
-
-
-def _versions(record: Mapping[str, Any]) -> str:
-    versions = {"Python": record["python"], **record["versions"]}
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _distinct_texts(texts: Iterable[str]) -> str:
@@ -583,7 +535,7 @@ def main() -> None:
         cells = train_cells(options, cells, console, report)
     rows = summarize(options, cells)
     console.print(terminal_table("GLUE, validation, points", score_lines(options, rows)))
-    console.print(terminal_table("cost", cost_lines(options, rows)))
+    console.print(terminal_table("cost", cost_lines(rows)))
     write_metrics(
         options.out,
         "glue_table",

@@ -80,7 +80,7 @@ class Recipe:
     router_learning_rate_multiplier: float = 0.01
     """Factor on the learning rate of FFN routers."""
     codebook_learning_rate_multiplier: float = 1.0
-    """Factor on the learning rate of codewords."""
+    """Factor on the learning rate of codewords, which train with --codebook-loss-weight alone."""
     head_learning_rate_multiplier: float = 1.0
     """Factor on the learning rate of the task head."""
     warmup: float = 0.06
@@ -104,6 +104,8 @@ class Recipe:
     """Share of the keys that a query attends to."""
     min_keys: int = spt_jax.SparseAttentionConfig.min_keys
     """A query attends to at least so many keys."""
+    codebook_loss_weight: float = spt_jax.SparseAttentionConfig.codebook_loss_weight
+    """Weight of the paper's codebook loss, there 0.01; 0 leaves codebooks as they were fitted."""
     num_blocks: int = 4
     """Blocks of FFN units."""
     active_blocks: int = 2
@@ -143,7 +145,11 @@ class MethodOptions(Recipe):
     def spt_config(self, method: Method) -> spt_jax.SPTConfig | None:
         """What `method` adds to the model; None for nothing."""
         lora = spt_jax.LoRAConfig(rank=self.rank, dropout=self.lora_dropout)
-        attention = spt_jax.SparseAttentionConfig(density=self.density, min_keys=self.min_keys)
+        attention = spt_jax.SparseAttentionConfig(
+            density=self.density,
+            min_keys=self.min_keys,
+            codebook_loss_weight=self.codebook_loss_weight,
+        )
         ffn = spt_jax.RoutedFFNConfig(num_blocks=self.num_blocks, active_blocks=self.active_blocks)
         spt = spt_jax.SPTConfig(lora=lora, attention=attention, ffn=ffn)
         match method:

@@ -89,7 +89,9 @@ class SparseAttentionConfig:
         rule: how codes score a key; "inner_product" or the paper's "match_count".
         codeword_width: width C of a codeword; divides the head width.
         num_codewords: codewords E in a subspace, at most 256.
-        codebook_loss_weight: weight of the codebook loss in the training loss.
+        codebook_loss_weight: weight of the paper's codebook loss in the training loss; the paper
+            takes 0.01. With 0 codebooks stay as they were fitted, which over 1,000 steps keeps as
+            much of the attention and costs nothing (`python -m experiments.codebook_upkeep`).
         codebook_loss_tokens: tokens of a batch, evenly spread, on which that loss is taken.
         implementation: kernels to use; None picks the best for the device.
     """
@@ -103,7 +105,7 @@ class SparseAttentionConfig:
     rule: Literal["inner_product", "match_count"] = "inner_product"
     codeword_width: int = 2
     num_codewords: int = 16
-    codebook_loss_weight: float = 0.01
+    codebook_loss_weight: float = 0.0
     codebook_loss_tokens: int = 256
     implementation: Implementation | None = None
 
@@ -113,6 +115,14 @@ class SparseAttentionConfig:
         _require(
             2 <= self.num_codewords <= 256,
             f"num_codewords must lie in 2..256 (codes are uint8), got {self.num_codewords}",
+        )
+        _require(
+            math.isfinite(self.codebook_loss_weight) and self.codebook_loss_weight >= 0,
+            f"codebook_loss_weight must be at least 0, got {self.codebook_loss_weight}",
+        )
+        _require(
+            self.codebook_loss_tokens >= 1,
+            f"codebook_loss_tokens must be at least 1, got {self.codebook_loss_tokens}",
         )
         _require(
             self.granularity in ("auto", "token", "tile"),

@@ -151,7 +151,7 @@ class SparseAttention(nnx.Module):
         segment_ids: Int[Array, "B S"] | None = None,
         capacity: int | None = None,
     ) -> tuple[Float[Array, "B S N H"], AuxLosses]:
-        """Attention output, and the codebook loss summed over valid tokens.
+        """Attention output and, where it has a weight, the codebook loss summed over valid tokens.
 
         Density and granularity are those of a sequence of `capacity` positions, by default S.
         """

@@ -1,4 +1,4 @@
-"""Product-quantization codebooks: k-means initialisation and two ways to keep them trained."""
+"""Product-quantization codebooks: k-means initialisation, and the loss that trains them."""
 
 from __future__ import annotations
 
@@ -126,52 +126,3 @@ def codebook_loss(
     errors = jnp.square(soft - nearest) + jnp.square(vectors - nearest)
     losses = errors.sum((2, 3, 4)) / (heads * width)
     return jnp.sum(losses if mask is None else jnp.where(mask, losses, 0))
-
-
-def ema_update(
-    codebooks: Float[Array, "K M E C"],
-    counts: Float[Array, "K M E"],
-    x: Float[Array, "B S N H"],
-    codes: UInt8[Array, "B S N M"],
-    mask: Bool[Array, "B S"] | None = None,
-    *,
-    decay: float = 0.99,
-) -> tuple[Float[Array, "K M E C"], Float[Array, "K M E"]]:
-    """One exponential-moving-average k-means step.
-
-    With n_e vectors of sum s_e assigned to codeword e: counts' = decay counts + (1 - decay) n,
-    codebooks' = (decay counts codebooks + (1 - decay) s) / counts'. A codeword that has never had a
-    vector stays where it is.
-
-    Args:
-      codebooks: Codewords.
-      counts: Running number of vectors of each codeword.
-      x: Vectors; head n uses codebook n // (N // K).
-      codes: Their codes, as `pq_encode` returns them.
-      mask: False where a token is padding; None for none.
-      decay: Share of the old averages that stays, in [0, 1).
-
-    Returns:
-      New codebooks and counts.
-
-    Raises:
-      ValueError: decay lies outside [0, 1).
-
-    References:
-      van den Oord et al., "Neural Discrete Representation Learning", arXiv 1711.00937, appendix A.
-    """
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay must lie in [0, 1), got {decay}.")
-    batch, length, heads, _ = x.shape
-    kv_heads, spaces, num_codewords, codeword_width = codebooks.shape
-    groups = (batch, length, kv_heads, heads // kv_heads, spaces)
-    members = jax.nn.one_hot(codes.reshape(groups), num_codewords)
-    if mask is not None:
-        members = jnp.where(mask[:, :, None, None, None, None], members, 0)
-    vectors = jax.lax.stop_gradient(x).astype(jnp.float32).reshape(*groups, codeword_width)
-    sums = jnp.einsum("bskrme,bskrmc->kmec", members, vectors)
-    new_counts = decay * counts + (1 - decay) * members.sum((0, 1, 3))
-    totals = (decay * counts)[..., None] * codebooks + (1 - decay) * sums
-    seen = new_counts > 0
-    means = totals / jnp.where(seen, new_counts, 1)[..., None]
-    return jnp.where(seen[..., None], means, codebooks).astype(codebooks.dtype), new_counts

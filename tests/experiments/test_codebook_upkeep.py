@@ -13,12 +13,47 @@ from flax import nnx
 
 import spt_jax
 from experiments import cli, codebook_upkeep
-from experiments.codebook_upkeep import UPKEEPS, MovingAverages, layer_tokens, longest_rows
+from experiments.codebook_upkeep import (
+    UPKEEPS,
+    MovingAverages,
+    ema_update,
+    layer_tokens,
+    longest_rows,
+)
 from pallas_kernels import pq_encode
 from spt_jax.models.hub import package_directory
 from spt_jax.training import Examples
 from tests.spt_jax.models.builders import write_checkpoint
 from tests.spt_jax.toy import ToyModel
+
+
+def vectors(seed: int = 0):
+    """Vectors of 4 heads that share 2 codebooks of 3 subspaces, their codes, and valid tokens."""
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.normal(size=(2, 9, 4, 6)), jnp.float32)
+    books = jnp.asarray(rng.normal(size=(2, 3, 5, 2)), jnp.float32)
+    return x, books, pq_encode(x, books), jnp.asarray(rng.random((2, 9)) < 0.7)
+
+
+def test_an_update_without_memory_is_the_mean_of_the_valid_vectors():
+    x, books, codes, mask = vectors()
+    new, counts = ema_update(books, jnp.zeros((2, 3, 5)), x, codes, mask, decay=0.0)
+    for k, m, e in np.ndindex(2, 3, 5):
+        chosen = (np.asarray(codes[:, :, 2 * k : 2 * k + 2, m]) == e) & np.asarray(mask)[..., None]
+        members = np.asarray(x[:, :, 2 * k : 2 * k + 2, 2 * m : 2 * m + 2])[chosen]
+        assert counts[k, m, e] == len(members)
+        expected = members.mean(0) if len(members) else books[k, m, e]
+        np.testing.assert_allclose(new[k, m, e], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_old_averages_decay():
+    x, books, codes, mask = vectors()
+    counts = jnp.full((2, 3, 5), 4.0)
+    means, numbers = ema_update(books, jnp.zeros_like(counts), x, codes, mask, decay=0.0)
+    new, new_counts = ema_update(books, counts, x, codes, mask, decay=0.75)
+    np.testing.assert_allclose(new_counts, 3.0 + 0.25 * numbers, rtol=1e-6)
+    expected = (3.0 * books + 0.25 * numbers[..., None] * means) / new_counts[..., None]
+    np.testing.assert_allclose(new, expected, rtol=1e-5, atol=1e-6)
 
 
 def quantization_error(module, layer) -> float:

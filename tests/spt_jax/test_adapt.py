@@ -134,6 +134,7 @@ def test_forward_and_gradients_are_finite(rule, granularity, causal):
             granularity=granularity,
             block_q=16,
             key_group=8,
+            codebook_loss_weight=0.01,
         )
     )
     model = _adapted(config, causal=causal)

@@ -1,4 +1,4 @@
-"""Codebooks: k-means, the codebook loss, and the moving-average update."""
+"""Codebooks: k-means and the codebook loss."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import pq_encode
-from spt_jax.layers.quantizer import codebook_loss, ema_update, kmeans
+from spt_jax.layers.quantizer import codebook_loss, kmeans
 from tests.tolerance import assert_close
 
 
@@ -96,27 +96,3 @@ def test_codebook_loss_moves_codebooks_alone_and_downhill():
     assert lower < codebook_loss(x, books, codes, mask)
     everything = codebook_loss(x, books, codes, jnp.ones_like(mask))
     np.testing.assert_array_equal(codebook_loss(x, books, codes), everything)
-
-
-def test_ema_update_moves_to_the_mean_of_the_valid_vectors():
-    x, books, codes, mask = problem()
-    counts = jnp.zeros((2, 3, 5))
-    new, new_counts = ema_update(books, counts, x, codes, mask, decay=0.0)
-    for k, m, e in np.ndindex(2, 3, 5):
-        chosen = (np.asarray(codes[:, :, 2 * k : 2 * k + 2, m]) == e) & np.asarray(mask)[..., None]
-        members = np.asarray(x[:, :, 2 * k : 2 * k + 2, 2 * m : 2 * m + 2])[chosen]
-        assert new_counts[k, m, e] == len(members)
-        expected = members.mean(0) if len(members) else books[k, m, e]
-        np.testing.assert_allclose(new[k, m, e], expected, rtol=1e-5, atol=1e-6)
-
-
-def test_ema_update_decays():
-    x, books, codes, mask = problem()
-    counts = jnp.full((2, 3, 5), 4.0)
-    sums = ema_update(books, jnp.zeros_like(counts), x, codes, mask, decay=0.0)
-    new, new_counts = ema_update(books, counts, x, codes, mask, decay=0.75)
-    np.testing.assert_allclose(new_counts, 3.0 + 0.25 * sums[1], rtol=1e-6)
-    expected = (3.0 * books + 0.25 * sums[1][..., None] * sums[0]) / new_counts[..., None]
-    np.testing.assert_allclose(new, expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match=r"decay must lie in \[0, 1\), got 1"):
-        ema_update(books, counts, x, codes, decay=1.0)

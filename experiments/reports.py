@@ -1,0 +1,114 @@
+"""Pages in Markdown that show the tables of an experiment, and how they were made."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from rich.table import Table
+
+#: Options that say where things lie, and the word that stands for each; None leaves it out.
+_LOCAL: Mapping[str, str | None] = {
+    "data_dir": "DIR",
+    "text_file": "FILE",
+    "out": None,
+    "report": None,
+    "report_only": None,
+    "overwrite": None,
+}
+
+
+def command(module: str, options: Any) -> str:
+    """The command line that makes a page; options at their defaults are left out.
+
+    Args:
+        module: such as "experiments.capture".
+        options: its dataclass of options.
+
+    Example:
+        >>> from experiments.capture import Options
+        >>> command("experiments.capture", Options(seed=1, sweep=False))
+        'python -m experiments.capture --no-sweep --seed 1'
+    """
+    words = ["python", "-m", module]
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if value == option.default:
+            continue
+        name = option.name.replace("_", "-")
+        if option.name in _LOCAL:
+            stand_in = _LOCAL[option.name]
+            words += [] if stand_in is None else [f"--{name}", stand_in]
+        elif isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
+def markdown(table: Table) -> str:
+    """A table, without its title.
+
+    Example:
+        >>> table = Table("method", "score")
+        >>> table.add_row("lora", "0.5")
+        >>> print(markdown(table))
+        | method | score |
+        | --- | --- |
+        | lora | 0.5 |
+    """
+    header = [str(column.header) for column in table.columns]
+    body = zip(*(map(str, column.cells) for column in table.columns), strict=True)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *body])
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """A list."""
+    return "\n".join(f"* {line}" for line in lines)
+
+
+def page(title: str, *parts: str | Table) -> str:
+    """A page: its title and its parts, tables under theirs."""
+    texts = [f"# {title}"]
+    for part in parts:
+        if isinstance(part, Table):
+            texts += [f"## {part.title}"] if part.title else []
+            texts.append(markdown(part))
+        else:
+            texts.append(part)
+    return "\n\n".join(texts) + "\n"
+
+
+def machine(environment: Mapping[str, Any]) -> str:
+    """The device of a record, as `spt_jax.training.environment` gives it."""
+    device = environment["device"]
+    if device["platform"] != "cpu":
+        return f"{device['count']} {device['kind']}"
+    return f"{device['cpu_model']}, {device['cpu_cores']} cores, no GPU"
+
+
+def versions(environment: Mapping[str, Any]) -> str:
+    """The versions of a record."""
+    named = {"Python": environment["python"], **environment["versions"]}
+    return ", ".join(f"{name} {version}" for name, version in named.items())
+
+
+def how(module: str, options: Any, *lines: str, environment: Mapping[str, Any], date: str) -> str:
+    """The section that says how a page was made: command, conditions, date, machine, versions.
+
+    Args:
+        module: such as "experiments.capture".
+        options: its dataclass of options.
+        lines: conditions beside those of the command line.
+        environment: of `spt_jax.training.environment`.
+        date: day of the measurement.
+    """
+    conditions = [
+        *lines,
+        f"Date: {date}.",
+        f"Machine: {machine(environment)}.",
+        f"Versions: {versions(environment)}.",
+    ]
+    return f"## How it was made\n\n```sh\n{command(module, options)}\n```\n\n{bullets(conditions)}"
