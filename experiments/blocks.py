@@ -1,8 +1,9 @@
-"""Decoder layers of the product, as full fine-tuning, LoRA and SPT train them."""
+"""Layers of the product, whole or in part, as full fine-tuning, LoRA and SPT train them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, cast
 
 import jax
@@ -15,6 +16,7 @@ from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig, SPTConfig
 from spt_jax.layers import (
     ADAPTER,
     AuxLosses,
+    FeedForward,
     Linear,
     RotaryAngles,
     RoutedFFN,
@@ -22,10 +24,15 @@ from spt_jax.layers import (
     rotary_angles,
 )
 from spt_jax.models.common import rematerialized, sum_aux
-from spt_jax.models.decoder import DecoderLayer
+from spt_jax.models.decoder import Decoder, DecoderLayer
 from spt_jax.models.decoder_config import DecoderConfig, parse_decoder_config
+from spt_jax.models.encoder import Encoder, EncoderLayer
+from spt_jax.models.encoder_config import EncoderConfig, parse_encoder_config
+from spt_jax.training import cross_entropy, next_token, supervised
 
 BlockMethod = Literal["full", "lora", "spt"]
+#: What of a layer: all of it, or its first or second half, with norm and residual connection.
+Part = Literal["block", "mha", "ffn"]
 DenseAttention = Literal["cudnn", "xla"]
 
 #: How `x (W + A B)` is computed. "merged" and "factored" are those of `spt_jax.layers.lora_dot`.
@@ -34,35 +41,57 @@ DenseAttention = Literal["cudnn", "xla"]
 LoRAForm = Literal["merged", "factored", "skinny", "skinny_float32"]
 
 
-def opt_config(*, width: int, heads: int, hidden: int, layers: int = 1) -> DecoderConfig:
+POSITIONS = 2048  # of models whose layers are measured alone; they do not look at it
+
+
+def opt_config(
+    *, width: int, heads: int, hidden: int, layers: int = 1, vocabulary: int = 1
+) -> DecoderConfig:
     """Layers of OPT: LayerNorm, a plain FFN, biases."""
     return parse_decoder_config(
         {
             "model_type": "opt",
-            "vocab_size": 1,
+            "vocab_size": vocabulary,
             "hidden_size": width,
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
             "ffn_dim": hidden,
-            "max_position_embeddings": 1,
+            "max_position_embeddings": POSITIONS,
         }
     )
 
 
 def llama_config(
-    *, width: int, heads: int, kv_heads: int, hidden: int, layers: int = 1
+    *, width: int, heads: int, kv_heads: int, hidden: int, layers: int = 1, vocabulary: int = 1
 ) -> DecoderConfig:
     """Layers of LLaMA: RMSNorm, a gated FFN, rotary embedding, no biases."""
     return parse_decoder_config(
         {
             "model_type": "llama",
-            "vocab_size": 1,
+            "vocab_size": vocabulary,
             "hidden_size": width,
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
             "intermediate_size": hidden,
-            "max_position_embeddings": 1,
+            "max_position_embeddings": POSITIONS,
+        }
+    )
+
+
+def bert_config(
+    *, width: int, heads: int, hidden: int, layers: int = 1, vocabulary: int = 1
+) -> EncoderConfig:
+    """Layers of BERT: attention to both sides, norms after the sums."""
+    return parse_encoder_config(
+        {
+            "model_type": "bert",
+            "vocab_size": vocabulary,
+            "hidden_size": width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "intermediate_size": hidden,
+            "max_position_embeddings": POSITIONS,
         }
     )
 
@@ -72,10 +101,11 @@ LLAMA_4096 = llama_config(width=4096, heads=32, kv_heads=8, hidden=11008)
 
 
 class FlashAttention(nnx.Module):
-    """Dense causal attention by cuDNN's kernel, in the place of a layer's sparse attention."""
+    """Dense attention by cuDNN's kernel, in the place of a layer's sparse attention."""
 
-    def __init__(self, implementation: DenseAttention) -> None:
+    def __init__(self, implementation: DenseAttention, *, causal: bool) -> None:
         self.implementation: DenseAttention = implementation
+        self.causal = causal
 
     def __call__(
         self,
@@ -91,7 +121,7 @@ class FlashAttention(nnx.Module):
         if any(mask is not None for mask in masks.values()):
             raise NotImplementedError("this baseline knows no masks but the causal one")
         return jax.nn.dot_product_attention(
-            q, k, v, is_causal=True, implementation=self.implementation
+            q, k, v, is_causal=self.causal, implementation=self.implementation
         ), {}
 
 
@@ -118,15 +148,30 @@ class SkinnyLinear(Linear):
         return (y if self.bias is None else y + self.bias[...]).astype(self.dtype)
 
 
-Layers = nnx.List[DecoderLayer]
+BlockConfig = DecoderConfig | EncoderConfig
+Layer = DecoderLayer | EncoderLayer
+Layers = nnx.List[Layer]
+
+
+def num_kv_heads(config: BlockConfig) -> int:
+    """Key/value heads K."""
+    return config.num_kv_heads if isinstance(config, DecoderConfig) else config.num_heads
+
+
+def head_width(config: BlockConfig) -> int:
+    """H."""
+    if isinstance(config, DecoderConfig):
+        return config.head_width
+    return config.width // config.num_heads
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockStep:
-    """A training step of decoder layers.
+    """A training step of layers.
 
     Attributes:
       config: the layers' family, number and sizes.
+      part: what of each layer is there.
       batch: sequences.
       length: their tokens.
       method: "full" trains the weights, "lora" and "spt" the adapter; all pass a gradient to x.
@@ -136,9 +181,10 @@ class BlockStep:
       remat: whether a layer's activations are computed again in the backward pass.
       dense_attention: implementation of dense attention: "cudnn", or "xla" where there is no GPU.
       dtype: of activations and frozen weights; what an adapter trains is float32.
+      param_dtype: of weights that "full" trains; None for `dtype`.
     """
 
-    config: DecoderConfig
+    config: BlockConfig
     batch: int
     length: int
     method: BlockMethod
@@ -148,37 +194,60 @@ class BlockStep:
     remat: bool = False
     dense_attention: DenseAttention = "cudnn"
     dtype: Any = jnp.bfloat16
+    param_dtype: Any = None
+    part: Part = "block"
 
     def __str__(self) -> str:
         config = self.config
         layers = f"{config.num_layers} layers " if config.num_layers > 1 else ""
         return (
             f"{layers}B={self.batch} S={self.length} D={config.width} N={config.num_heads} "
-            f"K={config.num_kv_heads} F={config.hidden}"
+            f"K={num_kv_heads(config)} F={config.hidden}"
         )
 
-    def model(self, key: jax.Array) -> Layers:
+    def model(self, key: jax.Array) -> nnx.Module:
         """Layers with random weights, codebooks and routers: time depends on shapes alone."""
-        rngs = nnx.Rngs(params=key)
-        options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.dtype, "rngs": rngs}
-        layers = nnx.List(
-            [DecoderLayer(self.config, i, **options) for i in range(self.config.num_layers)]
-        )
-        if self.method != "full":
-            adapt(layers, SPTConfig(attention=None, ffn=None), rngs=rngs)
-            self._choose_lora_form(layers)
-        for layer in layers:
-            if self.method == "spt":
-                self._sparsify(layer, rngs)
-            else:
-                layer.attention.sparse = cast(Any, FlashAttention(self.dense_attention))
+        options = self._options(key)
+        layers = nnx.List([self._layer(i, options) for i in range(self.config.num_layers)])
+        self._adapt(layers, layers, options["rngs"])
         return layers
 
-    def _choose_lora_form(self, layers: Layers) -> None:
+    def _options(self, key: jax.Array) -> dict[str, Any]:
+        """Arguments of a layer's constructor."""
+        param_dtype = self.dtype
+        if self.method == "full" and self.param_dtype is not None:
+            param_dtype = self.param_dtype
+        rngs = nnx.Rngs(params=key)
+        return {"dtype": self.dtype, "param_dtype": param_dtype, "rngs": rngs}
+
+    def _adapt(self, model: nnx.Module, layers: Layers, rngs: nnx.Rngs) -> None:
+        """What the method adds to a model with these layers."""
+        if self.method != "full":
+            adapt(model, SPTConfig(attention=None, ffn=None), rngs=rngs)
+            self._choose_lora_form(model)
+        for layer in layers:
+            if self.part != "ffn":
+                layer.attention.sparse = cast(Any, self._attention(rngs))
+            if self.part != "mha" and self.method == "spt":
+                layer.ffn = cast(Any, self._routed(layer.ffn, rngs))
+
+    def _layer(self, index: int, options: dict[str, Any]) -> Layer:
+        config = self.config
+        if isinstance(config, DecoderConfig):
+            layer: Layer = DecoderLayer(config, index, **options)
+        else:
+            layer = EncoderLayer(config, **options)
+        if self.part == "mha":
+            del layer.ffn, layer.ffn_norm
+        elif self.part == "ffn":
+            del layer.attention, layer.attention_norm
+        return layer
+
+    def _choose_lora_form(self, model: nnx.Module) -> None:
         form = self.lora_form
         adapted = [
             (owner, name, linear)
-            for _, owner in nnx.iter_modules(layers)
+            for _, owner in nnx.iter_modules(model)
             for name, linear in vars(owner).items()
             if isinstance(linear, Linear)
         ]
@@ -189,30 +258,38 @@ class BlockStep:
             else:
                 linear.lora_form = form
 
-    def _sparsify(self, layer: DecoderLayer, rngs: nnx.Rngs) -> None:
-        config, heads, width = self.attention, self.config.num_kv_heads, self.config.head_width
+    @property
+    def causal(self) -> bool:
+        """Whether a query sees only itself and earlier keys."""
+        return isinstance(self.config, DecoderConfig)
+
+    def _attention(self, rngs: nnx.Rngs) -> SparseAttention | FlashAttention:
+        if self.method != "spt":
+            return FlashAttention(self.dense_attention, causal=self.causal)
+        config, heads, width = self.attention, num_kv_heads(self.config), head_width(self.config)
         books = (heads, width // config.codeword_width, config.num_codewords, config.codeword_width)
-        layer.attention.sparse = SparseAttention(
+        return SparseAttention(
             jax.random.normal(rngs.params(), books),
             jax.random.normal(rngs.params(), books),
             jnp.zeros((heads, width)),
             config=config,
-            causal=True,
+            causal=self.causal,
         )
+
+    def _routed(self, ffn: FeedForward, rngs: nnx.Rngs) -> RoutedFFN:
         router = (self.config.width, self.ffn.num_blocks)
-        ffn = RoutedFFN(
-            layer.ffn,
+        return RoutedFFN(
+            ffn,
             permutation=jnp.arange(self.config.hidden),
             router_kernel=jax.random.normal(rngs.params(), router) * router[0] ** -0.5,
             router_bias=jnp.zeros(router[1]),
             absent_output=jnp.zeros(router[::-1]),
             config=self.ffn,
         )
-        layer.ffn = cast(Any, ffn)
 
-    def _split(self, layers: Layers) -> tuple[Any, nnx.State, nnx.State]:
+    def _split(self, model: nnx.Module) -> tuple[Any, nnx.State, nnx.State]:
         trained = nnx.Param if self.method == "full" else ADAPTER
-        graphdef, chosen, rest = nnx.split(layers, trained, ...)  # type: ignore[misc]
+        graphdef, chosen, rest = nnx.split(model, trained, ...)  # type: ignore[misc]
         return graphdef, chosen, rest
 
     def arguments(self, key: jax.Array) -> tuple[Any, Any]:
@@ -224,17 +301,30 @@ class BlockStep:
 
     def run(self, trained: Any, frozen: Any) -> tuple[Float[Array, "B S D"], AuxLosses]:
         """The last layer's output, and auxiliary losses."""
-        graphdef = self._split(nnx.eval_shape(lambda: self.model(jax.random.key(0))))[0]
         parameters, x = trained
         rotary, losses = self._rotary_angles(), []
-        for layer in nnx.merge(graphdef, parameters, frozen):
-            run = rematerialized(layer) if self.remat else layer
-            x, aux = run(x, None, None, rotary, None)
+        for layer in self._merge(parameters, frozen):
+            run = partial(self._apply, layer)
+            x, aux = (rematerialized(run) if self.remat else run)(x, rotary)
             losses.append(aux)
         return x, sum_aux(*losses)
 
+    def _merge(self, trained: Any, frozen: Any) -> Any:
+        graphdef = self._split(nnx.eval_shape(lambda: self.model(jax.random.key(0))))[0]
+        return nnx.merge(graphdef, trained, frozen)
+
+    def _apply(
+        self, layer: Layer, x: Float[Array, "B S D"], rotary: RotaryAngles | None
+    ) -> tuple[Float[Array, "B S D"], AuxLosses]:
+        if self.part == "ffn":
+            return layer.feed_forward(x, None, None)
+        if isinstance(layer, DecoderLayer):
+            whole = layer if self.part == "block" else layer.attend
+            return whole(x, None, None, rotary, None)
+        return (layer if self.part == "block" else layer.attend)(x, None, None, None)
+
     def _rotary_angles(self) -> RotaryAngles | None:
-        if self.config.rotary is None:
+        if not isinstance(self.config, DecoderConfig) or self.config.rotary is None:
             return None
         positions = jnp.broadcast_to(jnp.arange(self.length), (self.batch, self.length))
         return rotary_angles(positions, self.config.head_width, self.config.rotary)
@@ -242,21 +332,81 @@ class BlockStep:
     def operations(self) -> tuple[float, float]:
         """Floating-point operations of the products: forward, and forward with backward."""
         config, layers = self.config, self.config.num_layers
-        heads, width = config.num_heads, config.head_width
-        weights = 2 * config.width * (heads + config.num_kv_heads) * width
-        ffn = (3.0 if config.gated else 2.0) * config.width * config.hidden
-        kept = self.length
+        heads, width, kept = config.num_heads, head_width(config), self.length
+        gated = isinstance(config, DecoderConfig) and config.gated
+        projections = 2 * config.width * (heads + num_kv_heads(config)) * width
+        ffn = (3.0 if gated else 2.0) * config.width * config.hidden
         if self.method == "spt":
             ffn *= self.ffn.density
             kept = self.attention.num_keys(self.length)
-        dense = 2.0 * layers * self.batch * self.length * (weights + ffn)
-        attention = layers * attention_operations(self.batch, self.length, heads, width, kept)
+        weights = projections * (self.part != "ffn") + ffn * (self.part != "mha")
+        dense = 2.0 * layers * self.batch * self.length * weights
+        attention = layers * attention_operations(
+            self.batch, self.length, heads, width, kept, causal=self.causal
+        )
+        attention *= self.part != "ffn"
         backward = 2 * dense if self.method == "full" else dense
         return dense + attention, dense + backward + 3.5 * attention
 
 
-def attention_operations(batch: int, length: int, heads: int, width: int, kept: int) -> float:
-    """Floating-point operations of causal attention, forward; backward takes 2.5 times as many.
+class ModelStep(BlockStep):
+    """A training step of a whole model: a decoder's next token, or an encoder's classes."""
+
+    def model(self, key: jax.Array) -> nnx.Module:
+        """The model with random weights, codebooks and routers."""
+        options, config = self._options(key), self.config
+        model: Decoder | Encoder
+        if isinstance(config, DecoderConfig):
+            model = Decoder(config, **options)
+        else:
+            model = Encoder(config, num_labels=2, **options)
+        self._adapt(model, cast(Layers, model.layers), options["rngs"])
+        model.remat = self.remat
+        return model
+
+    def arguments(self, key: jax.Array) -> tuple[Any, Any]:
+        """The trained parameters with a batch, and what is frozen."""
+        model_key, ids_key = jax.random.split(key)
+        _, trained, frozen = self._split(self.model(model_key))
+        size = (self.batch, self.length)
+        ids = jax.random.randint(ids_key, size, 0, self.config.vocab_size)
+        label = jnp.roll(ids, -1, 1) if self.causal else jnp.zeros(self.batch, jnp.int32)
+        weight = jnp.ones(label.shape, jnp.float32)
+        return (trained, {"input_ids": ids, "label": label, "weight": weight}), frozen
+
+    def loss(self, trained: Any, frozen: Any, batch: Any) -> Float[Array, ""]:
+        """Mean loss, auxiliary ones included."""
+        objective = next_token if self.causal else supervised(cross_entropy)
+        unmasked = {**batch, "attention_mask": None}  # so that dense attention may be cuDNN's
+        outcome = objective(self._merge(trained, frozen), unmasked, None)
+        tokens = self.batch * self.length
+        return outcome.loss / outcome.weight + sum(outcome.aux.values()) / tokens
+
+    def operations(self) -> tuple[float, float]:
+        """Those of the layers and of a decoder's output matrix."""
+        forward, step = super().operations()
+        if not isinstance(self.config, DecoderConfig):
+            return forward, step
+        head = 2.0 * self.batch * self.length * self.config.width * self.config.vocab_size
+        return forward + head, step + (3 if self.method == "full" else 2) * head
+
+
+def one_layer(config: BlockConfig) -> BlockConfig:
+    """A model of a single layer of this one's."""
+    if isinstance(config, DecoderConfig):
+        return replace(config, num_layers=1, windows=config.windows[:1])
+    return replace(config, num_layers=1)
+
+
+def with_positions(config: BlockConfig, length: int) -> BlockConfig:
+    """This model with positions for sequences of `length` tokens."""
+    return replace(config, num_positions=max(config.num_positions, length))
+
+
+def attention_operations(
+    batch: int, length: int, heads: int, width: int, kept: int, *, causal: bool = True
+) -> float:
+    """Floating-point operations of attention, forward; backward takes 2.5 times as many.
 
     Args:
       batch: sequences.
@@ -264,6 +414,7 @@ def attention_operations(batch: int, length: int, heads: int, width: int, kept: 
       heads: query heads.
       width: of a head.
       kept: keys that a query attends to, or all before it where there are fewer.
+      causal: whether a query sees only itself and earlier keys.
     """
-    pairs = kept * (kept + 1) // 2 + (length - kept) * kept
+    pairs = kept * (kept + 1) // 2 + (length - kept) * kept if causal else length * kept
     return 4.0 * batch * heads * width * pairs

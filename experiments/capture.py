@@ -463,6 +463,7 @@ def main() -> None:
             options,
             f"Model {options.model}; attention on {options.rows} rows of {options.length} tokens, "
             f"FFN on {options.ffn_rows} of {options.ffn_length}; fitted to as many others.",
+            f"Text: {options.text_file.name if options.text_file else 'CPython documentation'}.",
             environment=environment(),
             date=datetime.now(UTC).date().isoformat(),
         )

@@ -17,6 +17,7 @@ a plot and metrics.json.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -323,7 +324,8 @@ def results_table(found: Mapping[int, Shares], losses: Mapping[int, float]) -> T
         table.add_column(header, justify="right")
     for step, shares in found.items():
         cells = [f"{shares[name]:.4f} ({shares[name] / shares['oracle']:.1%})" for name in UPKEEPS]
-        table.add_row(str(step), *cells, f"{shares['oracle']:.4f}", f"{losses[step]:.4f}")
+        loss = "" if math.isnan(losses[step]) else f"{losses[step]:.4f}"
+        table.add_row(str(step), *cells, f"{shares['oracle']:.4f}", loss)
     return table
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -104,6 +104,15 @@ H200 = GPU(
     memory_bytes_per_s=4_800_000_000_000,
     clock_ghz=1.98,
 )
+
+
+H100 = replace(
+    H200,
+    name="NVIDIA H100 80GB HBM3",
+    memory_bytes=85_000_000_000,
+    memory_bytes_per_s=3_350_000_000_000,
+)
+GPUS = {"H200": H200, "H100": H100}
 
 
 def described_device(gpu: GPU) -> Any:

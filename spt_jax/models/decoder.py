@@ -96,8 +96,22 @@ class DecoderLayer(nnx.Module):
         dropout_key: jax.Array | None,
     ) -> tuple[Float[Array, "B S D"], AuxLosses]:
         """Apply the layer; `mask` is False at padding."""
-        keys = split_key(dropout_key, 4)
-        x, attention_aux = self._add(
+        keys = split_key(dropout_key, 2)
+        x, attention_aux = self.attend(x, mask, segment_ids, rotary, keys[0])
+        x, ffn_aux = self.feed_forward(x, mask, keys[1])
+        return x, sum_aux(attention_aux, ffn_aux)
+
+    def attend(
+        self,
+        x: Float[Array, "B S D"],
+        mask: Bool[Array, "B S"] | None,
+        segment_ids: Int[Array, "B S"] | None,
+        rotary: RotaryAngles | None,
+        dropout_key: jax.Array | None,
+    ) -> tuple[Float[Array, "B S D"], AuxLosses]:
+        """The layer's first half."""
+        keys = split_key(dropout_key, 2)
+        return self._add(
             x,
             self.attention_norm,
             lambda y: self.attention(
@@ -105,10 +119,18 @@ class DecoderLayer(nnx.Module):
             ),
             keys[1],
         )
-        x, ffn_aux = self._add(
-            x, self.ffn_norm, lambda y: self.ffn(y, mask=mask, dropout_key=keys[2]), keys[3]
+
+    def feed_forward(
+        self,
+        x: Float[Array, "B S D"],
+        mask: Bool[Array, "B S"] | None,
+        dropout_key: jax.Array | None,
+    ) -> tuple[Float[Array, "B S D"], AuxLosses]:
+        """The layer's second half."""
+        keys = split_key(dropout_key, 2)
+        return self._add(
+            x, self.ffn_norm, lambda y: self.ffn(y, mask=mask, dropout_key=keys[0]), keys[1]
         )
-        return x, sum_aux(attention_aux, ffn_aux)
 
     def prefill(
         self,

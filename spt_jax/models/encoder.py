@@ -114,14 +114,33 @@ class EncoderLayer(nnx.Module):
         dropout_key: jax.Array | None,
     ) -> tuple[Float[Array, "B S D"], AuxLosses]:
         """Apply the layer; `mask` is False at padding."""
-        keys = split_key(dropout_key, 4)
-        y, attention_aux = self.attention(
-            x, key_mask=mask, segment_ids=segment_ids, dropout_key=keys[0]
-        )
-        x = self.attention_norm(x + dropout(y, self.attention_dropout, keys[1]))
-        y, ffn_aux = self.ffn(x, mask=mask, dropout_key=keys[2])
-        x = self.ffn_norm(x + dropout(y, self.ffn_dropout, keys[3]))
+        keys = split_key(dropout_key, 2)
+        x, attention_aux = self.attend(x, mask, segment_ids, keys[0])
+        x, ffn_aux = self.feed_forward(x, mask, keys[1])
         return x, sum_aux(attention_aux, ffn_aux)
+
+    def attend(
+        self,
+        x: Float[Array, "B S D"],
+        mask: Bool[Array, "B S"] | None,
+        segment_ids: Int[Array, "B S"] | None,
+        dropout_key: jax.Array | None,
+    ) -> tuple[Float[Array, "B S D"], AuxLosses]:
+        """The layer's first half."""
+        keys = split_key(dropout_key, 2)
+        y, aux = self.attention(x, key_mask=mask, segment_ids=segment_ids, dropout_key=keys[0])
+        return self.attention_norm(x + dropout(y, self.attention_dropout, keys[1])), aux
+
+    def feed_forward(
+        self,
+        x: Float[Array, "B S D"],
+        mask: Bool[Array, "B S"] | None,
+        dropout_key: jax.Array | None,
+    ) -> tuple[Float[Array, "B S D"], AuxLosses]:
+        """The layer's second half."""
+        keys = split_key(dropout_key, 2)
+        y, aux = self.ffn(x, mask=mask, dropout_key=keys[0])
+        return self.ffn_norm(x + dropout(y, self.ffn_dropout, keys[1])), aux
 
 
 class ClassificationHead(nnx.Module):

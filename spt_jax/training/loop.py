@@ -293,7 +293,7 @@ def train(
             state, _ = checkpoints.restore(progress.best_step, state)
     write_back(model, state.params)
 
-    compiled_peak = max(map(_compiled_peak_bytes, compiled.values()))
+    compiled_peak = max(map(compiled_peak_bytes, compiled.values()))
     device_peak = _device_peak_bytes()
     peak, source = compiled_peak, "compiler"
     if device_peak is not None and device_peak > (peak_before or 0):
@@ -551,7 +551,8 @@ def _device_peak_bytes() -> int | None:
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def _compiled_peak_bytes(compiled: jax.stages.Compiled) -> int:
+def compiled_peak_bytes(compiled: jax.stages.Compiled) -> int:
+    """What the compiler plans for a program: arguments, results and temporaries."""
     memory: Any = compiled.memory_analysis()
     return (
         memory.argument_size_in_bytes

@@ -1,0 +1,747 @@
+"""Time and memory of a training step of one Transformer block, or of a whole model.
+
+    python -m experiments.profile --block opt-2048 --out DIR
+    python -m experiments.profile --block bert-large,opt-2048,llama-4096 --remat both --out DIR
+    python -m experiments.profile --block opt-2048 --seq-len 512,2048,8192 --target H200 --out DIR
+    python -m experiments.profile --block llama-4096 --max-length --target H200 --out DIR
+
+A step is forward, backward and AdamW, with donated buffers and random weights, in bfloat16 on a
+GPU and float32 on a CPU. Full fine-tuning keeps float32 master weights; LoRA and SPT keep frozen
+weights in the compute dtype and train float32 factors. The dense baselines are the strongest at
+hand: cuDNN's attention on a GPU, and every form of LoRA that --lora-form names.
+
+Methods take turns, so that a machine that changes its speed changes it for all; a method has the
+device for itself while it runs. A table shows medians and, in brackets, the interquartile range;
+the compiler's peak of memory (parameters, optimizer state, temporaries) and the device's where it
+reports one that the step set; how many times as fast as full fine-tuning and as the fastest form of
+LoRA a step is, and how many the number of operations allows. With --target it compiles for a GPU
+that is not there and shows memory alone. Writes profile.csv, plots and, last, metrics.json under
+--out.
+
+The first command takes about three minutes on 2 CPU cores with --batch-size 2 --seq-len 256; SPT
+comes out fastest and smallest.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+import tyro
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from experiments import cli
+from experiments.blocks import (
+    BlockConfig,
+    BlockMethod,
+    BlockStep,
+    LoRAForm,
+    ModelStep,
+    bert_config,
+    llama_config,
+    one_layer,
+    opt_config,
+    with_positions,
+)
+from experiments.gpu_targets import GPUS, described_device, trace_for
+from experiments.methods import write_metrics
+from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
+from spt_jax.training.loop import compiled_peak_bytes
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+Module = Literal["mha", "ffn", "block", "model"]
+MODULES: tuple[Module, ...] = get_args(Module)
+METHODS: tuple[BlockMethod, ...] = get_args(BlockMethod)
+LORA_FORMS: tuple[LoRAForm, ...] = get_args(LoRAForm)
+
+#: Whole models by the name of their block.
+BLOCKS: Mapping[str, BlockConfig] = {
+    "bert-large": bert_config(width=1024, heads=16, hidden=4096, layers=24, vocabulary=30522),
+    "opt-1024": opt_config(width=1024, heads=16, hidden=4096, layers=24, vocabulary=50272),
+    "opt-2048": opt_config(width=2048, heads=32, hidden=8192, layers=24, vocabulary=50272),
+    "opt-2560": opt_config(width=2560, heads=32, hidden=10240, layers=32, vocabulary=50272),
+    "llama-2560": llama_config(
+        width=2560, heads=20, kv_heads=20, hidden=6912, layers=32, vocabulary=32000
+    ),
+    "llama-4096": llama_config(
+        width=4096, heads=32, kv_heads=32, hidden=11008, layers=32, vocabulary=32000
+    ),
+    "llama3-8b": llama_config(
+        width=4096, heads=32, kv_heads=8, hidden=14336, layers=32, vocabulary=128256
+    ),
+}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+#: Share of a device's memory that XLA's allocator is given.
+USABLE = 0.9
+#: The longest sequence is found to within this share of it.
+LENGTH_PRECISION = 1 / 16
+MAX_LENGTH = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the experiment."""
+
+    block: str = "opt-2048"
+    """Blocks, separated by commas: bert-large, opt-1024, opt-2048, opt-2560, llama-2560,
+    llama-4096, llama3-8b."""
+    module: str = "mha,ffn,block"
+    """What of them, separated by commas: mha, ffn, block, model."""
+    method: str = "full,lora,spt"
+    """Methods, separated by commas: full, lora, spt."""
+    batch_size: str = "16"
+    """Sequences of a step; several, separated by commas, for a sweep."""
+    seq_len: str = "512"
+    """Tokens of a sequence; several, separated by commas, for a sweep."""
+    density: str = "0.125"
+    """Share of the keys that SPT keeps; several, separated by commas, for a sweep."""
+    active_blocks: str = "2"
+    """FFN blocks that a token of SPT computes; several, separated by commas, for a sweep."""
+    num_blocks: int = 4
+    """Blocks of SPT's FFN."""
+    lora_form: str = "auto"
+    """How LoRA takes its products, separated by commas: auto (what the library chooses), merged,
+    factored, skinny, skinny_float32 (as PEFT does)."""
+    remat: Literal["no", "yes", "both"] = "no"
+    """Whether a block's activations are computed again in the backward pass."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Compute dtype; by default bfloat16 on a GPU, float32 on a CPU."""
+    steps: int = 20
+    """Timed steps of each method."""
+    rounds: int = 2
+    """Turns in which they are taken."""
+    target: str | None = None
+    """Compile for a described GPU, H200 or H100, and run nothing."""
+    max_length: bool = False
+    """Find the longest sequence whose step fits the memory, in place of timing --seq-len."""
+    memory_gb: float | None = None
+    """Memory for --max-length, 10^9 bytes; by default 90% of the device's."""
+    seed: int = 0
+    """Seed of the random weights and inputs."""
+    out: Path = Path("runs/profile")
+    """Folder for the table, plots and metrics.json."""
+
+    def check(self) -> None:
+        """Raise a ValueError for any mistake in the options."""
+        for name, known in (("block", BLOCKS), ("module", MODULES), ("method", METHODS)):
+            _names(f"--{name}", getattr(self, name), known)
+        _names("--lora-form", self.lora_form, ("auto", *LORA_FORMS))
+        if self.target is not None and self.target not in GPUS:
+            raise ValueError(f"unknown --target {self.target}; choose from {', '.join(GPUS)}")
+        for name in ("steps", "rounds", "num_blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        if self.rounds > self.steps:
+            raise ValueError(f"{self.steps} steps cannot be taken in {self.rounds} rounds")
+        if self.memory_gb is not None and not self.max_length:
+            raise ValueError("--memory-gb is what --max-length looks for a fit in")
+        for work in workloads(self):
+            hidden = work.step.config.hidden
+            if work.step.method == "spt" and hidden % self.num_blocks:
+                raise ValueError(
+                    f"{hidden} hidden units do not split into --num-blocks {self.num_blocks}"
+                )
+
+
+def _names(option: str, text: str, known: Any) -> tuple[Any, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown {option} {name!r}; choose from {', '.join(known)}")
+    return names
+
+
+def _numbers[Number: (int, float)](option: str, text: str, kind: type[Number]) -> list[Number]:
+    try:
+        numbers = [kind(word) for word in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} takes numbers separated by commas, got {text!r}") from None
+    for number in numbers:
+        if not (math.isfinite(number) and number > 0):
+            raise ValueError(f"{option} takes numbers above 0, got {number:g}")
+    return numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What is measured: one method on one module of one block.
+
+    Attributes:
+        block: its name.
+        module: what of it.
+        step: the training step.
+    """
+
+    block: str
+    module: Module
+    step: BlockStep
+
+    @property
+    def name(self) -> str:
+        """The method, as tables show it."""
+        words: list[str] = [self.step.method]
+        if self.step.method == "lora" and self.step.lora_form is not None:
+            words.append(self.step.lora_form)
+        return " ".join(words + ["remat"] * self.step.remat)
+
+    @property
+    def comparison(self) -> tuple[Any, ...]:
+        """The same for works that are compared: all but the method and what belongs to it."""
+        step = self.step
+        return self.block, self.module, step.batch, step.length, step.remat
+
+    def columns(self) -> dict[str, Any]:
+        """What it is; for the table."""
+        step, spt = self.step, self.step.method == "spt"
+        return {
+            "block": self.block,
+            "module": self.module,
+            "method": step.method,
+            "lora_form": (step.lora_form or "auto") if step.method == "lora" else None,
+            "remat": step.remat,
+            "batch_size": step.batch,
+            "seq_len": step.length,
+            "density": step.attention.density if spt else None,
+            "num_blocks": step.ffn.num_blocks if spt else None,
+            "active_blocks": step.ffn.active_blocks if spt else None,
+            "dtype": jnp.dtype(step.dtype).name,
+        }
+
+
+def workloads(options: Options, *, gpu: bool = False) -> list[Work]:
+    """All that the options ask for, in the order of the table."""
+    dtype = DTYPES[options.dtype or ("bfloat16" if gpu else "float32")]
+    sizes = itertools.product(
+        _names("--block", options.block, BLOCKS),
+        _numbers("--batch-size", options.batch_size, int),
+        _numbers("--seq-len", options.seq_len, int),
+        _names("--module", options.module, MODULES),
+        {"no": (False,), "yes": (True,), "both": (False, True)}[options.remat],
+    )
+    found = []
+    for block, batch, length, module, remat in sizes:
+        step = (ModelStep if module == "model" else BlockStep)(
+            config=_sized(BLOCKS[block], module, length),
+            part="block" if module == "model" else module,
+            batch=batch,
+            length=length,
+            method="full",
+            remat=remat,
+            dense_attention="cudnn" if gpu else "xla",
+            dtype=dtype,
+            param_dtype=jnp.float32,
+        )
+        for method in _names("--method", options.method, METHODS):
+            for variant in _variants(step, method, options):
+                found.append(Work(block=block, module=module, step=variant))
+    return found
+
+
+def _sized(config: BlockConfig, module: Module, length: int) -> BlockConfig:
+    """One layer of a model, or the model with positions enough."""
+    return with_positions(config, length) if module == "model" else one_layer(config)
+
+
+def _variants(step: BlockStep, method: BlockMethod, options: Options) -> Iterator[BlockStep]:
+    if method == "full":
+        yield step
+    elif method == "lora":
+        for form in _names("--lora-form", options.lora_form, ("auto", *LORA_FORMS)):
+            yield replace(step, method="lora", lora_form=None if form == "auto" else form)
+    else:
+        densities = _numbers("--density", options.density, float)
+        active = _numbers("--active-blocks", options.active_blocks, int)
+        densities = densities[:1] if step.part == "ffn" else densities
+        active = active[:1] if step.part == "mha" else active
+        for density, number in itertools.product(densities, active):
+            ffn = RoutedFFNConfig(num_blocks=options.num_blocks, active_blocks=number)
+            attention = SparseAttentionConfig(density=density)
+            yield replace(step, method="spt", attention=attention, ffn=ffn)
+
+
+def training_step(step: BlockStep) -> tuple[Callable[..., Any], Callable[[jax.Array], Any]]:
+    """A training step, and what makes its arguments.
+
+    Returns:
+        `run(state, frozen, inputs) -> (state, result)`, whose state is to be donated, and
+        `arguments(key) -> (state, frozen, inputs)`. The result is the gradient for the layers below
+        or, of a whole model, the loss.
+    """
+    optimizer = optax.adamw(1e-4)
+
+    def arguments(key: jax.Array) -> Any:
+        work_key, cotangent_key = jax.random.split(key)
+        (trained, inputs), frozen = step.arguments(work_key)
+        if not isinstance(step, ModelStep):
+            cotangent = 1e-3 * jax.random.normal(cotangent_key, inputs.shape, inputs.dtype)
+            inputs = inputs, cotangent
+        return (trained, optimizer.init(trained)), frozen, inputs
+
+    def run(state: Any, frozen: Any, inputs: Any) -> Any:
+        trained, optimizer_state = state
+        if isinstance(step, ModelStep):
+            result, gradient = jax.value_and_grad(step.loss)(trained, frozen, inputs)
+        else:
+            x, cotangent = inputs
+            (_, aux), pullback = jax.vjp(lambda t, x: step.run((t, x), frozen), trained, x)
+            gradient, result = pullback((cotangent, jax.tree.map(jnp.ones_like, aux)))
+        updates, optimizer_state = optimizer.update(gradient, optimizer_state, trained)
+        return (optax.apply_updates(trained, updates), optimizer_state), result
+
+    return run, arguments
+
+
+@dataclass
+class Measurement:
+    """Time and memory of a work, or why there is none.
+
+    Attributes:
+        work: what was measured.
+        times_ms: of each step.
+        planned_bytes: the compiler's peak: arguments, results and temporaries.
+        device_bytes: the device's peak, where this step set it.
+        failure: why it did not run.
+    """
+
+    work: Work
+    times_ms: list[float] = field(default_factory=list)
+    planned_bytes: int | None = None
+    device_bytes: int | None = None
+    failure: str | None = None
+
+    @property
+    def ms(self) -> float | None:
+        """Median time of a step."""
+        return float(np.median(self.times_ms)) if self.times_ms else None
+
+    @property
+    def spread_ms(self) -> float | None:
+        """Interquartile range of the steps' times."""
+        if not self.times_ms:
+            return None
+        low, high = np.percentile(self.times_ms, (25, 75))
+        return float(high - low)
+
+    @property
+    def operations(self) -> float:
+        """Floating-point operations of a step's products."""
+        return self.work.step.operations()[1]
+
+    def row(self) -> dict[str, Any]:
+        """A row of the CSV file."""
+        return {
+            **self.work.columns(),
+            "ms": self.ms,
+            "spread_ms": self.spread_ms,
+            "steps": len(self.times_ms),
+            "planned_bytes": self.planned_bytes,
+            "device_bytes": self.device_bytes,
+            "operations": self.operations,
+            "failure": self.failure,
+        }
+
+
+class Program:
+    """A compiled training step."""
+
+    def __init__(self, work: Work, seed: int, target: Any = None) -> None:
+        run, arguments = training_step(work.step)
+        self._key = jax.random.key(seed)
+        self._arguments = jax.jit(arguments)
+        shapes = jax.eval_shape(arguments, self._key)
+        jitted = jax.jit(run, donate_argnums=0)
+        if target is None:
+            self._compiled = jitted.lower(*shapes).compile()
+        else:
+            traced = trace_for(target, jitted, *shapes)
+            with jax.default_device(target):
+                self._compiled = traced.lower().compile()
+        self.planned_bytes = compiled_peak_bytes(self._compiled)
+
+    def time_ms(self, steps: int) -> list[float]:
+        """Times of so many steps, after one that is not kept."""
+        state, frozen, inputs = self._arguments(self._key)
+        times = []
+        for _ in range(steps + 1):
+            start = time.perf_counter()
+            state, result = self._compiled(state, frozen, inputs)
+            jax.block_until_ready((state, result))
+            times.append(1e3 * (time.perf_counter() - start))
+        return times[1:]
+
+
+def _failure(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
+        return "out of memory"
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+_FAILURES = (jax.errors.JaxRuntimeError, NotImplementedError, ValueError, RuntimeError)
+
+
+def _device_peak() -> int:
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+
+
+def measure(
+    works: Sequence[Work], options: Options, target: Any, advance: Callable[[str], None]
+) -> list[Measurement]:
+    """Compile all works, those of one comparison after the other, and time them in turns."""
+    found: list[Measurement] = []
+    for _, group in itertools.groupby(works, key=lambda work: work.comparison):
+        ready: list[tuple[Program, Measurement]] = []
+        for work in group:
+            measurement = Measurement(work)
+            found.append(measurement)
+            try:
+                program = Program(work, options.seed, target)
+                measurement.planned_bytes = program.planned_bytes
+                ready.append((program, measurement))
+            except _FAILURES as error:
+                measurement.failure = _failure(error)
+            advance(f"{work.block} {work.module} {work.name}")
+        ready.sort(key=lambda pair: pair[0].planned_bytes)  # so that each can set the peak
+        for number in range(0 if target is not None else options.rounds):
+            share = options.steps * (number + 1) // options.rounds
+            share -= options.steps * number // options.rounds
+            for program, measurement in ready:
+                if measurement.failure is not None:
+                    continue
+                before = _device_peak()
+                try:
+                    measurement.times_ms += program.time_ms(share)
+                except _FAILURES as error:
+                    measurement.failure, measurement.times_ms = _failure(error), []
+                if (peak := _device_peak()) > before:
+                    measurement.device_bytes = peak
+        jax.clear_caches()
+    return found
+
+
+def longest(fits: Callable[[int], bool], start: int) -> int:
+    """The longest sequence that fits, to within a sixteenth; 0 if `start` does not.
+
+    Example:
+        >>> longest(lambda length: length <= 5000, 1024)
+        4864
+    """
+    if not fits(start):
+        return 0
+    low = start
+    while low < MAX_LENGTH and fits(2 * low):
+        low *= 2
+    high = 2 * low
+    while high - low > max(1, LENGTH_PRECISION * low):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def find_longest(
+    works: Sequence[Work], options: Options, target: Any, advance: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Rows with the longest sequence of each work."""
+    limit = memory_limit(options)
+    rows = []
+    for work in works:
+        peaks: dict[int, int] = {}
+
+        def fits(length: int, work: Work = work, peaks: dict[int, int] = peaks) -> bool:
+            config = _sized(BLOCKS[work.block], work.module, length)
+            longer = replace(work, step=replace(work.step, length=length, config=config))
+            advance(f"{work.block} {work.module} {work.name} {length}")
+            program = Program(longer, options.seed, target)
+            peaks[length] = program.planned_bytes
+            return program.planned_bytes <= limit
+
+        length = longest(fits, work.step.length)
+        row = {**work.columns(), "max_length": length, "memory_bytes": limit}
+        rows.append({**row, "planned_bytes": peaks.get(length)})
+        jax.clear_caches()
+    return rows
+
+
+def memory_limit(options: Options) -> int:
+    """Bytes that a step may take.
+
+    Raises:
+        ValueError: the device does not say how much memory it has.
+    """
+    if options.memory_gb is not None:
+        return int(1e9 * options.memory_gb)
+    if options.target is not None:
+        return int(USABLE * GPUS[options.target].memory_bytes)
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" not in statistics:
+        raise ValueError(
+            "--max-length: this device does not say how much memory it has; give --memory-gb, or "
+            "--target for a GPU that is not there"
+        )
+    return statistics["bytes_limit"]
+
+
+Key = tuple[Any, ...]
+
+
+def ratios(found: Sequence[Measurement]) -> list[dict[str, float]]:
+    """For each measurement, its time and memory beside full fine-tuning's and the best LoRA's.
+
+    Returns:
+        Of `speedup_over_full`, `speedup_over_lora`, `operations_full`, `operations_lora` (the
+        speedups that the operations allow), `memory_of_full` and `memory_of_lora`, those that are
+        known. The best LoRA is the fastest form for time and the smallest for memory.
+    """
+    groups: dict[Key, list[Measurement]] = {}
+    for m in found:
+        groups.setdefault(m.work.comparison, []).append(m)
+    rows = []
+    for m in found:
+        row: dict[str, float] = {}
+        for method in ("full", "lora"):
+            baselines = [o for o in groups[m.work.comparison] if o.work.step.method == method]
+            times = [o.ms for o in baselines if o.ms is not None]
+            sizes = [o.planned_bytes for o in baselines if o.planned_bytes is not None]
+            if times and m.ms is not None:
+                row[f"speedup_over_{method}"] = min(times) / m.ms
+            if baselines:
+                row[f"operations_{method}"] = baselines[0].operations / m.operations
+            if sizes and m.planned_bytes is not None:
+                row[f"memory_of_{method}"] = m.planned_bytes / min(sizes)
+        rows.append(row)
+    return rows
+
+
+def results_table(found: Sequence[Measurement], device: str) -> Table:
+    """One row a measurement."""
+    timed = any(m.times_ms for m in found)
+    on_device = any(m.device_bytes is not None for m in found)
+    table = Table(title=f"a training step, {device}")
+    for header in ("block", "module", "batch", "method"):
+        table.add_column(header)
+    headers = ["ms"] * timed + ["peak MB"] + ["device MB"] * on_device
+    for method in ("full", "LoRA"):
+        headers += [f"x {method}", "operations"] * timed + [f"MB of {method}"]
+    for header in headers:
+        table.add_column(header, justify="right")
+    for m, ratio in zip(found, ratios(found), strict=True):
+        step = m.work.step
+        spt = f" {step.attention.density:g}, {step.ffn.active_blocks}/{step.ffn.num_blocks}"
+        name = m.work.name + spt * (step.method == "spt")
+        cells = [m.work.block, m.work.module, f"{step.batch} x {step.length}", name]
+        if m.failure is not None:
+            table.add_row(*cells, m.failure)
+            continue
+        if timed:
+            cells.append(f"{m.ms:.2f} ({m.spread_ms:.2f})")
+        cells.append(f"{(m.planned_bytes or 0) / 1e6:.0f}")
+        if on_device:
+            cells.append("" if m.device_bytes is None else f"{m.device_bytes / 1e6:.0f}")
+        for method in ("full", "lora"):
+            names = [f"speedup_over_{method}", f"operations_{method}"] * timed
+            for name in (*names, f"memory_of_{method}"):
+                cells.append(f"{ratio[name]:.2f}" if name in ratio else "")
+        table.add_row(*cells)
+    return table
+
+
+def longest_table(rows: Sequence[Mapping[str, Any]], device: str) -> Table:
+    """One row a method."""
+    limit = rows[0]["memory_bytes"]
+    table = Table(title=f"longest sequence whose step takes at most {limit / 1e9:.1f} GB, {device}")
+    for header in ("block", "module", "batch", "method"):
+        table.add_column(header)
+    for header in ("tokens", "x LoRA", "peak MB"):
+        table.add_column(header, justify="right")
+
+    def baseline(row: Mapping[str, Any]) -> int:
+        same = ("block", "module", "batch_size", "remat")
+        others = [r for r in rows if r["method"] == "lora" and all(r[n] == row[n] for n in same)]
+        return max((r["max_length"] for r in others), default=0)
+
+    for row in rows:
+        words = [row["method"], row["lora_form"] or "", "remat" * row["remat"]]
+        lora, peak = baseline(row), row["planned_bytes"]
+        table.add_row(
+            row["block"],
+            row["module"],
+            str(row["batch_size"]),
+            " ".join(word for word in words if word),
+            f"{row['max_length']:,}",
+            f"{row['max_length'] / lora:.2f}" if lora else "",
+            "" if peak is None else f"{peak / 1e6:.0f}",
+        )
+    return table
+
+
+def figures_of(found: Sequence[Measurement]) -> dict[str, dict[str, Any]]:
+    """Figures by block, module, batch, length and method."""
+    figures = {}
+    for m, ratio in zip(found, ratios(found), strict=True):
+        step = m.work.step
+        words = [m.work.block, m.work.module, f"b{step.batch}", f"s{step.length}", m.work.name]
+        if step.method == "spt":
+            words += [f"d{step.attention.density:g}", f"a{step.ffn.active_blocks}"]
+        name = "_".join(words).replace(" ", "_")
+        numbers: dict[str, Any] = {
+            "ms": m.ms,
+            "spread_ms": m.spread_ms,
+            "planned_bytes": m.planned_bytes,
+        }
+        numbers |= {"device_bytes": m.device_bytes, "failure": m.failure, **ratio}
+        figures[name] = {name: value for name, value in numbers.items() if value is not None}
+    return figures
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot_sizes(path: Path, found: Sequence[Measurement]) -> None:
+    """Time and memory of one block by batch and length, halves of the block stacked."""
+    there = {m.work.module for m in found}
+    modules = ("mha", "ffn") if {"mha", "ffn"} <= there else (found[0].work.module,)
+    bars: dict[str, dict[str, dict[str, Measurement]]] = {}  # by method, size, module
+    for m in found:
+        step = m.work.step
+        spt = f" {step.attention.density:g}, {step.ffn.active_blocks} of {step.ffn.num_blocks}"
+        method = m.work.name + spt * (step.method == "spt")
+        size = f"{step.batch} x {step.length}"
+        if m.work.module in modules and m.failure is None:
+            bars.setdefault(method, {}).setdefault(size, {})[m.work.module] = m
+    timed = any(m.times_ms for m in found)
+    panels = [("ms", lambda m: m.ms or 0)] * timed
+    panels += [("peak MB", lambda m: (m.planned_bytes or 0) / 1e6)]
+    sizes = list(dict.fromkeys(size for by_size in bars.values() for size in by_size))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(6 * len(panels), 4), squeeze=False, layout="constrained"
+    )
+    width = 0.8 / max(1, len(bars))
+    for ax, (label, value) in zip(axes[0], panels, strict=True):
+        for i, (method, by_size) in enumerate(bars.items()):
+            place = np.arange(len(sizes)) + width * (i - (len(bars) - 1) / 2)
+            bottom = np.zeros(len(sizes))
+            for j, module in enumerate(modules):
+                heights = np.array(
+                    [
+                        value(by_size[size][module]) if module in by_size.get(size, {}) else 0.0
+                        for size in sizes
+                    ]
+                )
+                ax.bar(
+                    place, heights, width, bottom, color=f"C{i}", alpha=1 - 0.4 * j,
+                    label=f"{method}, {module}",
+                )  # fmt: skip
+                bottom = bottom + heights
+        ax.set_xticks(np.arange(len(sizes)), sizes)
+        ax.set(xlabel="sequences x tokens", ylabel=label)
+    axes[0][-1].legend(fontsize="small")
+    axes[0][0].set_title(found[0].work.block)
+    _save(figure, path)
+
+
+def plot_densities(path: Path, found: Sequence[Measurement]) -> None:
+    """Speedups over full fine-tuning by density, and what the operations allow."""
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for m, ratio in zip(found, ratios(found), strict=True):
+        step = m.work.step
+        if step.method != "spt" or "speedup_over_full" not in ratio:
+            continue
+        share = step.ffn.density if m.work.module == "ffn" else step.attention.density
+        active = f", {step.ffn.active_blocks} of {step.ffn.num_blocks}"
+        name = f"{m.work.module}, S={step.length}" + active * (m.work.module in ("block", "model"))
+        speedups = ratio["speedup_over_full"], ratio["operations_full"]
+        lines.setdefault(name + ", remat" * step.remat, []).append((share, *speedups))
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for i, (name, points) in enumerate(lines.items()):
+        shares, speedups, limits = zip(*sorted(points), strict=True)
+        axes.plot(shares, speedups, marker="o", color=f"C{i}", label=name)
+        axes.plot(shares, limits, linestyle="--", color=f"C{i}")
+    axes.set(
+        xlabel="density (of an FFN: share of the active blocks)",
+        ylabel="times as fast as full fine-tuning",
+        title=f"{found[0].work.block}; dashed: what the operations allow",
+        xscale="log",
+    )
+    axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _write_plots(out: Path, found: Sequence[Measurement]) -> None:
+    for block in dict.fromkeys(m.work.block for m in found):
+        of_block = [m for m in found if m.work.block == block]
+        plot_sizes(out / f"{block}.png", of_block)
+        spt = [m.work.step for m in of_block if m.work.step.method == "spt"]
+        swept = {(step.attention.density, step.ffn.active_blocks) for step in spt}
+        if len(swept) > 1 and any(m.times_ms for m in of_block):
+            plot_densities(out / f"{block}-density.png", of_block)
+
+
+def main() -> None:
+    """Run the experiment."""
+    options = tyro.cli(Options, prog="experiments.profile", description=__doc__)
+    options.check()
+    target = None
+    if options.target is not None:
+        jax.config.update("jax_platforms", "cpu")
+        target = described_device(GPUS[options.target])
+    gpu = target is not None or jax.default_backend() == "gpu"
+    works = workloads(options, gpu=gpu)
+    device = options.target or jax.devices()[0].device_kind
+    options.out.mkdir(parents=True, exist_ok=True)
+    total = None if options.max_length else len(works)
+    with tqdm(total=total, disable=not sys.stderr.isatty(), unit="program") as bar:
+
+        def advance(name: str) -> None:
+            bar.set_description(name)
+            bar.update()
+
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        if options.max_length:
+            rows = find_longest(works, options, target, advance)
+            console.print(longest_table(rows, device))
+            figures: dict[str, Any] = {"max_length": rows}
+        else:
+            found = measure(works, options, target, advance)
+            rows = [m.row() | ratio for m, ratio in zip(found, ratios(found), strict=True)]
+            console.print(results_table(found, device))
+            _write_plots(options.out, found)
+            figures = figures_of(found)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    _write_csv(options.out / "profile.csv", [{n: row.get(n) for n in names} for row in rows])
+    write_metrics(options.out, "profile", options, figures)
+    failures = [row for row in rows if row.get("failure") not in (None, "out of memory")]
+    if failures:
+        first = failures[0]
+        sys.exit(
+            f"error: {len(failures)} programs failed, the first: {first['block']} "
+            f"{first['module']} {first['method']}: {first['failure']}"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)
