@@ -201,7 +201,7 @@ class MovingAverages:
                 )
 
     @staticmethod
-    def _books(module: SparseAttention) -> tuple[nnx.Param, nnx.Param]:
+    def _books(module: SparseAttention) -> tuple[nnx.Variable, nnx.Variable]:
         assert module.query_codebooks is not None
         return module.query_codebooks, module.key_codebooks
 

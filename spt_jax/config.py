@@ -197,7 +197,7 @@ class LearningRateMultipliers:
     Attributes:
         lora: LoRA factors.
         router: FFN routers; low, since a small step of Adam reorders the blocks of many tokens.
-        codebook: codewords of the product quantizers.
+        codebook: codewords of product quantizers with a codebook loss.
         head: the task head.
         base: everything else; trained only with `trainable="all"`.
     """
@@ -222,7 +222,8 @@ class TrainConfig:
     """Optimizer, length and bookkeeping of one training run.
 
     Attributes:
-        trainable: "adapter" trains LoRA factors, routers, codebooks and head; "all" everything.
+        trainable: "adapter" trains LoRA factors, routers, head, and codebooks that have a loss;
+            "all" everything.
         epochs: passes over the training examples; unused where `steps` is given.
         steps: optimizer steps.
         batch_size: examples an optimizer step.

@@ -118,6 +118,7 @@ class SparseAttention(nnx.Module):
 
     Args:
         query_codebooks: `[K, M, E, C]`; None shares the key codebooks, as `match_count` needs.
+            Codebooks train where they have a loss, and are constants otherwise.
         key_codebooks: `[K, M, E, C]`.
         key_center: `[K, H]`, subtracted from keys before encoding.
         config: density, granularity and rule.
@@ -133,10 +134,9 @@ class SparseAttention(nnx.Module):
         config: SparseAttentionConfig,
         causal: bool,
     ) -> None:
-        self.query_codebooks = nnx.data(
-            None if query_codebooks is None else CodebookParam(query_codebooks)
-        )
-        self.key_codebooks = CodebookParam(key_codebooks)
+        kind = CodebookParam if config.codebook_loss_weight > 0 else CalibrationStat
+        self.query_codebooks = nnx.data(None if query_codebooks is None else kind(query_codebooks))
+        self.key_codebooks = kind(key_codebooks)
         self.key_center = CalibrationStat(key_center)
         self.config = config
         self.causal = causal

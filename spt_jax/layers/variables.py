@@ -12,7 +12,7 @@ class RouterParam(nnx.Param):
 
 
 class CodebookParam(nnx.Param):
-    """Codewords of a product quantizer."""
+    """Codewords of a product quantizer that has a codebook loss."""
 
 
 class HeadParam(nnx.Param):

@@ -13,11 +13,13 @@ from spt_jax.calibration import balanced_kmeans, fit_routing
 from spt_jax.layers import (
     ADAPTER,
     Attention,
+    CalibrationStat,
     CodebookParam,
     HeadParam,
     LoRAParam,
     RoutedFFN,
     RouterParam,
+    SparseAttention,
 )
 from tests.spt_jax.toy import HEADS, HIDDEN, WIDTH, ToyModel, toy_batch
 
@@ -69,7 +71,7 @@ def test_the_permutation_is_one_and_regroups_the_same_units():
 def _parts(model):
     return {
         "lora": bool(nnx.state(model, LoRAParam)),
-        "attention": bool(nnx.state(model, CodebookParam)),
+        "attention": any(isinstance(m, SparseAttention) for _, m in nnx.iter_modules(model)),
         "ffn": bool(nnx.state(model, RouterParam)),
     }
 
@@ -82,8 +84,10 @@ def test_each_part_is_optional(left_out):
     assert np.isfinite(model(**toy_batch())).all()
 
 
-def test_only_lora_routers_codebooks_and_head_train():
-    model = _adapted(SPTConfig(attention=SPARSE, ffn=RoutedFFNConfig(load_balance_weight=0.01)))
+@pytest.mark.parametrize("codebook_loss_weight", [0.0, 0.01])
+def test_only_lora_routers_head_and_codebooks_with_a_loss_train(codebook_loss_weight):
+    sparse = replace(SPARSE, codebook_loss_weight=codebook_loss_weight)
+    model = _adapted(SPTConfig(attention=sparse, ffn=RoutedFFNConfig(load_balance_weight=0.01)))
     batch = toy_batch(seed=5)
     label = jnp.arange(len(batch["input_ids"])) % 2
     graph, params, frozen = nnx.split(model, ADAPTER, ...)
@@ -113,7 +117,8 @@ def test_only_lora_routers_codebooks_and_head_train():
         trained = isinstance(variable, LoRAParam | RouterParam | CodebookParam | HeadParam)
         assert same != trained, path
         kinds.add(type(variable))
-    assert {LoRAParam, RouterParam, CodebookParam, HeadParam, nnx.Param} <= kinds
+    assert {LoRAParam, RouterParam, HeadParam, nnx.Param, CalibrationStat} <= kinds
+    assert (CodebookParam in kinds) == (codebook_loss_weight > 0)
 
 
 def test_same_seed_same_model():

@@ -17,7 +17,7 @@ import spt_jax
 from spt_jax import LoRAConfig, RoutedFFNConfig, SparseAttentionConfig, SPTConfig
 from spt_jax.export import files
 from spt_jax.layers import (
-    CodebookParam,
+    CalibrationStat,
     Embedding,
     HeadParam,
     Linear,
@@ -168,7 +168,7 @@ def test_sparse_models_come_back(tmp_path, caplog):
     spt_jax.load_adapter(merged, tmp_path / "merged")
     _assert_same(merged, _run(model))
     kinds = {type(v) for _, v in nnx.to_flat_state(nnx.state(merged))}
-    assert {RouterParam, CodebookParam} <= kinds
+    assert {RouterParam, CalibrationStat} <= kinds
     assert LoRAParam not in kinds
 
 
