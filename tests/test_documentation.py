@@ -15,23 +15,42 @@ import tyro
 import experiments
 import pallas_kernels
 import spt_jax
-from experiments import capture, glue, glue_table, kernels, mmlu, wikitext
-from experiments.methods import MethodOptions
+from experiments import (
+    capture,
+    codebook_upkeep,
+    glue,
+    glue_table,
+    kernels,
+    mmlu,
+    profile,
+    wikitext,
+)
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path: path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+}
 OPTIONS = {
     "experiments.capture": capture.Options,
+    "experiments.codebook_upkeep": codebook_upkeep.Options,
     "experiments.glue": glue.Options,
     "experiments.glue_table": glue_table.Options,
     "experiments.kernels": kernels.Options,
     "experiments.mmlu": mmlu.Options,
+    "experiments.profile": profile.Options,
     "experiments.wikitext": wikitext.Options,
 }
 
 
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def _blocks(language: str, *texts: str) -> list[str]:
+    pattern = re.compile(rf"```{language}\n(.*?)```", re.DOTALL)
+    return [block for text in texts for block in pattern.findall(text)]
+
+
+def _commands() -> list[str]:
+    return [line for block in _blocks("sh", *PAGES.values()) for line in block.splitlines()]
 
 
 def _modules() -> list[str]:
@@ -49,7 +68,7 @@ def test_docstring_examples(name):
 
 
 def test_readme_python():
-    blocks = _blocks("python")
+    blocks = _blocks("python", README)
     assert blocks
     names: dict[str, object] = {}
     for block in blocks:
@@ -57,14 +76,20 @@ def test_readme_python():
     assert names["logits"].shape == (32, 2)
 
 
-@pytest.mark.parametrize("command", [c for block in _blocks("sh") for c in block.splitlines()])
-def test_readme_commands_exist(command):
+@pytest.mark.parametrize("command", _commands())
+def test_commands_exist(command):
     words = shlex.split(command, comments=True)
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
     python, flag, module, *arguments = words
-    assert (python, flag) == (".venv/bin/python", "-m")
+    assert (python.removeprefix(".venv/bin/"), flag) == ("python", "-m")
     options = tyro.cli(OPTIONS[module], args=arguments)
-    if isinstance(options, MethodOptions | glue_table.Options | capture.Options):
+    if hasattr(options, "check"):
         options.check()
+
+
+def test_links_lead_somewhere():
+    for path, text in PAGES.items():
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (path.parent / link).exists(), f"{path}: {link}"

@@ -51,7 +51,7 @@ def tiny_blocks(monkeypatch):
 def step_of(name, module, method, **options):
     whole = module == "model"
     return (ModelStep if whole else BlockStep)(
-        config=TINY[name] if whole else one_layer(TINY[name]),
+        config=one_layer(TINY[name]),
         part="block" if whole else module,
         batch=2,
         length=16,
