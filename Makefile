@@ -1,5 +1,6 @@
 # make glue       fine-tune a pretrained encoder with SPT and with LoRA; ends in a table
 # make test       the test suite
+# make docs       build the documentation, strictly, into build/site
 # make gpu-check  compile the GPU kernels for an H200 that need not be there; its packages take 4 GB
 # make bench-gpu  time the GPU kernels on the GPU of this machine; make test-gpu tests them there
 # All set everything up first and need no network once the packages are installed.
@@ -13,6 +14,8 @@ unexport PYTHONDONTWRITEBYTECODE
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.set-up
+DOCS := .venv-docs
+DOCS_STAMP := $(DOCS)/.set-up
 GPU_CHECK := .venv-gpu-check
 GPU_CHECK_STAMP := $(GPU_CHECK)/.set-up
 DATA_DIR ?=
@@ -21,7 +24,7 @@ PYTEST_ARGS ?=
 GPU_PACKAGES := jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm \
     nvidia-cudnn-cu13
 
-.PHONY: setup glue test test-gpu bench-gpu gpu-check gpu-check-setup lint clean
+.PHONY: setup glue test test-gpu bench-gpu gpu-check gpu-check-setup docs lint clean
 
 setup: $(STAMP)
 
@@ -47,6 +50,16 @@ bench-gpu: OUT ?= runs/kernels
 bench-gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(STAMP))
 	$(PYTHON) -m experiments.kernels --device gpu --out $(OUT)
 
+$(DOCS_STAMP): pyproject.toml constraints-docs.txt tools/find_python.sh
+	@python=$$(sh tools/find_python.sh) && echo "setting up $(DOCS) with $$python" \
+	    && "$$python" -m venv --clear $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints-docs.txt \
+	    mkdocs-material 'mkdocstrings[python]' ruff
+	@touch $@
+
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict --quiet
+
 $(GPU_CHECK_STAMP): pyproject.toml constraints.txt constraints-gpu-check.txt tools/find_python.sh
 	@python=$$(sh tools/find_python.sh) && echo "setting up $(GPU_CHECK) with $$python" \
 	    && "$$python" -m venv --clear $(GPU_CHECK)
@@ -66,4 +79,4 @@ lint: $(STAMP)
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) $(GPU_CHECK) runs build dist *.egg-info
+	rm -rf $(VENV) $(DOCS) $(GPU_CHECK) runs build dist *.egg-info

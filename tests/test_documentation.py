@@ -27,7 +27,6 @@ from experiments import (
 )
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {
     path: path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -67,13 +66,12 @@ def test_docstring_examples(name):
     assert doctest.testmod(module, extraglobs={"spt_jax": spt_jax}).failed == 0
 
 
-def test_readme_python():
-    blocks = _blocks("python", README)
-    assert blocks
+@pytest.mark.parametrize(("page", "shape"), [("README.md", (32, 2)), ("docs/index.md", (8, 2))])
+def test_python_of_a_page(page, shape):
     names: dict[str, object] = {}
-    for block in blocks:
+    for block in _blocks("python", PAGES[ROOT / page]):
         exec(block, names)
-    assert names["logits"].shape == (32, 2)
+    assert names["logits"].shape == shape
 
 
 @pytest.mark.parametrize("command", _commands())
