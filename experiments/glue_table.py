@@ -7,8 +7,8 @@
 By default the tasks are RTE, MRPC, CoLA, STS-B and SST-2.
 All methods get the same tasks, seeds, lengths, batches and steps: three epochs of a task or, of one
 with more than 60,000 examples, 500 steps, which of SST-2 is a quarter of an epoch. The first
-command trains 2,400 steps of each of seven methods with MiniLM, four hours on 2 CPU cores, and
-full, lora and spt should come out within some points of each other.
+command trains 2,400 steps of each of seven methods with MiniLM, some 50 minutes a method on a CPU
+core; spt should come out within a point of lora on average.
 
 A cell of the table is one method on one task from one seed, a run of its own in
 `--out/TASK/METHOD/seed-N`. The same command goes on where it was stopped: finished cells are read

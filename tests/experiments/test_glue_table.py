@@ -223,8 +223,9 @@ def test_every_method_trains(inputs, tmp_path):
     figures = json.loads((tmp_path / "metrics.json").read_text())["figures"]
     assert figures.keys() == DESCRIPTIONS.keys()
     numbers = {method: row["trainable_parameters"] for method, row in figures.items()}
-    assert numbers["lora"] < numbers["spt-dense-attention"] < numbers["spt"]
-    assert numbers["lora"] < numbers["spt-dense-ffn"] < numbers["spt"]
+    # routers train, codebooks do not
+    assert numbers["lora"] == numbers["spt-dense-ffn"] < numbers["spt-dense-attention"]
+    assert numbers["spt-dense-attention"] == numbers["spt"] < numbers["full"]
 
 
 def test_ablations_differ_from_spt_in_one_thing():
