@@ -196,8 +196,11 @@ def test_remat_changes_no_gradient():
     stored = gradients(model)
     model.remat = True
     recomputed = gradients(model)
-    assert max(np.abs(g).max() for g in jax.tree.leaves(stored)) > 1
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-3, 1e-3), stored, recomputed)
+    largest = max(float(np.abs(g).max()) for g in jax.tree.leaves(stored))
+    assert largest > 1
+    # the gradient of a key's bias is 0, and what is computed is rounding on the scale of the others
+    for a, b in zip(jax.tree.leaves(stored), jax.tree.leaves(recomputed), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6 * largest)
 
 
 def test_remat_wraps_each_layer():
