@@ -14,7 +14,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -26,7 +26,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.pq import reference
-from spt_jax.calibration import fit_sparse_attention, record_activations, spread
+from spt_jax.calibration import (
+    CALIBRATION_TOKENS,
+    fit_sparse_attention,
+    record_activations,
+    spread,
+)
 from spt_jax.config import SparseAttentionConfig
 from spt_jax.layers import Attention, SparseAttention
 
@@ -114,11 +119,30 @@ def record_layers(model: nnx.Module, input_ids: Int[np.ndarray, "B S"]) -> list[
         model: a model of `load_pretrained`, adapted or not.
         input_ids: rows without padding.
     """
-    found = record_activations(model, {"input_ids": input_ids}, most=None)
+    layers = layer_tokens(model, {"input_ids": input_ids}, most=None)
+    return [
+        LayerActivations(*(x.reshape(*input_ids.shape, *x.shape[1:]) for x in layer))
+        for layer in layers
+    ]
+
+
+def layer_tokens(
+    model: nnx.Module,
+    batch: Mapping[str, jax.Array | np.ndarray],
+    *,
+    most: int | None = CALIBRATION_TOKENS,
+) -> list[LayerActivations]:
+    """The same at the valid tokens of a batch, `[T, N, H]` and `[T, K, H]`.
+
+    Args:
+        model: a model of `load_pretrained`, adapted or not.
+        batch: its arguments; see `record_activations`.
+        most: tokens to keep, evenly spread; None for all.
+    """
     modules = dict(nnx.iter_modules(model))
     return [
-        LayerActivations(*(arrays[n].reshape(*input_ids.shape, *arrays[n].shape[1:]) for n in "qk"))
-        for path, arrays in found.items()
+        LayerActivations(**arrays)
+        for path, arrays in record_activations(model, batch, most=most).items()
         if isinstance(modules[path], Attention)
     ]
 

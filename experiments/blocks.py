@@ -249,7 +249,7 @@ class BlockStep:
             (owner, name, linear)
             for _, owner in nnx.iter_modules(model)
             for name, linear in vars(owner).items()
-            if isinstance(linear, Linear)
+            if isinstance(linear, Linear) and linear.lora is not None
         ]
         for owner, name, linear in adapted:
             if form == "skinny" or form == "skinny_float32":

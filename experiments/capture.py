@@ -22,11 +22,9 @@ causally 0.84 (0.85) and 0.62 (0.64); the routed FFN's relative error is 0.19 (r
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +49,7 @@ from experiments.attention_capture import (
 )
 from experiments.corpora import cpython_documentation
 from experiments.methods import write_metrics
-from experiments.reports import how, page
+from experiments.reports import here_and_now, how, page, save_figure, write_csv
 from experiments.routing_error import (
     RoutingError,
     Way,
@@ -64,7 +62,7 @@ from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
 from spt_jax.layers import Attention, SparseAttention
 from spt_jax.models.config import read_config
 from spt_jax.models.hub import find_files
-from spt_jax.training import environment, write_text_atomic
+from spt_jax.training import write_text_atomic
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -328,16 +326,9 @@ def figures_of(attention: Sequence[tuple[float, Capture]], ffn: FFNErrors) -> di
     return figures
 
 
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def write_tables(out: Path, attention: Sequence[tuple[float, Capture]], ffn: FFNErrors) -> None:
     """Write `attention.csv`, a row a head, and `ffn.csv`, a row a layer."""
-    _write_csv(
+    write_csv(
         out / "attention.csv",
         [
             {
@@ -356,7 +347,7 @@ def write_tables(out: Path, attention: Sequence[tuple[float, Capture]], ffn: FFN
             for head, share in enumerate(shares)
         ],
     )
-    _write_csv(
+    write_csv(
         out / "ffn.csv",
         [
             {"blocks": blocks, "active": active, "layer": path, "routing": way, **asdict(error)}
@@ -386,7 +377,7 @@ def plot_densities(path: Path, attention: Sequence[tuple[float, Capture]]) -> No
         axes.set_ylim(0, 1)
     panels[0][0].set_ylabel("share of the attention mass")
     panels[0][-1].legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_heads(path: Path, attention: Sequence[tuple[float, Capture]]) -> None:
@@ -406,7 +397,7 @@ def plot_heads(path: Path, attention: Sequence[tuple[float, Capture]]) -> None:
         axes.set(title=f"{DIRECTION[causal]}, mean {ratio.mean():.3f}", xlabel="head")
     panels[0][0].set_ylabel("layer")
     figure.colorbar(image, ax=list(panels[0]), label="kept mass over the oracle's")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_ffn(path: Path, found: FFNErrors) -> None:
@@ -423,12 +414,7 @@ def plot_ffn(path: Path, found: FFNErrors) -> None:
     axes.set_xlabel("active blocks")
     axes.set_ylabel("relative error of the output")
     axes.legend()
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -458,14 +444,17 @@ def main() -> None:
     for table in tables:
         console.print(table)
     if options.report is not None:
+        text = options.text_file.name if options.text_file else "CPython documentation"
         conditions = how(
             "experiments.capture",
             options,
-            f"Model {options.model}; attention on {options.rows} rows of {options.length} tokens, "
-            f"FFN on {options.ffn_rows} of {options.ffn_length}; fitted to as many others.",
-            f"Text: {options.text_file.name if options.text_file else 'CPython documentation'}.",
-            environment=environment(),
-            date=datetime.now(UTC).date().isoformat(),
+            [
+                f"Model {options.model}; attention on {options.rows} rows of {options.length} "
+                f"tokens, FFN on {options.ffn_rows} of {options.ffn_length}; fitted to as many "
+                "others.",
+                f"Text: {text}.",
+                *here_and_now(),
+            ],
         )
         write_text_atomic(options.report, page("What sparsity keeps", *tables, conditions))
     write_tables(options.out, attention, ffn)

@@ -21,7 +21,6 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -39,24 +38,22 @@ from tqdm import tqdm
 
 import spt_jax
 from experiments import cli, glue
-from experiments.attention_capture import LayerActivations, Rule, measure, record_layers
+from experiments.attention_capture import (
+    LayerActivations,
+    Rule,
+    layer_tokens,
+    measure,
+    record_layers,
+)
 from experiments.glue_tasks import GlueTask
 from experiments.methods import Recipe, write_metrics
-from experiments.reports import how, page
+from experiments.reports import here_and_now, how, page, save_figure
 from pallas_kernels import pq_encode
-from spt_jax.calibration import CALIBRATION_TOKENS, fit_sparse_attention, record_activations
+from spt_jax.calibration import fit_sparse_attention
 from spt_jax.layers import Attention, SparseAttention
-from spt_jax.training import (
-    Examples,
-    cross_entropy,
-    environment,
-    mean_squared_error,
-    supervised,
-    write_text_atomic,
-)
+from spt_jax.training import Examples, write_text_atomic
 from spt_jax.training.data import train_batches
-from spt_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from spt_jax.training.step import Partition, TrainState, partition, train_step
+from spt_jax.training.step import Partition, TrainState, partition, start
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -124,16 +121,6 @@ def sparse_attentions(model: nnx.Module) -> list[SparseAttention]:
     """Those of all layers, in the model's order."""
     modules = (m for _, m in nnx.iter_modules(model) if isinstance(m, Attention))
     return [m.sparse for m in modules if m.sparse is not None]
-
-
-def layer_tokens(
-    model: nnx.Module, columns: Mapping[str, Any], most: int = CALIBRATION_TOKENS
-) -> list[LayerActivations]:
-    """Queries and keys of each attention layer at valid tokens, `[T, N, H]` and `[T, K, H]`."""
-    found = record_activations(model, columns, most=most)
-    return [
-        LayerActivations(arrays["q"], arrays["k"]) for arrays in found.values() if "q" in arrays
-    ]
 
 
 def ema_update(
@@ -213,29 +200,28 @@ def longest_rows(examples: Examples, number: int) -> np.ndarray:
     return np.asarray(examples.columns["input_ids"])[chosen, : lengths[chosen].min()]
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """What decides a measurement beside the model.
+def captured_shares(
+    model: nnx.Module,
+    books: Mapping[str, Sequence[SparseAttention]],
+    rows: np.ndarray,
+    num_keys: int,
+) -> Shares:
+    """Mass that a model's attention on rows without padding keeps by each set of codebooks.
 
-    Attributes:
-        rows: token ids to measure on, `[n, S]`.
+    Args:
+        model: as it is now.
+        books: sets of codebooks by name, of all layers.
+        rows: token ids, `[n, S]`.
         num_keys: keys that a query keeps.
+
+    Returns:
+        Shares by name, and the oracle's.
     """
-
-    rows: np.ndarray
-    num_keys: int
-
-    def shares(self, model: nnx.Module, books: Mapping[str, Sequence[SparseAttention]]) -> Shares:
-        """Captured mass with each set of codebooks, and the oracle's."""
-        layers = record_layers(model, self.rows)
-        causal = next(iter(books.values()))[0].causal
-        found = {}
-        for name, sparse in books.items():
-            found[name] = measure(
-                layers, Rule(), num_keys=self.num_keys, causal=causal, sparse=sparse
-            ).share
-        oracle = measure(layers, Rule(kind="oracle"), num_keys=self.num_keys, causal=causal)
-        return {**found, "oracle": oracle.share}
+    layers = record_layers(model, rows)
+    causal = next(iter(books.values()))[0].causal
+    capture = partial(measure, layers, num_keys=num_keys, causal=causal)
+    kept = {name: capture(Rule(), sparse=sparse).share for name, sparse in books.items()}
+    return {**kept, "oracle": capture(Rule(kind="oracle")).share}
 
 
 def refitted(model: nnx.Module, calibration: Mapping[str, Any], seed: int) -> list[SparseAttention]:
@@ -258,33 +244,14 @@ def train_and_measure(
     config = training.train_config("spt")
     model = glue.build_model(task, "spt", training, data)
     calibration = glue.calibration_examples(data, options.seed).columns
-    measurement = Measurement(
-        rows := longest_rows(next(iter(data.validation.values())), options.rows),
-        max(1, round(options.density * rows.shape[1])),
-    )
+    rows = longest_rows(next(iter(data.validation.values())), options.rows)
+    num_keys = max(1, round(options.density * rows.shape[1]))
     frozen_books = [nnx.clone(module) for module in sparse_attentions(model)]
     averages = MovingAverages(model, layer_tokens(model, calibration))
     parts = partition(model, "adapter")
     total = config.total_steps(len(data.train))
-    optimizer = make_optimizer(
-        config, total, parts.groups, {name: p.ndim for name, p in parts.params.items()}
-    )
-    step = jax.jit(
-        partial(
-            train_step,
-            merge=parts.merge,
-            objective=supervised(mean_squared_error if task.num_labels is None else cross_entropy),
-            optimizer=optimizer,
-            schedule=learning_rate_schedule(config, total),
-        ),
-        donate_argnums=0,
-    )
-    state = TrainState(
-        jnp.zeros((), jnp.int32),
-        parts.params,
-        optimizer.init(parts.params),
-        jax.random.key(options.seed),
-    )
+    state, run = start(parts, config, total_steps=total, objective=glue.objective_of(task))
+    step = jax.jit(run, donate_argnums=0)
     loss_tokens = frozen_books[0].config.codebook_loss_tokens  # as many for the averages
     batches = train_batches(data.train, config.batch_size, seed=options.seed)
     losses: list[float] = []
@@ -299,13 +266,13 @@ def train_and_measure(
                 "refitted": refitted(model, calibration, options.seed),
             }
             loss = float(np.mean(losses)) if losses else float("nan")
-            yield number, measurement.shares(model, books), loss
+            yield number, captured_shares(model, books, rows, num_keys), loss
             losses = []
         if number == total:
             return
         batch = next(batches)
         if number % options.ema_every == 0 and number:
-            tokens = layer_tokens(current(parts, state), batch, loss_tokens)
+            tokens = layer_tokens(current(parts, state), batch, most=loss_tokens)
             averages.update(tokens, decay=options.ema_decay)
         state, values = step(state, parts.frozen, batch)
         losses.append(float(values["task_loss"]))
@@ -337,8 +304,7 @@ def plot(path: Path, found: Mapping[int, Shares]) -> None:
         axes.plot(list(found), ratios, marker="o", label=name)
     axes.set(xlabel="step", ylabel="captured mass / oracle's")
     axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -361,11 +327,13 @@ def main() -> None:
         conditions = how(
             "experiments.codebook_upkeep",
             options,
-            f"Model {options.model}, task {options.task}; batches of {options.batch_size}, texts "
-            f"of at most {data.train.length} tokens; density {options.density:g}; measured on "
-            f"{options.rows} of the longest rows; in brackets the share of the oracle's mass.",
-            environment=environment(),
-            date=datetime.now(UTC).date().isoformat(),
+            [
+                f"Model {options.model}, task {options.task}; batches of {options.batch_size}, "
+                f"texts of at most {data.train.length} tokens; density {options.density:g}; "
+                f"measured on {options.rows} of the longest rows; in brackets the share of the "
+                "oracle's mass.",
+                *here_and_now(),
+            ],
         )
         write_text_atomic(options.report, page("Upkeep of codebooks", table, conditions))
     plot(options.out / "capture.png", found)

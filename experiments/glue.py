@@ -32,6 +32,7 @@ from spt_jax.models.encoder_config import EncoderConfig
 from spt_jax.models.hub import find_files
 from spt_jax.training import (
     Examples,
+    Objective,
     TrainResult,
     cross_entropy,
     mean_squared_error,
@@ -158,6 +159,11 @@ def calibration_examples(data: Data, seed: int) -> Examples:
     return data.train.take(order[:CALIBRATION_EXAMPLES])
 
 
+def objective_of(task: GlueTask) -> Objective:
+    """What training on a task minimises."""
+    return supervised(mean_squared_error if task.num_labels is None else cross_entropy)
+
+
 def train_method(
     task: GlueTask, method: Method, options: Options, data: Data, out: Path
 ) -> TrainResult:
@@ -167,7 +173,7 @@ def train_method(
         data.train,
         options.train_config(method),
         out,
-        objective=supervised(mean_squared_error if task.num_labels is None else cross_entropy),
+        objective=objective_of(task),
         eval_data=data.validation,
         metrics=task.metrics,
         identity={"spt": asdict(spt) if (spt := options.spt_config(method)) else None},

@@ -38,7 +38,7 @@ from experiments import cli, glue
 from experiments.glue import Data, Inputs, load_data, named_task, read_model_config, train_method
 from experiments.glue_tasks import TASKS
 from experiments.methods import DESCRIPTIONS, Method, Recipe, parse_methods, write_metrics
-from experiments.reports import bullets, command, machine, page, versions
+from experiments.reports import bullets, how, machine, page, versions
 from spt_jax.config import SparseAttentionConfig
 from spt_jax.training import (
     Interrupted,
@@ -115,14 +115,12 @@ class Options(Inputs, Recipe):
     @property
     def task_names(self) -> tuple[str, ...]:
         """The tasks named by `tasks`, in order."""
-        names = _distinct(self.tasks)
-        known = (*TASKS, glue.BUILT_IN.name)
-        for name in names:
-            if name not in known:
-                raise ValueError(
-                    f"unknown task {name!r} in --tasks {self.tasks}; choose from {', '.join(known)}"
-                )
-        return names
+        return cli.known_names(
+            self.tasks,
+            (*TASKS, glue.BUILT_IN.name),
+            what="task",
+            where=f" in --tasks {self.tasks}",
+        )
 
     @property
     def method_names(self) -> tuple[Method, ...]:
@@ -132,7 +130,7 @@ class Options(Inputs, Recipe):
     @property
     def seed_numbers(self) -> tuple[int, ...]:
         """The seeds, in order."""
-        names = _distinct(self.seeds)
+        names = cli.distinct_names(self.seeds)
         for name in names:
             if not name.isdecimal():
                 raise ValueError(f"--seeds takes whole numbers from 0 on, got {name!r}")
@@ -462,9 +460,7 @@ def write_report(path: Path, options: Options, cells: Finished) -> None:
     parts += [
         terminal_table("Memory", cost_lines(rows, times=False)),
         "What the compiler plans for a step: parameters, optimizer state and temporaries.",
-        "## How it was made",
-        f"```sh\n{command('experiments.glue_table', options)}\n```",
-        bullets(_conditions(options, cells)),
+        how("experiments.glue_table", options, _conditions(options, cells)),
     ]
     write_text_atomic(path, page("SPT, LoRA and full fine-tuning on GLUE", *parts))
 
@@ -513,10 +509,6 @@ def _conditions(options: Options, cells: Finished) -> list[str]:
 
 def _distinct_texts(texts: Iterable[str]) -> str:
     return " or ".join(dict.fromkeys(texts))
-
-
-def _distinct(names: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name.strip() for name in names.split(",")))
 
 
 def main() -> None:

@@ -27,15 +27,7 @@ from pallas_kernels import (
 from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig, SPTConfig, TrainConfig
 from spt_jax.models.encoder import Encoder
 from spt_jax.models.encoder_config import EncoderConfig
-from spt_jax.training import (
-    TrainState,
-    cross_entropy,
-    learning_rate_schedule,
-    make_optimizer,
-    partition,
-    supervised,
-    train_step,
-)
+from spt_jax.training import cross_entropy, partition, start, supervised
 
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
 Kind = Literal["kernel", "training step", "block", "benchmark"]
@@ -269,22 +261,12 @@ def _bert_step() -> Program:
         ids = jax.random.randint(jax.random.key(0), (2, 64), 0, config.vocab_size)
         model = spt_jax.adapt(model, SPTConfig(), calibration_batch={"input_ids": ids})
         parts = partition(model, "adapter")
-        train = TrainConfig(steps=100)
-        ranks = {name: p.ndim for name, p in parts.params.items()}
-        optimizer = make_optimizer(train, 100, parts.groups, ranks)
-        state = TrainState(
-            jnp.int32(0), parts.params, optimizer.init(parts.params), jax.random.key(0)
+        state, step = start(
+            parts, TrainConfig(), total_steps=100, objective=supervised(cross_entropy)
         )
     integers, floats = _spec(*size, dtype=jnp.int32), _spec(size[0], dtype=jnp.float32)
     batch = {"input_ids": integers, "attention_mask": integers, "token_type_ids": integers}
     batch |= {"label": _spec(size[0], dtype=jnp.int32), "weight": floats}
-    step = functools.partial(
-        train_step,
-        merge=parts.merge,
-        objective=supervised(cross_entropy),
-        optimizer=optimizer,
-        schedule=learning_rate_schedule(train, 100),
-    )
     return jax.jit(step, donate_argnums=0), (state, parts.frozen, batch)
 
 

@@ -23,7 +23,6 @@ Writes `kernels.csv`, plots, TensorBoard events and, last and atomically, `metri
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
 import sys
@@ -46,8 +45,10 @@ from tqdm import tqdm
 from experiments import cli, comparisons
 from experiments.comparisons import Comparison, Method
 from experiments.gpu_targets import mosaic_launches
+from experiments.reports import save_figure, write_csv
 from pallas_kernels import autotune
 from spt_jax.training import environment, write_json_atomic
+from spt_jax.training.loop import device_peak_bytes
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -86,6 +87,8 @@ LIMITS = {
 #: A measurement lasts at least this long: of one call on a CPU, of queued calls on a GPU.
 MIN_MEASUREMENT_MS = {"cpu": 0.0, "gpu": 50.0}
 
+#: What a program that cannot be compiled or run raises: JAX's errors are among these.
+FAILURES = (RuntimeError, ValueError)
 OUT_OF_MEMORY = "out of memory"
 
 COMPARISONS: dict[str, Callable[[], Iterator[Comparison]]] = {
@@ -227,7 +230,7 @@ def _calls(function: Callable[[], Any], least_ms: float) -> int:
     return max(1, math.ceil(least_ms / _time_ms(function)))
 
 
-def _failure(error: Exception) -> str:
+def failure_of(error: Exception) -> str:
     """Why a method could not run, in one line."""
     text = " ".join(str(error).split())
     if "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
@@ -263,8 +266,8 @@ def measure(
                 _calls(forward.call, least_ms),
                 _calls(step.call, least_ms),
             )
-        except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError, RuntimeError) as error:
-            done[name] = Measurement(method=method, failure=_failure(error))
+        except FAILURES as error:
+            done[name] = Measurement(method=method, failure=failure_of(error))
     times = {name: np.zeros((rounds + 1, 2)) for name in ready}
     for i in range(rounds + 1):
         for name, (forward, step, forward_calls, step_calls) in ready.items():
@@ -358,7 +361,7 @@ def run(options: Options) -> tuple[dict[str, Any], list[str]]:
                 for m in measured.values()
                 if m.failure not in (None, OUT_OF_MEMORY) and not m.method.optional
             ]
-            _write_csv(options.out / "kernels.csv", rows)
+            write_csv(options.out / "kernels.csv", rows)
     _print(rows, options.rounds)
     _plot(options.out / "kernels.png", rows)
     if options.device == "gpu":
@@ -405,14 +408,6 @@ def _print(rows: list[dict[str, Any]], rounds: int) -> None:
     Console(width=None if sys.stdout.isatty() else width).print(table)
 
 
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=names)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
     rows = [row for row in rows if not row["baseline"] and row["speedup"] is not None]
     figure, axes = plt.subplots(figsize=(8, 0.5 * len(rows) + 1.5), layout="constrained")
@@ -421,7 +416,7 @@ def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
     axes.axvline(1, color="black", linewidth=1, linestyle="--")
     axes.invert_yaxis()
     axes.set_xlabel("speedup over the fastest dense form, forward and backward")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _plot_sweep(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -439,7 +434,7 @@ def _plot_sweep(path: Path, rows: list[dict[str, Any]]) -> None:
     axes.set_xlabel("tokens of a sequence")
     axes.set_ylabel("ms, forward and backward")
     axes.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _plot_limits(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -451,12 +446,7 @@ def _plot_limits(path: Path, rows: list[dict[str, Any]]) -> None:
     axes.bar_label(axes.barh(names, shares), fmt="%.0f", padding=3)
     axes.invert_yaxis()
     axes.set_xlabel("% of the limit, forward and backward")
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _require(device: str) -> None:
@@ -484,9 +474,8 @@ def main() -> None:
             for key, number in value.items() if isinstance(value, dict) else (("", value),):
                 if isinstance(number, int | float):
                     writer.add_scalar(f"{name}/{key}" if key else name, number, 0)
-    statistics = jax.devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in statistics:
-        figures["device_peak_bytes"] = statistics["peak_bytes_in_use"]
+    if (peak := device_peak_bytes()) is not None:
+        figures["device_peak_bytes"] = peak
     write_json_atomic(
         options.out / "metrics.json",
         {

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from rich.table import Table
 
 import spt_jax
+from experiments import cli
 from spt_jax.config import LearningRateMultipliers
 from spt_jax.training import TrainResult, environment, write_json_atomic
 
@@ -49,14 +50,7 @@ def parse_methods(names: str, option: str) -> tuple[Method, ...]:
     Raises:
         ValueError: there is no such method.
     """
-    found = tuple(dict.fromkeys(name.strip() for name in names.split(",")))
-    unknown = [name for name in found if name not in get_args(Method)]
-    if unknown:
-        raise ValueError(
-            f"unknown method {unknown[0]!r} in {option} {names}; choose from "
-            f"{', '.join(get_args(Method))}"
-        )
-    return found  # type: ignore[return-value]
+    return cli.known_names(names, get_args(Method), what="method", where=f" in {option} {names}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,23 @@
-"""Pages in Markdown that show the tables of an experiment, and how they were made."""
+"""What experiments leave behind: CSV files, plots, and pages in Markdown."""
 
 from __future__ import annotations
 
+import csv
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+import matplotlib
 from rich.table import Table
+
+from spt_jax.training import environment
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 #: Options that say where things lie, and the word that stands for each; None leaves it out.
 _LOCAL: Mapping[str, str | None] = {
@@ -18,6 +28,21 @@ _LOCAL: Mapping[str, str | None] = {
     "report_only": None,
     "overwrite": None,
 }
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows with all the columns that any of them has."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a plot, and close it."""
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def command(module: str, options: Any) -> str:
@@ -81,34 +106,30 @@ def page(title: str, *parts: str | Table) -> str:
     return "\n\n".join(texts) + "\n"
 
 
-def machine(environment: Mapping[str, Any]) -> str:
-    """The device of a record, as `spt_jax.training.environment` gives it."""
-    device = environment["device"]
+def machine(record: Mapping[str, Any]) -> str:
+    """The device of a record that holds `spt_jax.training.environment`."""
+    device = record["device"]
     if device["platform"] != "cpu":
         return f"{device['count']} {device['kind']}"
     return f"{device['cpu_model']}, {device['cpu_cores']} cores, no GPU"
 
 
-def versions(environment: Mapping[str, Any]) -> str:
-    """The versions of a record."""
-    named = {"Python": environment["python"], **environment["versions"]}
+def versions(record: Mapping[str, Any]) -> str:
+    """The versions of such a record."""
+    named = {"Python": record["python"], **record["versions"]}
     return ", ".join(f"{name} {version}" for name, version in named.items())
 
 
-def how(module: str, options: Any, *lines: str, environment: Mapping[str, Any], date: str) -> str:
-    """The section that says how a page was made: command, conditions, date, machine, versions.
-
-    Args:
-        module: such as "experiments.capture".
-        options: its dataclass of options.
-        lines: conditions beside those of the command line.
-        environment: of `spt_jax.training.environment`.
-        date: day of the measurement.
-    """
-    conditions = [
-        *lines,
-        f"Date: {date}.",
-        f"Machine: {machine(environment)}.",
-        f"Versions: {versions(environment)}.",
+def here_and_now() -> list[str]:
+    """Conditions of what was measured by this process: date, machine, versions."""
+    record = environment()
+    return [
+        f"Date: {datetime.now(UTC).date().isoformat()}.",
+        f"Machine: {machine(record)}.",
+        f"Versions: {versions(record)}.",
     ]
+
+
+def how(module: str, options: Any, conditions: Iterable[str]) -> str:
+    """The section that says how a page was made: the command, and a list of conditions."""
     return f"## How it was made\n\n```sh\n{command(module, options)}\n```\n\n{bullets(conditions)}"

@@ -18,7 +18,7 @@ from spt_jax.training.metrics import (
 )
 from spt_jax.training.objectives import Objective, Outcome, next_token, supervised
 from spt_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from spt_jax.training.step import TrainState, eval_step, partition, train_step, write_back
+from spt_jax.training.step import TrainState, eval_step, partition, start, train_step, write_back
 from spt_jax.training.text import (
     Document,
     encode_documents,
@@ -60,6 +60,7 @@ __all__ = [
     "read_jsonl",
     "read_text",
     "read_tfds_text",
+    "start",
     "strided_windows",
     "supervised",
     "tokenize",

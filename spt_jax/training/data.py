@@ -202,24 +202,25 @@ def train_batches(
     Returns:
         An iterator with `get_state` and `set_state`; the state is a JSON object.
     """
-    lengths, valid = batch_lengths(examples), _valid_lengths(examples.columns["attention_mask"])
 
     def gather(indices: np.ndarray) -> dict[str, np.ndarray]:
-        batch = _with_weight(examples.take(indices))
-        if not group_by_length:
-            return batch
-        longest = valid[indices].max()
-        return cut_batch(batch, next(n for n in lengths if n >= longest))
+        return _with_weight(examples.take(indices))
 
     order = grain.MapDataset.range(len(examples)).shuffle(seed).repeat()
     if group_by_length:
+        valid, lengths = _valid_lengths(examples.columns["attention_mask"]), batch_lengths(examples)
+
+        def gather_and_cut(indices: np.ndarray) -> dict[str, np.ndarray]:
+            longest = valid[indices].max()
+            return cut_batch(gather(indices), next(n for n in lengths if n >= longest))
+
         windows = order.batch(batch_size * GROUPED_BATCHES)
-        by_length = _BatchesByLength(valid, seed)
-        batches = grain.experimental.FlatMapMapDataset(windows, by_length)
+        by_length = grain.experimental.FlatMapMapDataset(windows, _BatchesByLength(valid, seed))
+        batches = by_length.map(gather_and_cut)
     else:
-        batches = order.batch(batch_size)
+        batches = order.batch(batch_size).map(gather)
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(batches.map(gather).to_iter_dataset(options))
+    return iter(batches.to_iter_dataset(options))
 
 
 def batch_lengths(examples: Examples) -> tuple[int, ...]:

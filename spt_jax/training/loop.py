@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tensorboardX import SummaryWriter
@@ -33,13 +32,11 @@ from spt_jax.training.data import (
 )
 from spt_jax.training.metrics import evaluation_metrics
 from spt_jax.training.objectives import Objective
-from spt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from spt_jax.training.step import (
     Partition,
-    TrainState,
     eval_step,
     partition,
-    train_step,
+    start,
     write_back,
 )
 
@@ -178,14 +175,7 @@ def train(
         log=log,
     )
 
-    ranks = {name: p.ndim for name, p in parts.params.items()}
-    optimizer = make_optimizer(config, total, parts.groups, ranks)
-    state = TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=parts.params,
-        opt_state=optimizer.init(parts.params),
-        key=jax.random.key(config.seed),
-    )
+    state, run_step = start(parts, config, total_steps=total, objective=objective)
     batches = train_batches(
         train_data, config.batch_size, seed=config.seed, group_by_length=config.group_by_length
     )
@@ -200,19 +190,10 @@ def train(
             log(f"going on from checkpoint {checkpoints.last_good}")
         elif resume:
             log(f"no checkpoint to go on from in {checkpoints.directory}: starting at step 0")
-        step = start = int(state.step)
-        saved = start if restored is not None else None
+        step = first = int(state.step)
+        saved = first if restored is not None else None
 
-        peak_before = _device_peak_bytes()
-        run_step = partial(
-            train_step,
-            merge=parts.merge,
-            objective=objective,
-            optimizer=optimizer,
-            schedule=learning_rate_schedule(config, total),
-            accumulation=config.accumulation,
-            dropout=config.dropout,
-        )
+        peak_before = device_peak_bytes()
         jitted = jax.jit(run_step, donate_argnums=0)
         compiling = time.perf_counter()
         compiled = {
@@ -230,7 +211,7 @@ def train(
             stop=stop,
         )
 
-        with _Reporter(Path(out_dir), config, start, total, log, progress_bar) as report:
+        with _Reporter(Path(out_dir), config, first, total, log, progress_bar) as report:
             mark, under_way = time.perf_counter(), None
 
             def settle() -> None:
@@ -294,7 +275,7 @@ def train(
     write_back(model, state.params)
 
     compiled_peak = max(map(compiled_peak_bytes, compiled.values()))
-    device_peak = _device_peak_bytes()
+    device_peak = device_peak_bytes()
     peak, source = compiled_peak, "compiler"
     if device_peak is not None and device_peak > (peak_before or 0):
         peak, source = device_peak, "device"
@@ -303,7 +284,7 @@ def train(
         steps=step,
         epochs=step * config.batch_size / len(train_data),
         stopped_early=step < total,
-        resumed_from=None if restored is None else start,
+        resumed_from=None if restored is None else first,
         metrics=progress.best_metrics if best else progress.metrics,
         metrics_step=progress.best_step if best else progress.evaluated,
         best_step=progress.best_step,
@@ -547,7 +528,8 @@ def _stop_signal() -> Iterator[Callable[[], int | None]]:
         restore()
 
 
-def _device_peak_bytes() -> int | None:
+def device_peak_bytes() -> int | None:
+    """The most memory that was in use on the device so far, where it tells."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 

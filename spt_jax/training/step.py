@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +16,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from spt_jax.config import Trainable
+from spt_jax.config import Trainable, TrainConfig
 from spt_jax.layers.variables import ADAPTER
 from spt_jax.training.losses import Batch
 from spt_jax.training.objectives import Objective
-from spt_jax.training.optimizer import group_of
+from spt_jax.training.optimizer import group_of, learning_rate_schedule, make_optimizer
 
 Params = dict[str, jax.Array]
 
@@ -100,6 +101,36 @@ def partition(model: nnx.Module, trainable: Trainable) -> Partition:
         groups={name: group_of(type(v)) for name, v in variables.items()},
         frozen=frozen,
         merge=merge,
+    )
+
+
+def start(
+    parts: Partition, config: TrainConfig, *, total_steps: int, objective: Objective
+) -> tuple[TrainState, Callable[[TrainState, nnx.State, Batch], Any]]:
+    """The state before the first step, and the step: `train_step` of `(state, frozen, batch)`.
+
+    Args:
+        parts: the model, cut.
+        config: how to train.
+        total_steps: length of the schedule.
+        objective: what is minimised.
+    """
+    ranks = {name: p.ndim for name, p in parts.params.items()}
+    optimizer = make_optimizer(config, total_steps, parts.groups, ranks)
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=parts.params,
+        opt_state=optimizer.init(parts.params),
+        key=jax.random.key(config.seed),
+    )
+    return state, partial(
+        train_step,
+        merge=parts.merge,
+        objective=objective,
+        optimizer=optimizer,
+        schedule=learning_rate_schedule(config, total_steps),
+        accumulation=config.accumulation,
+        dropout=config.dropout,
     )
 
 

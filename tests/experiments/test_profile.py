@@ -96,6 +96,13 @@ def test_a_step_trains_what_the_method_trains(name, module, method):
     assert scalars < everything if method != "full" else scalars > 0.9 * everything
 
 
+@pytest.mark.parametrize("name", ["bert-large", "opt-2048"])
+def test_lora_of_a_model_leaves_its_heads_alone(name):
+    step = step_of(name, "model", "lora", lora_form="skinny")
+    (trained, batch), frozen = jax.jit(step.arguments)(jax.random.key(0))
+    assert np.isfinite(jax.jit(step.loss)(trained, frozen, batch))
+
+
 @pytest.mark.parametrize(("name", "method"), [("bert-large", "full"), ("llama-4096", "spt")])
 def test_the_halves_make_the_block(name, method):
     """The parts have the block's operations and, run one after the other, its output."""
