@@ -60,6 +60,8 @@ class Options:
 
     device: Literal["cpu", "gpu"] = "cpu"
     """Platform that runs the kernels."""
+    only: str | None = None
+    """Comparisons to run, separated by commas; by default all of the device's."""
     out: Path = Path("runs/kernels")
     """Folder for the results."""
     rounds: int = 7
@@ -344,6 +346,10 @@ def run(options: Options) -> tuple[dict[str, Any], list[str]]:
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
     chosen = list(COMPARISONS[options.device]())
+    if options.only is not None:
+        known = [comparison.name for comparison in chosen]
+        names = cli.known_names(options.only, known, what="--only")
+        chosen = [comparison for comparison in chosen if comparison.name in names]
     keys = jax.random.split(jax.random.key(options.seed), len(chosen))
     total = len(chosen) * (options.rounds + 1)
     with tqdm(total=total, disable=not sys.stderr.isatty(), unit="round") as progress:
@@ -364,8 +370,9 @@ def run(options: Options) -> tuple[dict[str, Any], list[str]]:
             write_csv(options.out / "kernels.csv", rows)
     _print(rows, options.rounds)
     _plot(options.out / "kernels.png", rows)
-    if options.device == "gpu":
+    if any(row["length"] is not None for row in rows):
         _plot_sweep(options.out / "attention.png", rows)
+    if options.device == "gpu":
         _plot_limits(options.out / "limits.png", rows)
     return figures, failures
 

@@ -1,7 +1,10 @@
-"""Chooses the implementation of a kernel."""
+"""Chooses the implementation of a kernel, and traces it once for all layers of a model."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
+
+import jax
 
 from pallas_kernels import mosaic
 
@@ -54,3 +57,31 @@ def resolve(
             f"{', '.join(backends)}."
         )
     return backends[implementation]
+
+
+def call(op: str, run: Callable[..., Any], arrays: Mapping[str, Any], **options: Any) -> Any:
+    """Runs an implementation as a function of its own, which layers of equal sizes share.
+
+    Inlined anew into each layer, a kernel would be traced and lowered again every time, which takes
+    seconds for Mosaic.
+
+    Args:
+      op: Name of the op, and of the function in profiles.
+      run: What `resolve` returned.
+      arrays: Its arguments that are arrays, pytrees of arrays or None, by name.
+      options: The others, hashable.
+    """
+    if mosaic.interpreting():  # has effects, which some transformations of functions refuse
+        return run(**arrays, **options)
+    return _function(op, run, tuple(sorted(options.items())))(dict(arrays))
+
+
+@functools.cache
+def _function(
+    op: str, run: Callable[..., Any], options: tuple[tuple[str, Any], ...]
+) -> Callable[[dict[str, Any]], Any]:
+    def function(arrays: dict[str, Any]) -> Any:
+        return run(**arrays, **dict(options))
+
+    function.__name__ = function.__qualname__ = op
+    return jax.jit(function)

@@ -38,9 +38,14 @@ def interpreted(params: plgpu.InterpretGPUParams | None = None) -> Iterator[None
         _interpreting.reset(token)
 
 
+def interpreting() -> bool:
+    """Whether Mosaic kernels run in Pallas' interpreter."""
+    return _interpreting.get()
+
+
 def unfit_device() -> str | None:
     """Why Mosaic kernels cannot run on the default device; None if they can."""
-    if _interpreting.get():
+    if interpreting():
         return None
     device: Any = jax.config.jax_default_device
     if device is None or isinstance(device, str):
@@ -64,6 +69,24 @@ def unfit_dtype(*arrays: jax.Array) -> str | None:
         return None
     names = ", ".join(sorted(map(str, found)))
     return f"it takes bfloat16 or float16, one for all arrays, and got {names}"
+
+
+def axis(name: str) -> str:
+    """The name of an axis of a kernel's grid or threads.
+
+    Were it the name of an axis of the mesh around a `shard_map`, Pallas would take that one.
+    """
+    return f"spt_jax {name}"
+
+
+def axes(*names: str) -> tuple[str, ...]:
+    """As `axis`, of a grid."""
+    return tuple(map(axis, names))
+
+
+def axis_index(name: str) -> jax.Array:
+    """Where on an axis of the grid, or in which thread, the kernel runs."""
+    return jax.lax.axis_index(axis(name))
 
 
 def transforms(width: int, dtype: Any) -> tuple[Any, ...]:
@@ -118,7 +141,7 @@ def dots(*pairs: tuple[Any, Any]) -> list[jax.Array]:
 
 def dot_add(acc: jax.Array, a: Any, b_ref: Any) -> jax.Array:
     """`acc + a @ b` in registers; a is in registers or shared memory, b in shared memory."""
-    if _interpreting.get():  # knows neither operands nor initial accumulators in registers
+    if interpreting():  # knows neither operands nor initial accumulators in registers
         a, b = a[...], b_ref[...]
         plgpu.commit_smem()  # the loads above are done before their memory is handed back
         product = jnp.dot(a, b, preferred_element_type=jnp.float32)

@@ -68,7 +68,7 @@ def test_codes_are_of_the_nearest_codewords(dtype):
     with jax.default_device(CPU):
         keys = jax.random.split(jax.random.key(0))
         x = jax.random.normal(keys[0], (2, 1000, 4, 64)).astype(jnp.bfloat16)
-        books = jax.random.normal(keys[1], (4, 16, 16, 4))
+        books = jax.random.normal(keys[1], (4, 16, 16, 4)).astype(jnp.bfloat16).astype(jnp.float32)
         expected = pq_encode(x.astype(jnp.float32), books, implementation="reference")
     on_gpu = jax.device_put((x.astype(dtype), books), jax.devices("gpu")[0])
     found = jax.jit(pq_encode)(*on_gpu)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int8, UInt8
 
-from pallas_kernels.dispatch import Implementation, resolve
+from pallas_kernels.dispatch import Implementation, call, resolve
 from pallas_kernels.pq import mosaic, reference, xla
 from pallas_kernels.pq.types import Selection
 
@@ -31,7 +31,8 @@ def pq_encode(
     """Codes of vectors: for each subspace, the index of the nearest codeword.
 
     code[b, s, n, m] = argmin_e |x[b, s, n, m C : (m + 1) C] - codebooks[n // (N // K), m, e]|^2,
-    the lowest index among equals. Distances are accumulated in float32. Not differentiated.
+    the lowest index among equals, for codewords rounded to the type of x. Distances are accumulated
+    in float32. Not differentiated.
 
     Args:
       x: Queries or keys.
@@ -64,8 +65,10 @@ def pq_encode(
         )
     if not 1 <= num_codewords <= 256:
         raise ValueError(f"pq_encode: codes are uint8, so E must be 1..256, got {num_codewords}.")
+    codebooks = codebooks.astype(x.dtype)
     run = resolve("pq_encode", implementation, _ENCODE, lambda: mosaic.encode_unfit(x, codebooks))
-    return run(*jax.lax.stop_gradient((x, codebooks)))
+    x, codebooks = jax.lax.stop_gradient((x, codebooks))
+    return call("pq_encode", run, {"x": x, "codebooks": codebooks})
 
 
 def scoring_codewords(
@@ -251,21 +254,28 @@ def pq_select(
             f"pq_select: score_unit must have one element for each of the {kv_heads} key heads, "
             f"got shape {score_unit.shape}."
         )
-    codes = jax.lax.stop_gradient((query_codes, key_codes, query_codewords, key_codewords))
     run = resolve(
         "pq_select",
         implementation,
         _SELECT,
         lambda: mosaic.select_unfit(query_codewords, granularity=granularity, key_group=key_group),
     )
-    return run(
-        *codes,
+    arrays = {
+        "query_codes": query_codes,
+        "key_codes": key_codes,
+        "query_codewords": query_codewords,
+        "key_codewords": key_codewords,
+        "score_unit": score_unit.astype(jnp.float32),
+        "key_mask": key_mask,
+        "segment_ids": segment_ids,
+    }
+    return call(
+        "pq_select",
+        run,
+        jax.lax.stop_gradient(arrays),
         num_keys=num_keys,
         granularity=granularity,
-        score_unit=jax.lax.stop_gradient(score_unit).astype(jnp.float32),
         causal=causal,
-        key_mask=key_mask,
-        segment_ids=segment_ids,
         block_q=block_q,
         key_group=key_group,
     )

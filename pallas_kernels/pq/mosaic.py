@@ -73,10 +73,8 @@ class EncodeConfig:
     ctas: int
 
 
-def encode_config(
-    tokens: int, spaces: int, num_codewords: int, width: int, parts: int
-) -> EncodeConfig:
-    """Tiles for x of `spaces` subspaces a token, codewords in `parts` parts.
+def encode_config(tokens: int, spaces: int, num_codewords: int, width: int) -> EncodeConfig:
+    """Tiles for x of `spaces` subspaces a token.
 
     Eight subspaces to a slab leave nothing to reduce across threads, but of the product only one
     part in eight is of use; with many codewords the reduction costs less than that.
@@ -89,7 +87,7 @@ def encode_config(
     chunks = -(-slices // 16)
     slices = -(-slices // chunks)
     slab = subspaces * width
-    slab_bytes = 2 * parts * chunks * slices * SLICE * slab
+    slab_bytes = 2 * chunks * slices * SLICE * slab
     count = -(-spaces // subspaces)
     limit = max(1, min(128 // slab, 112 * 1024 // slab_bytes))
     slabs = max(
@@ -117,15 +115,14 @@ def _encode_kernel(
     books_bar: Any,
     *,
     config: EncodeConfig,
-    parts: int,
 ) -> None:
     """Codes of tiles of 64 tokens and one block of columns; see `encode`."""
     wgs, stages, spaces = config.warpgroups, config.stages, config.subspaces
-    wg, block = lax.axis_index("wg"), lax.axis_index("block")
+    wg, block = m.axis_index("wg"), m.axis_index("block")
     copies, slab = codes_s.shape[1], x_s.shape[-1]
     tiles, step = x_ref.shape[0] // ROWS, config.ctas * wgs
     products, size = books_s.shape[0], books_s.shape[1]
-    first = lax.axis_index("cta") * wgs
+    first = m.axis_index("cta") * wgs
 
     def tiles_of(wg: Any) -> Any:
         return lax.div(tiles - 1 - first - wg + step, jnp.int32(step))
@@ -175,12 +172,7 @@ def _encode_kernel(
                 best, index = carry
                 which = s * config.chunks + chunk
 
-                def multiply(acc_ref: Any) -> jax.Array:
-                    for p in range(parts):
-                        plgpu.wgmma(acc_ref, x, books_s.at[which * parts + p].T)
-                    return acc_ref[...]
-
-                distance = pl.run_scoped(multiply, plgpu.ACC((ROWS, size), jnp.float32))
+                distance = m.dot(x, books_s.at[which].T)
                 norm = plgpu.load(norms_s.at[which], layout=plgpu.Layout.WGMMA.reduce(0))
                 distance = distance + m.columns(norm, distance.shape)
                 for j in range(config.slices):
@@ -234,11 +226,6 @@ def _encode_kernel(
         plgpu.wait_smem_to_gmem(0)
 
 
-def _parts(dtype: Any, codebook_dtype: Any) -> int:
-    """Terms of `dtype` whose sum is a codeword."""
-    return 1 if codebook_dtype == dtype else 3 if dtype == jnp.bfloat16 else 2
-
-
 def encode_unfit(x: Float[Array, "B S N H"], codebooks: Float[Array, "K M E C"]) -> str | None:
     """Why `encode` cannot take the arguments; None if it can."""
     reason = m.unfit_dtype(x)
@@ -247,12 +234,11 @@ def encode_unfit(x: Float[Array, "B S N H"], codebooks: Float[Array, "K M E C"])
     (batch, length, heads, _), (_, spaces, num_codewords, width) = x.shape, codebooks.shape
     if width % 2:
         return f"it takes codewords of even width, and got width {width}"
-    parts = _parts(x.dtype, codebooks.dtype)
-    config = encode_config(batch * length, heads * spaces, num_codewords, width, parts)
+    config = encode_config(batch * length, heads * spaces, num_codewords, width)
     size = config.chunks * config.slices * SLICE
     tiles = config.warpgroups * config.stages * ROWS
     columns = config.slabs * config.subspaces * width
-    needed = 2 * columns * (tiles + parts * size) + 4 * config.slabs * size
+    needed = 2 * columns * (tiles + size) + 4 * config.slabs * size
     if needed > SHARED_BYTES:
         return (
             f"{num_codewords} codewords of width {width} and their vectors take {needed} bytes of "
@@ -262,13 +248,13 @@ def encode_unfit(x: Float[Array, "B S N H"], codebooks: Float[Array, "K M E C"])
 
 
 def _encode_operands(
-    codebooks: Float[Array, "K M E C"], rows: int, dtype: Any, parts: int, config: EncodeConfig
+    codebooks: Float[Array, "K M E C"], rows: int, config: EncodeConfig
 ) -> tuple[Float[Array, "R V"], Float[Array, "U n"]]:
     """Codewords as right sides of products with slabs of x, and their squared norms.
 
     Column c of slice j stands for subspace c % P of the slab and codeword j (8 / P) + c // P, with
-    zeros on the columns of x of the other subspaces. Codewords are doubled, negated, scaled with
-    their norms by a power of two into the middle of float16's range, and split into parts.
+    zeros on the columns of x of the other subspaces. Codewords are doubled, negated and, with their
+    norms, scaled by a power of two into the middle of float16's range, which rounds nothing.
     """
     num_codewords, width = codebooks.shape[2:]
     spaces, slices = config.subspaces, config.slices * config.chunks
@@ -284,12 +270,7 @@ def _encode_operands(
     books = books.reshape(-1, spaces, slices, SLICE // spaces, width).transpose(0, 2, 3, 1, 4)
     books = books[..., None, :] * jnp.eye(spaces, dtype=jnp.float32)[:, :, None]
     books = books.reshape(-1, config.chunks, config.slices * SLICE, spaces * width)
-    info, pieces = jnp.finfo(dtype), []
-    for _ in range(parts):
-        piece = lax.reduce_precision(books, info.nexp, info.nmant)
-        books = books - piece
-        pieces.append(piece.astype(dtype))
-    books = jnp.stack(pieces, 2).reshape(-1, spaces * width)
+    books = books.reshape(-1, spaces * width).astype(codebooks.dtype)
     return books, norms.reshape(-1, config.slices * SLICE)
 
 
@@ -298,28 +279,27 @@ def encode(
     codebooks: Float[Array, "K M E C"],
     config: EncodeConfig | None = None,
 ) -> UInt8[Array, "B S N M"]:
-    """As `pq_encode`; float32 codewords are split into parts of the type of x."""
+    """As `pq_encode`; codewords have the type of x."""
     batch, length, heads, _ = x.shape
     kv_heads, spaces, num_codewords, width = codebooks.shape
     dtype, tokens = x.dtype, batch * length
-    parts = _parts(dtype, codebooks.dtype)
     if config is None:
-        sizes = tokens, heads * spaces, num_codewords, width, parts
+        sizes = tokens, heads * spaces, num_codewords, width
         best = encode_config(*sizes)
         fewer = [replace(best, ctas=n) for n in (best.ctas // 2, best.ctas // 4) if n]
         config = tuning.choose("pq_encode", f"{dtype.name}, {sizes}", best, fewer)
     wgs, stages = config.warpgroups, config.stages
-    books, norms = _encode_operands(codebooks, heads // kv_heads, dtype, parts, config)
+    books, norms = _encode_operands(codebooks, heads // kv_heads, config)
     size, norm_rows = config.slices * SLICE, config.slabs * config.chunks
     blocks = len(norms) // norm_rows
     used = config.slabs * config.subspaces
     columns, copies = used * width, -(-used // COPY_BYTES)
     pad = -tokens % ROWS, blocks * columns - heads * spaces * width
     flat = jnp.pad(x.reshape(tokens, -1), ((0, pad[0]), (0, pad[1])))
-    products, slab = config.slabs * config.chunks * parts, config.subspaces * width
+    products, slab = config.slabs * config.chunks, config.subspaces * width
 
     def body(*refs: Any) -> None:
-        _encode_kernel(*refs, config=config, parts=parts)
+        _encode_kernel(*refs, config=config)
 
     codes = plgpu.kernel(
         body,
@@ -334,9 +314,9 @@ def encode(
             plgpu.Barrier(num_arrivals=products + 1),
         ],
         grid=(blocks, config.ctas),
-        grid_names=("block", "cta"),
+        grid_names=m.axes("block", "cta"),
         num_threads=wgs + 1,
-        thread_name="wg",
+        thread_name=m.axis("wg"),
         kernel_name="pq_encode",
     )(flat, books, norms)
     codes = codes.reshape(-1, blocks, copies * COPY_BYTES)[:tokens, :, :used].reshape(tokens, -1)
@@ -408,9 +388,10 @@ class TileScoresConfig:
     stages: int
 
 
-def tile_scores_config(tiles: int, width: int) -> TileScoresConfig:
-    """Tiles for so many sub-tiles of queries a head, and rows of `width`."""
-    warpgroups, groups = 2 if tiles > ROWS and width <= 192 else 1, 64
+def tile_scores_config(tiles: int, groups: int, width: int) -> TileScoresConfig:
+    """Tiles for so many sub-tiles of queries a head and key groups, and rows of `width`."""
+    warpgroups = 2 if tiles > ROWS and width <= 192 else 1
+    groups = 32 if groups <= 32 else 64  # keys are padded to whole blocks of groups
     used = warpgroups * ROWS * (2 * width + 4 * groups)
     return TileScoresConfig(
         warpgroups, groups, min(6, (SHARED_BYTES - used) // (2 * groups * width))
@@ -436,10 +417,10 @@ def _tile_scores_kernel(
     """
     *seen_refs, scores_ref, means_s, keys_s, scores_s, means_bar, seen_bar, keys_bar, free = refs
     wgs, groups, stages = config.warpgroups, config.groups, config.stages
-    width, wg = keys_s.shape[-1], lax.axis_index("wg")
-    sequence, head = lax.axis_index("sequence"), lax.axis_index("head")
-    first_group = lax.axis_index("groups") * groups
-    first_tile = lax.axis_index("tiles") * (wgs * ROWS)
+    width, wg = keys_s.shape[-1], m.axis_index("wg")
+    sequence, head = m.axis_index("sequence"), m.axis_index("head")
+    first_group = m.axis_index("groups") * groups
+    first_tile = m.axis_index("tiles") * (wgs * ROWS)
     first_key = first_group * key_group
     kv_head = lax.div(head, jnp.int32(heads // kv_heads))
 
@@ -552,7 +533,7 @@ def _tile_scores(
     batch, heads, tiles, width = means.shape
     length, kv_heads = keys.shape[1:3]
     if config is None:
-        best = tile_scores_config(tiles, width)
+        best = tile_scores_config(tiles, -(-length // key_group), width)
         fewer = [replace(best, stages=n) for n in range(2, best.stages)]
         sizes = batch, heads, kv_heads, tiles, length, width, key_group
         config = tuning.choose("pq_tile_scores", str(sizes), best, fewer)
@@ -597,9 +578,9 @@ def _tile_scores(
             plgpu.Barrier(num_arrivals=wgs, num_barriers=config.stages),
         ],
         grid=(group_blocks, heads, tile_blocks, batch),
-        grid_names=("groups", "head", "tiles", "sequence"),
+        grid_names=m.axes("groups", "head", "tiles", "sequence"),
         num_threads=wgs + 1,
-        thread_name="wg",
+        thread_name=m.axis("wg"),
         kernel_name="pq_tile_scores",
     )(*operands)
     scores = lax.bitcast_convert_type(scores, jnp.float32)
@@ -622,7 +603,7 @@ class ThresholdConfig:
 
 
 def tile_threshold_config(groups: int) -> ThresholdConfig:
-    """Tiles for rows of so many groups."""
+    """Tiles for rows of so many groups, a multiple of 64."""
     columns = 128 if groups % 128 == 0 else 64
     return ThresholdConfig(1, columns, min(groups // columns, 768 // columns))
 
@@ -777,8 +758,8 @@ def _tile_threshold_kernel(
     """Thresholds of 64 tiles; see `_tile_thresholds`."""
     size, stages = config.columns, config.stages
     groups = scores_ref.shape[1]
-    wg, first = lax.axis_index("wg"), lax.axis_index("rows") * ROWS
-    row = lax.axis_index("head") * (pl.num_programs(0) * ROWS) + first
+    wg, first = m.axis_index("wg"), m.axis_index("rows") * ROWS
+    row = m.axis_index("head") * (pl.num_programs(0) * ROWS) + first
     steps, resident = groups // size, groups // size <= stages
     passes = 1 + _passes(TILE_SCORES) + _passes(2 * groups)
     items = steps if resident else steps * passes
@@ -858,9 +839,9 @@ def _tile_thresholds(
             plgpu.Barrier(num_barriers=config.stages),
         ],
         grid=(tiles // ROWS, batch * heads),
-        grid_names=("rows", "head"),
+        grid_names=m.axes("rows", "head"),
         num_threads=2,
-        thread_name="wg",
+        thread_name=m.axis("wg"),
         kernel_name="pq_tile_threshold",
     )(scores.reshape(-1, groups))
     level, radius = (a.reshape(batch, heads, tiles) for a in found)
@@ -880,11 +861,11 @@ def _token_threshold_kernel(
     *tags_refs, level_ref, radius_ref, queries_s, keys_s, tags_s, own_s, out_s = refs[:-3]
     queries_bar, bar, free = refs[-3:]
     wgs, size, stages = config.warpgroups, config.columns, config.stages
-    width, wg = keys_s.shape[-1], lax.axis_index("wg")
-    sequence, head = lax.axis_index("sequence"), lax.axis_index("head")
+    width, wg = keys_s.shape[-1], m.axis_index("wg")
+    sequence, head = m.axis_index("sequence"), m.axis_index("head")
     rows = pl.num_programs(0) * (wgs * ROWS)
     kv_heads, heads = keys_ref.shape[1] // width, queries_ref.shape[1] // width
-    first = lax.axis_index("rows") * (wgs * ROWS)
+    first = m.axis_index("rows") * (wgs * ROWS)
     blocks = -(-length // size)
     steps = jnp.int32(blocks)
     if causal:
@@ -1026,9 +1007,9 @@ def _token_thresholds(
             plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
         ],
         grid=(padded // (wgs * ROWS), heads, batch),
-        grid_names=("rows", "head", "sequence"),
+        grid_names=m.axes("rows", "head", "sequence"),
         num_threads=wgs + 1,
-        thread_name="wg",
+        thread_name=m.axis("wg"),
         kernel_name="pq_token_threshold",
     )(*operands)
     return level[..., :length], radius[..., :length]
@@ -1109,7 +1090,7 @@ def _select_tiles(
         own = jnp.asarray(tile_groups(length, block_q, key_group)[0])
         own = jnp.pad(own, ((0, 0), (0, scores.shape[-1] - own.shape[1])))
         scores = jnp.where(own & (scores > -jnp.inf), TILE_SCORES - 1, scores)
-    pad = (0, 0), (0, 0), (0, -tiles % ROWS), (0, 0)
+    pad = (0, 0), (0, 0), (0, -tiles % ROWS), (0, -scores.shape[-1] % 64)
     level, radius = _tile_thresholds(
         jnp.pad(scores, pad, constant_values=-jnp.inf),
         count=size,

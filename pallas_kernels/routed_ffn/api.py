@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import Implementation, resolve
+from pallas_kernels.dispatch import Implementation, call, resolve
 from pallas_kernels.routed_ffn.decode import routed_ffn_decode_xla
 from pallas_kernels.routed_ffn.mosaic import routed_ffn_mosaic, unfit
 from pallas_kernels.routed_ffn.reference import (
@@ -81,7 +81,14 @@ def routed_ffn(
     """
     _check(x, block_index, coefficients, weights, lora, activation)
     run = resolve("routed_ffn", implementation, _BACKENDS, lambda: unfit(x, weights))
-    return run(x, block_index, coefficients, weights, lora, activation)
+    arrays = {
+        "x": x,
+        "block_index": block_index,
+        "coefficients": coefficients,
+        "weights": weights,
+        "lora": lora,
+    }
+    return call("routed_ffn", run, arrays, activation=activation)
 
 
 def routed_ffn_decode(

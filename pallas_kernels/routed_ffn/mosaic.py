@@ -182,7 +182,7 @@ def _walk(row_tiles: Array | int, column_tiles: int, panel: int, index: Array) -
 
 def _tiles_of_this(tiles: Array, sms: int) -> Array:
     """How many of the tiles, dealt in turn, this thread block computes."""
-    return lax.div(tiles - lax.axis_index("sm") + (sms - 1), jnp.int32(sms))
+    return lax.div(tiles - mosaic.axis_index("sm") + (sms - 1), jnp.int32(sms))
 
 
 def _chunk(offset: Any) -> Any:
@@ -331,10 +331,10 @@ def _multiply_rows(
         ring = _Ring(config.stages, full, free)
         tiles = tiles_ref[0]
         mine = _tiles_of_this(tiles * (slots * parts), sms)
-        wg = lax.axis_index("wg")
+        wg = mosaic.axis_index("wg")
 
         def where(i: Array) -> tuple[Array, Array | int, Array, Array, Array]:
-            index = lax.axis_index("sm") + i * sms
+            index = mosaic.axis_index("sm") + i * sms
             tile, part = _walk(tiles, slots * parts, config.panel, index)
             slot = 0 if slots == 1 else lax.div(part, jnp.int32(parts))
             first = (part - slot * parts) * bn
@@ -420,9 +420,9 @@ def _multiply_rows(
             *scratch,
         ],
         grid=(sms,),
-        grid_names=("sm",),
+        grid_names=mosaic.axes("sm"),
         num_threads=wgs + 1,
-        thread_name="wg",
+        thread_name=mosaic.axis("wg"),
         compiler_params=_COMPILER_PARAMS,
         kernel_name=name,
     )(plan.tiles, plan.blocks, *flat, *inputs)
@@ -712,10 +712,10 @@ def routed_ffn_weight_gradient(
     ) -> None:
         a_s, b_s, full, free, out_s = scratch
         ring = _Ring(config.stages, full, free)
-        wg = lax.axis_index("wg")
+        wg = mosaic.axis_index("wg")
 
         def where(i: Array) -> tuple[Array, ...]:
-            index = lax.axis_index("sm") + i * sms
+            index = mosaic.axis_index("sm") + i * sms
             block = lax.div(index, jnp.int32(a_tiles * b_tiles))
             rest = index - block * (a_tiles * b_tiles)
             row, column = _walk(a_tiles, b_tiles, config.panel, rest)
@@ -811,9 +811,9 @@ def routed_ffn_weight_gradient(
             mosaic.matrix((wgs, buffers, WARPGROUP_ROWS, CHUNK), dtype),
         ],
         grid=(sms,),
-        grid_names=("sm",),
+        grid_names=mosaic.axes("sm"),
         num_threads=wgs + 1,
-        thread_name="wg",
+        thread_name=mosaic.axis("wg"),
         compiler_params=_COMPILER_PARAMS,
         kernel_name="routed_ffn_weight_gradient",
     )(*lists, a, b)

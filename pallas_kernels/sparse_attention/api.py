@@ -6,7 +6,7 @@ import functools
 
 from jaxtyping import Array, Bool, Float, Int, Int8, UInt8
 
-from pallas_kernels.dispatch import Implementation, resolve
+from pallas_kernels.dispatch import Implementation, call, resolve
 from pallas_kernels.pq.types import Selection, TileSelection
 from pallas_kernels.sparse_attention import decode, mosaic, reference, xla
 
@@ -72,15 +72,20 @@ def sparse_attention(
             f"{q.shape} need {expected}."
         )
     unfit = functools.partial(mosaic.unfit, q, k, v, selection)
-    return resolve("sparse_attention", implementation, _BACKENDS, unfit)(
-        q,
-        k,
-        v,
-        selection,
-        scale=width**-0.5 if scale is None else scale,
+    arrays = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "selection": selection,
+        "key_mask": key_mask,
+        "segment_ids": segment_ids,
+    }
+    return call(
+        "sparse_attention",
+        resolve("sparse_attention", implementation, _BACKENDS, unfit),
+        arrays,
+        scale=float(width**-0.5 if scale is None else scale),
         causal=causal,
-        key_mask=key_mask,
-        segment_ids=segment_ids,
     )
 
 

@@ -445,8 +445,8 @@ class Walk(NamedTuple):
     @classmethod
     def of(cls, problem: Problem, given: Given, block_k: int, warpgroup: Any) -> Walk:
         """The walk of a warpgroup of this grid cell."""
-        batch, head = lax.axis_index("batch"), lax.axis_index("head")
-        cell = lax.axis_index("cell")
+        batch, head = mosaic.axis_index("batch"), mosaic.axis_index("head")
+        cell = mosaic.axis_index("cell")
         if problem.causal:  # those with the most keys first
             cell = problem.padded // CELL - 1 - cell
         start = cell * CELL + warpgroup * ROWS
@@ -600,9 +600,9 @@ def _launch(
         out_type=out_type,
         scratch_types=scratch,
         grid=(problem.batch, heads, problem.padded // CELL),
-        grid_names=("batch", "head", "cell"),
+        grid_names=mosaic.axes("batch", "head", "cell"),
         num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
+        thread_name=mosaic.axis("warpgroup"),
         # Where shared memory is first read and then written, `commit_smem` stands between.
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         kernel_name=name,
@@ -616,7 +616,7 @@ def _ring(streams: int, warpgroup: jax.Array, stages: int) -> jax.Array:
 
 def _split(compute: Callable[[jax.Array], None], feed: Callable[[], None]) -> None:
     """Runs `compute` on the warpgroups that compute and `feed` on the one that copies."""
-    warpgroup = lax.axis_index("warpgroup")
+    warpgroup = mosaic.axis_index("warpgroup")
 
     @pl.when(warpgroup < WARPGROUPS)
     def _() -> None:
@@ -802,8 +802,8 @@ class Share(NamedTuple):
     @classmethod
     def of(cls, problem: Problem, lists: Transposed | None, warpgroup: Any) -> Share:
         """The share of a warpgroup of this grid cell."""
-        batch, kv_head = lax.axis_index("batch"), lax.axis_index("head")
-        cell = lax.axis_index("cell")
+        batch, kv_head = mosaic.axis_index("batch"), mosaic.axis_index("head")
+        cell = mosaic.axis_index("cell")
         block = cell * WARPGROUPS + warpgroup
         first = cell * CELL if problem.causal else jnp.int32(0)
         if lists is None:

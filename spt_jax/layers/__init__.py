@@ -10,7 +10,7 @@ from spt_jax.layers.attention import (
 )
 from spt_jax.layers.feed_forward import FeedForward, RoutedFFN
 from spt_jax.layers.linear import Embedding, Linear, dropout, split_key
-from spt_jax.layers.lora import LoRA, lora_dot
+from spt_jax.layers.lora import LoRA, dense_dot, lora_dot
 from spt_jax.layers.recording import record, recording
 from spt_jax.layers.rotary import RotaryConfig, rotary_angles, rotate
 from spt_jax.layers.variables import (
@@ -41,6 +41,7 @@ __all__ = [
     "RouterParam",
     "SparseAttention",
     "dense_attention",
+    "dense_dot",
     "dropout",
     "lora_dot",
     "record",

@@ -164,16 +164,16 @@ class SparseAttention(nnx.Module):
         }
         if num_keys >= length:
             return dense_attention(q, k, v, **masks), {}
-        queries, keys = jax.lax.stop_gradient(q), self._centered(k)
-        codes = self._encode(queries, keys)
+        codes = self._encode(q, k)
         granularity = config.granularity_at(capacity or length)
         selection = self._select(codes, num_keys=num_keys, granularity=granularity, **masks)
         out = sparse_attention(q, k, v, selection, implementation=config.implementation, **masks)
         aux = {}
         if config.codebook_loss_weight > 0:
+            sides = jax.lax.stop_gradient((q, k - self.key_center[...].astype(k.dtype)))
             losses = [
                 _sampled_codebook_loss(*side, key_mask, config.codebook_loss_tokens)
-                for side in zip((queries, keys), self._codebooks(), codes, strict=True)
+                for side in zip(sides, self._codebooks(), codes, strict=True)
             ]
             aux["codebook_loss"] = config.codebook_loss_weight * (losses[0] + losses[1])
         return out, aux
@@ -190,7 +190,7 @@ class SparseAttention(nnx.Module):
     ) -> Selection:
         """The keys that each query keeps."""
         return self._select(
-            self._encode(q, self._centered(k)),
+            self._encode(q, k),
             num_keys=num_keys,
             granularity=granularity,
             causal=self.causal,
@@ -200,9 +200,7 @@ class SparseAttention(nnx.Module):
 
     def key_codes(self, k: Float[Array, "B S K H"]) -> UInt8[Array, "B K M S"]:
         """Codes of keys, in the layout of a cache."""
-        codes = pq_encode(
-            self._centered(k), self.key_codebooks[...], implementation=self.config.implementation
-        )
+        codes = pq_encode(k, self._encoders()[1], implementation=self.config.implementation)
         return codes.transpose(0, 2, 3, 1)
 
     def scoring(self) -> tuple[Int8[Array, "K M E W"], Int8[Array, "K M E W"]]:
@@ -218,7 +216,7 @@ class SparseAttention(nnx.Module):
         """Attention of one query a sequence over a cache with codes."""
         assert cache.codes is not None
         query_codes = pq_encode(
-            q[:, None], self._codebooks()[0], implementation=self.config.implementation
+            q[:, None], self._encoders()[0], implementation=self.config.implementation
         )
         return sparse_decode(
             q,
@@ -231,14 +229,14 @@ class SparseAttention(nnx.Module):
         )
 
     def _encode(
-        self, queries: Float[Array, "B S N H"], centered_keys: Float[Array, "B S K H"]
+        self, q: Float[Array, "B S N H"], k: Float[Array, "B S K H"]
     ) -> tuple[UInt8[Array, "B S N M"], UInt8[Array, "B S K M"]]:
         """Codes of queries and keys."""
-        of_queries, of_keys = self._codebooks()
+        of_queries, of_keys = self._encoders()
         implementation = self.config.implementation
         return (
-            pq_encode(queries, of_queries, implementation=implementation),
-            pq_encode(centered_keys, of_keys, implementation=implementation),
+            pq_encode(q, of_queries, implementation=implementation),
+            pq_encode(k, of_keys, implementation=implementation),
         )
 
     def _select(
@@ -259,8 +257,11 @@ class SparseAttention(nnx.Module):
         keys, queries = self.key_codebooks[...], self.query_codebooks
         return keys if queries is None else queries[...], keys
 
-    def _centered(self, k: Float[Array, "B S K H"]) -> Float[Array, "B S K H"]:
-        return jax.lax.stop_gradient(k) - self.key_center[...].astype(k.dtype)
+    def _encoders(self) -> tuple[Float[Array, "K M E C"], Float[Array, "K M E C"]]:
+        """What queries and keys are compared with; it costs less to move the codewords than k."""
+        of_queries, of_keys = self._codebooks()
+        kv_heads, spaces, _, width = of_keys.shape
+        return of_queries, of_keys + self.key_center[...].reshape(kv_heads, spaces, 1, width)
 
 
 def _sampled_codebook_loss(

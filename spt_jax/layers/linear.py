@@ -8,7 +8,7 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
-from spt_jax.layers.lora import LoRA, LoRAForm, lora_dot
+from spt_jax.layers.lora import LoRA, LoRAForm, dense_dot, lora_dot
 
 
 class Linear(nnx.Module):
@@ -63,7 +63,7 @@ class Linear(nnx.Module):
         x = x.astype(self.dtype)
         kernel = self.kernel[...].astype(self.dtype)
         if self.lora is None:
-            y = jnp.dot(x, kernel, preferred_element_type=jnp.float32).astype(self.dtype)
+            y = dense_dot(x, kernel)
         else:
             y = lora_dot(x, kernel, *self.lora.factors(dropout_key), form=self.lora_form)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -88,41 +88,60 @@ def lora_dot(
     if form is None:
         half = jnp.finfo(w.dtype).bits < 32
         form = "factored" if half else cheaper_form(rows.shape[0], *w.shape)
-    product = _merged_dot if form == "merged" else _factored_dot
-    return product(rows, w, a, b).reshape(*x.shape[:-1], w.shape[-1])
+    return _product(form, rows, w, a, b).reshape(*x.shape[:-1], w.shape[-1])
 
 
 _dot = partial(jnp.dot, preferred_element_type=jnp.float32)
 
 
-def _factored_dot(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    narrow = _dot(x, a.astype(x.dtype)).astype(x.dtype)
-    # Rounded before they are added: a sum of float32 would be twice as large.
-    return _dot(x, w).astype(x.dtype) + _dot(narrow, b.astype(x.dtype)).astype(x.dtype)
+def dense_dot(x: Float[Array, "... in"], w: Float[Array, "in out"]) -> Float[Array, "... out"]:
+    """`x w` of two arrays of one type, accumulated in float32 and returned in that type.
+
+    Backward as forward, products take 16-bit operands where x and w have 16 bits: a float32 result,
+    rounded afterwards, would have float32 cotangents, and GPUs would multiply in TF32.
+    """
+    return jnp.dot(x, w)
 
 
 def _merge(w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     return (w.astype(jnp.float32) + _dot(a, b)).astype(w.dtype)
 
 
-@jax.custom_vjp
-def _merged_dot(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    return _dot(x, _merge(w, a, b)).astype(x.dtype)
+def _products(
+    form: LoRAForm, x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """`x (w + a b)`, and `x a` where it came about."""
+    if form == "merged":
+        return dense_dot(x, _merge(w, a, b)), None
+    narrow = dense_dot(x, a.astype(x.dtype))
+    # Rounded before they are added: a sum of float32 would be twice as large.
+    return dense_dot(x, w) + dense_dot(narrow, b.astype(x.dtype)), narrow
 
 
-def _merged_forward(
-    x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _merged_dot(x, w, a, b), (x, w, a, b)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(form: LoRAForm, x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    return _products(form, x, w, a, b)[0]
 
 
-def _merged_backward(residuals: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, ...]:
-    x, w, a, b = residuals
-    dx = _dot(dy, _merge(w, a, b).T).astype(x.dtype)
-    da = _dot(x.T, _dot(dy, b.astype(dy.dtype).T).astype(x.dtype)).astype(a.dtype)
-    db = _dot(_dot(x, a.astype(x.dtype)).astype(x.dtype).T, dy).astype(b.dtype)
-    dw = _dot(x.T, dy).astype(w.dtype)  # dropped by the compiler where w is frozen
+def _product_forward(
+    form: LoRAForm, x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
+    y, narrow = _products(form, x, w, a, b)
+    return y, (x, w, a, b, narrow)
+
+
+def _product_backward(form: LoRAForm, residuals: Any, dy: jax.Array) -> tuple[jax.Array, ...]:
+    x, w, a, b, narrow = residuals
+    dnarrow = dense_dot(dy, b.astype(dy.dtype).T)
+    if form == "merged":
+        narrow = dense_dot(x, a.astype(x.dtype))
+        dx = dense_dot(dy, _merge(w, a, b).T)
+    else:
+        dx = dense_dot(dy, w.T) + dense_dot(dnarrow, a.astype(dy.dtype).T)
+    da = _dot(x.T, dnarrow).astype(a.dtype)
+    db = _dot(narrow.T, dy).astype(b.dtype)
+    dw = dense_dot(x.T, dy)  # dropped by the compiler where w is frozen
     return dx, dw, da, db
 
 
-_merged_dot.defvjp(_merged_forward, _merged_backward)
+_product.defvjp(_product_forward, _product_backward)

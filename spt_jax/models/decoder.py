@@ -20,6 +20,7 @@ from spt_jax.layers import (
     KeyValueCache,
     Linear,
     RotaryAngles,
+    dense_dot,
     dropout,
     rotary_angles,
     split_key,
@@ -418,7 +419,7 @@ class Decoder(nnx.Module):
         if self.head is not None:
             return self.head(x)
         kernel = self.output_kernel().astype(self.dtype)
-        return jnp.dot(x, kernel, preferred_element_type=jnp.float32).astype(self.dtype)
+        return dense_dot(x, kernel)
 
     def module_paths(self) -> dict[str, str]:
         """Hugging Face's name of every module that holds weights -> its path in the model."""
