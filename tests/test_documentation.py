@@ -25,6 +25,7 @@ from experiments import (
     profile,
     wikitext,
 )
+from experiments.peers import runner as peers_runner
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -38,6 +39,7 @@ OPTIONS = {
     "experiments.glue_table": glue_table.Options,
     "experiments.kernels": kernels.Options,
     "experiments.mmlu": mmlu.Options,
+    "experiments.peers": peers_runner.Options,
     "experiments.profile": profile.Options,
     "experiments.wikitext": wikitext.Options,
 }
@@ -62,6 +64,9 @@ def _modules() -> list[str]:
 
 @pytest.mark.parametrize("name", _modules())
 def test_docstring_examples(name):
+    if name == "experiments.peers.torch_steps":
+        for package in peers_runner.PACKAGES:
+            pytest.importorskip(package)
     module = importlib.import_module(name)
     assert doctest.testmod(module, extraglobs={"spt_jax": spt_jax}).failed == 0
 
