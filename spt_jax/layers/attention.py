@@ -190,13 +190,19 @@ class SparseAttention(nnx.Module):
     ) -> Selection:
         """The keys that each query keeps."""
         return self._select(
-            self._encode(q, self._centered(k)),
+            self.codes(q, k),
             num_keys=num_keys,
             granularity=granularity,
             causal=self.causal,
             key_mask=key_mask,
             segment_ids=segment_ids,
         )
+
+    def codes(
+        self, q: Float[Array, "B S N H"], k: Float[Array, "B S K H"]
+    ) -> tuple[UInt8[Array, "B S N M"], UInt8[Array, "B S K M"]]:
+        """Codes of queries and keys."""
+        return self._encode(q, self._centered(k))
 
     def key_codes(self, k: Float[Array, "B S K H"]) -> UInt8[Array, "B K M S"]:
         """Codes of keys, in the layout of a cache."""
