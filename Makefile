@@ -1,6 +1,7 @@
 # make glue       fine-tune a pretrained encoder with SPT and with LoRA; ends in a table
 # make test       the test suite
 # make docs       build the documentation, strictly, into build/site
+# make notebooks  run the notebooks offline on small inputs, and keep their outputs
 # make gpu-check  compile the GPU kernels for an H200 that need not be there; its packages take 4 GB
 # make bench-gpu  time the GPU kernels on the GPU of this machine; make test-gpu tests them there
 # All set everything up first and need no network once the packages are installed.
@@ -24,7 +25,7 @@ PYTEST_ARGS ?=
 GPU_PACKAGES := jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm \
     nvidia-cudnn-cu13
 
-.PHONY: setup glue test test-gpu bench-gpu gpu-check gpu-check-setup docs lint clean
+.PHONY: setup glue test test-gpu bench-gpu gpu-check gpu-check-setup notebooks docs lint clean
 
 setup: $(STAMP)
 
@@ -49,6 +50,9 @@ test-gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(STAMP))
 bench-gpu: OUT ?= runs/kernels
 bench-gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(STAMP))
 	$(PYTHON) -m experiments.kernels --device gpu --out $(OUT)
+
+notebooks: $(STAMP)
+	JAX_PLATFORMS=cpu $(PYTHON) -m tools.run_notebooks
 
 $(DOCS_STAMP): pyproject.toml constraints-docs.txt tools/find_python.sh
 	@python=$$(sh tools/find_python.sh) && echo "setting up $(DOCS) with $$python" \

@@ -25,6 +25,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import kept_keys as keys_of_selection
+from pallas_kernels import valid_keys
 from pallas_kernels.pq import reference
 from spt_jax.calibration import (
     CALIBRATION_TOKENS,
@@ -198,8 +200,7 @@ def _kept_keys(
     selection = sparse.select(
         layer.q, layer.k, num_keys=num_keys, granularity=sparse.config.granularity_at(length)
     )
-    kept = reference.kept_keys(selection, length)
-    return _valid(kept, sparse.causal)
+    return keys_of_selection(selection, length) & valid_keys(length, sparse.causal)
 
 
 @partial(jax.jit, static_argnames=("rule", "num_keys", "causal"))

@@ -1,14 +1,16 @@
 """Kernels of SPT: product quantization, sparse attention, routed FFN. Arrays in, arrays out."""
 
-from pallas_kernels.dispatch import Implementation
+from pallas_kernels.dispatch import Implementation, why_not_mosaic
 from pallas_kernels.pq import (
     Selection,
     TileSelection,
     TokenSelection,
+    kept_keys,
     pq_encode,
     pq_select,
     score_unit,
     scoring_codewords,
+    valid_keys,
 )
 from pallas_kernels.routed_ffn import (
     Activation,
@@ -32,6 +34,7 @@ __all__ = [
     "TokenSelection",
     "activation_function",
     "autotune",
+    "kept_keys",
     "pq_encode",
     "pq_select",
     "routed_ffn",
@@ -41,4 +44,6 @@ __all__ = [
     "sparse_attention",
     "sparse_decode",
     "split_blocks",
+    "valid_keys",
+    "why_not_mosaic",
 ]

@@ -5,10 +5,22 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import jax
+from jax.typing import DTypeLike
 
 from pallas_kernels import mosaic
 
 Implementation = Literal["mosaic", "triton", "xla", "reference"]
+
+
+def why_not_mosaic(dtype: DTypeLike = "bfloat16") -> str | None:
+    """Why Mosaic kernels cannot take arrays of a type on the default device; None if they can.
+
+    Where they can, `implementation=None` is `mosaic` for the shapes that a kernel fits, else `xla`.
+
+    Args:
+      dtype: Type of the arrays.
+    """
+    return mosaic.unfit_device() or mosaic.unfit_dtype(jax.ShapeDtypeStruct((), dtype))
 
 
 def resolve(

@@ -62,7 +62,7 @@ def unfit_device() -> str | None:
     )
 
 
-def unfit_dtype(*arrays: jax.Array) -> str | None:
+def unfit_dtype(*arrays: jax.Array | jax.ShapeDtypeStruct) -> str | None:
     """Why Mosaic kernels cannot take arrays of these types; None if they can."""
     found = {a.dtype for a in arrays}
     if len(found) == 1 and found <= set(map(jnp.dtype, DTYPES)):

@@ -10,6 +10,7 @@ from spt_jax.config import (
 )
 from spt_jax.export import load_adapter, save_adapter, save_pretrained
 from spt_jax.generation import generate
+from spt_jax.inspection import sparse_choices
 from spt_jax.models import load_pretrained, load_tokenizer
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "load_tokenizer",
     "save_adapter",
     "save_pretrained",
+    "sparse_choices",
 ]
 __version__ = "0.1.0"

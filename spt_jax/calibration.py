@@ -19,7 +19,8 @@ from spt_jax.layers.quantizer import kmeans
 
 Path = tuple[Any, ...]  # of a module in a model, as nnx.iter_modules gives it
 
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "segment_ids")
+#: Arguments of a model that are taken from a batch.
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "segment_ids")
 #: Tokens of the calibration batch, evenly spread, that codebooks, blocks and routers are fitted to.
 CALIBRATION_TOKENS = 4096
 KMEANS_STEPS = 20
@@ -53,7 +54,7 @@ def record_activations(
     *,
     most: int | None = CALIBRATION_TOKENS,
 ) -> dict[Path, dict[str, jax.Array]]:
-    """What each attention layer and dense FFN of a model reads at the valid tokens of a batch.
+    """What each attention layer and FFN of a model reads at the valid tokens of a batch.
 
     Args:
         model: dense or adapted; not changed.
@@ -65,7 +66,7 @@ def record_activations(
         `{path of the module: {name: [T, ...]}}` in the model's order: queries `q` `[T, N, H]` and
         keys `k` `[T, K, H]` of attention, inputs `x` `[T, D]` of an FFN.
     """
-    inputs = {name: jnp.asarray(batch[name]) for name in _INPUTS if batch.get(name) is not None}
+    inputs = {name: jnp.asarray(batch[name]) for name in INPUTS if batch.get(name) is not None}
     mask = inputs.get("attention_mask", jnp.ones_like(inputs["input_ids"]))
     tokens = np.flatnonzero(np.asarray(mask))
     if most is not None:

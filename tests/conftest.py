@@ -20,6 +20,7 @@ _hook = jaxtyping.install_import_hook(
         "spt_jax.chat",
         "spt_jax.export",
         "spt_jax.generation",
+        "spt_jax.inspection",
         "spt_jax.layers",
         "spt_jax.models",
         "spt_jax.training",

@@ -53,11 +53,18 @@ def scores(
 
 def valid_keys(
     length: int,
-    causal: bool,
-    key_mask: Bool[Array, "B S"] | None,
-    segment_ids: Int[Array, "B S"] | None,
+    causal: bool = False,
+    key_mask: Bool[Array, "B S"] | None = None,
+    segment_ids: Int[Array, "B S"] | None = None,
 ) -> Bool[Array, "b S S"]:
-    """Whether a query may see a key; b is 1 where neither mask nor segments are given."""
+    """Whether a query may see a key; b is 1 where neither mask nor segments are given.
+
+    Args:
+      length: Positions S.
+      causal: Whether a query sees only itself and earlier keys.
+      key_mask: False where a key is padding.
+      segment_ids: Tokens see only tokens with their own id.
+    """
     position = jnp.arange(length)
     valid = position <= position[:, None] if causal else jnp.ones((length, length), bool)
     valid = valid[None]
@@ -230,7 +237,15 @@ def select(
 
 
 def kept_keys(selection: Selection, length: int) -> Bool[Array, "B N S S"]:
-    """The selection as a mask, before validity."""
+    """The selection as a mask in memory quadratic in S, for tests and figures.
+
+    Args:
+      selection: What `pq_select` returned. Validity is on top: `& valid_keys(...)`.
+      length: Positions S.
+
+    Returns:
+      Whether a query keeps a key.
+    """
     if isinstance(selection, TokenSelection):
         score = scores(
             selection.query_codes,

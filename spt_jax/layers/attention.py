@@ -164,7 +164,7 @@ class SparseAttention(nnx.Module):
         }
         if num_keys >= length:
             return dense_attention(q, k, v, **masks), {}
-        codes = self._encode(q, k)
+        codes = self.codes(q, k)
         granularity = config.granularity_at(capacity or length)
         selection = self._select(codes, num_keys=num_keys, granularity=granularity, **masks)
         out = sparse_attention(q, k, v, selection, implementation=config.implementation, **masks)
@@ -190,12 +190,23 @@ class SparseAttention(nnx.Module):
     ) -> Selection:
         """The keys that each query keeps."""
         return self._select(
-            self._encode(q, k),
+            self.codes(q, k),
             num_keys=num_keys,
             granularity=granularity,
             causal=self.causal,
             key_mask=key_mask,
             segment_ids=segment_ids,
+        )
+
+    def codes(
+        self, q: Float[Array, "B S N H"], k: Float[Array, "B S K H"]
+    ) -> tuple[UInt8[Array, "B S N M"], UInt8[Array, "B S K M"]]:
+        """Codes of queries and keys."""
+        of_queries, of_keys = self._encoders()
+        implementation = self.config.implementation
+        return (
+            pq_encode(q, of_queries, implementation=implementation),
+            pq_encode(k, of_keys, implementation=implementation),
         )
 
     def key_codes(self, k: Float[Array, "B S K H"]) -> UInt8[Array, "B K M S"]:
@@ -226,17 +237,6 @@ class SparseAttention(nnx.Module):
             *cache.codes,
             num_keys=self.config.num_keys(key_mask.shape[1]),
             key_mask=key_mask,
-        )
-
-    def _encode(
-        self, q: Float[Array, "B S N H"], k: Float[Array, "B S K H"]
-    ) -> tuple[UInt8[Array, "B S N M"], UInt8[Array, "B S K M"]]:
-        """Codes of queries and keys."""
-        of_queries, of_keys = self._encoders()
-        implementation = self.config.implementation
-        return (
-            pq_encode(q, of_queries, implementation=implementation),
-            pq_encode(k, of_keys, implementation=implementation),
         )
 
     def _select(

@@ -154,8 +154,9 @@ class RoutedFFN(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B S D"], AuxLosses]:
         """Apply the active blocks; aux holds the load-balancing loss where it has a weight."""
+        record(self, x=x)
         rows = x.reshape(-1, x.shape[-1]).astype(self.up.dtype)
-        probabilities, index, coefficients = self._route(rows)
+        probabilities, index, coefficients = self.route(rows)
         whole = self._weights(), self._lora(dropout_key)
         whole = jax.tree.map(lambda array: array.astype(rows.dtype), whole)
         weights, lora = split_blocks(whole[0], whole[1], self.config.num_blocks)
@@ -183,7 +184,7 @@ class RoutedFFN(nnx.Module):
         There is one kernel for that, whatever `config.implementation`, and it has no gradient.
         """
         rows = x.reshape(-1, x.shape[-1]).astype(self.up.dtype)
-        _, index, coefficients = self._route(rows)
+        _, index, coefficients = self.route(rows)
         y = routed_ffn_decode(
             rows,
             index,
@@ -195,7 +196,7 @@ class RoutedFFN(nnx.Module):
         )
         return (y + self._absent(index).astype(y.dtype)).reshape(x.shape)
 
-    def _route(
+    def route(
         self, rows: Float[Array, "T D"]
     ) -> tuple[Float[Array, "T G"], Int[Array, "T A"], Float[Array, "T A"]]:
         """Probabilities of all blocks; the active ones, and their coefficients."""

@@ -1,8 +1,11 @@
 """The dispatcher never runs anything but what was asked for."""
 
+import jax
 import pytest
 
+from pallas_kernels import why_not_mosaic
 from pallas_kernels.dispatch import resolve
+from pallas_kernels.mosaic import interpreted
 
 BACKENDS = {"xla": len, "reference": max}
 
@@ -27,3 +30,15 @@ def test_missing_backend(name):
 def test_default_does_not_fall_back():
     with pytest.raises(NotImplementedError, match=r"'xla'.*available: reference"):
         resolve("op", None, {"reference": max})
+
+
+def test_says_why_not_mosaic():
+    with interpreted():  # stands for a Hopper GPU
+        assert why_not_mosaic() is None
+        assert why_not_mosaic("float16") is None
+        assert "got float32" in why_not_mosaic("float32")
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="tells of a CPU")
+def test_says_that_the_device_has_no_mosaic():
+    assert "the device is cpu" in why_not_mosaic()
