@@ -25,9 +25,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -92,6 +94,7 @@ MIN_MEASUREMENT_MS = {"cpu": 0.0, "gpu": 50.0}
 #: What a program that cannot be compiled or run raises: JAX's errors are among these.
 FAILURES = (RuntimeError, ValueError)
 OUT_OF_MEMORY = "out of memory"
+COMPILER_THREADS = 8
 
 COMPARISONS: dict[str, Callable[[], Iterator[Comparison]]] = {
     "cpu": comparisons.cpu_comparisons,
@@ -198,23 +201,43 @@ def _program(function: Callable[..., Any], arguments: Any, operations: float | N
     )
 
 
-def _compile(method: Method, key: jax.Array, tune: bool) -> tuple[Program, Program]:
-    """The forward pass, and forward with backward; the same where nothing is differentiated."""
+def _step(method: Method, key: jax.Array) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
+    """Forward with backward, and its arguments; None where nothing is differentiated."""
     arguments = jax.jit(method.arguments)(key)
+    if not jax.tree.leaves(arguments[0]):
+        return None
+    result = jax.eval_shape(method.function, *arguments)
+    cotangent = jax.tree.map(lambda y: jnp.ones(y.shape, y.dtype), result)
+    return step_function(method), (*arguments, cotangent)
+
+
+def _compile(method: Method, key: jax.Array) -> tuple[Program, Program]:
+    """The forward pass, and forward with backward; the same where nothing is differentiated."""
     forward_operations, step_operations = method.operations or (None, None)
-    differentiated = bool(jax.tree.leaves(arguments[0]))
-    step: Callable[..., Any] = method.function
-    step_arguments: tuple[Any, ...] = arguments
-    if differentiated:
-        result = jax.eval_shape(method.function, *arguments)
-        cotangent = jax.tree.map(lambda y: jnp.ones(y.shape, y.dtype), result)
-        step, step_arguments = step_function(method), (*arguments, cotangent)
-    if tune and method.mosaic:
-        autotune(step, *step_arguments, report=lambda line: tqdm.write(line, file=sys.stderr))
-    forward = _program(method.function, arguments, forward_operations)
-    if not differentiated:
+    step = _step(method, key)
+    if step is None:
+        arguments = jax.jit(method.arguments)(key)
+        forward = _program(method.function, arguments, forward_operations)
         return forward, forward
-    return forward, _program(step, step_arguments, step_operations)
+    function, (*arguments, cotangent) = step
+    forward = _program(method.function, arguments, forward_operations)
+    return forward, _program(function, (*arguments, cotangent), step_operations)
+
+
+def _tune(method: Method, key: jax.Array) -> None:
+    """Measures tile sizes for the kernels of a method."""
+
+    def report(line: str) -> None:
+        tqdm.write(line, file=sys.stderr)
+
+    try:
+        function, arguments = _step(method, key) or (
+            method.function,
+            jax.jit(method.arguments)(key),
+        )
+        autotune(function, *arguments, report=report)
+    except FAILURES as error:
+        report(f"{method.name} keeps its tile sizes: {failure_of(error)}")
 
 
 def _time_ms(function: Callable[[], Any], calls: int = 1) -> float:
@@ -240,6 +263,17 @@ def failure_of(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:200]}"
 
 
+def in_threads[Item, Result](
+    function: Callable[[Item], Result], items: Sequence[Item]
+) -> Iterator[tuple[Item, Result]]:
+    """Each item with `function(item)`, in order; several are under way at a time.
+
+    For compilation, of which much runs outside of Python.
+    """
+    with ThreadPoolExecutor(min(COMPILER_THREADS, os.cpu_count() or 1)) as pool:
+        yield from zip(items, pool.map(function, items), strict=True)
+
+
 def measure(
     comparison: Comparison,
     key: jax.Array,
@@ -259,17 +293,30 @@ def measure(
     methods = comparison.baselines | comparison.candidates
     done: dict[str, Measurement] = {}
     ready: dict[str, tuple[Program, Program, int, int]] = {}
-    for name, method in methods.items():
+
+    def compiled(method: Method) -> tuple[Program, Program] | str:
         try:
-            forward, step = _compile(method, key, tune)
-            ready[name] = (
-                forward,
-                step,
-                _calls(forward.call, least_ms),
-                _calls(step.call, least_ms),
-            )
+            return _compile(method, key)
         except FAILURES as error:
-            done[name] = Measurement(method=method, failure=failure_of(error))
+            return failure_of(error)
+
+    if tune:
+        for method in methods.values():
+            if method.mosaic:
+                _tune(method, key)
+    for name, (method, programs) in zip(
+        methods, in_threads(compiled, list(methods.values())), strict=True
+    ):
+        failure = programs if isinstance(programs, str) else None
+        if not isinstance(programs, str):
+            forward, step = programs
+            try:
+                calls = _calls(forward.call, least_ms), _calls(step.call, least_ms)
+                ready[name] = (forward, step, *calls)
+            except FAILURES as error:
+                failure = failure_of(error)
+        if failure is not None:
+            done[name] = Measurement(method=method, failure=failure)
     times = {name: np.zeros((rounds + 1, 2)) for name in ready}
     for i in range(rounds + 1):
         for name, (forward, step, forward_calls, step_calls) in ready.items():

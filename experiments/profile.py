@@ -58,7 +58,7 @@ from experiments.blocks import (
     with_positions,
 )
 from experiments.gpu_targets import GPUS, described_device, trace_for
-from experiments.kernels import FAILURES, OUT_OF_MEMORY, failure_of
+from experiments.kernels import FAILURES, OUT_OF_MEMORY, failure_of, in_threads
 from experiments.methods import write_metrics
 from experiments.reports import save_figure, write_csv
 from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
@@ -396,15 +396,21 @@ def measure(
     found: list[Measurement] = []
     for _, group in itertools.groupby(works, key=lambda work: work.comparison):
         ready: list[tuple[Program, Measurement]] = []
-        for work in group:
+
+        def compiled(work: Work) -> Program | str:
+            try:
+                return Program(work, options.seed, target)
+            except FAILURES as error:
+                return failure_of(error)
+
+        for work, program in in_threads(compiled, list(group)):
             measurement = Measurement(work)
             found.append(measurement)
-            try:
-                program = Program(work, options.seed, target)
+            if isinstance(program, str):
+                measurement.failure = program
+            else:
                 measurement.planned_bytes = program.planned_bytes
                 ready.append((program, measurement))
-            except FAILURES as error:
-                measurement.failure = failure_of(error)
             advance(f"{work.block} {work.module} {work.name}")
         ready.sort(key=lambda pair: pair[0].planned_bytes)  # so that each can set the peak
         for number in range(0 if target is not None else options.rounds):

@@ -99,7 +99,7 @@ class SparseAttentionConfig:
     density: float = 1 / 8
     min_keys: int = 32
     granularity: Literal["auto", "token", "tile"] = "auto"
-    token_max_length: int = 512
+    token_max_length: int = 256
     block_q: int = 64
     key_group: Literal[1, 8, 16, 32, 64, 128] = 16
     rule: Literal["inner_product", "match_count"] = "inner_product"
