@@ -473,9 +473,9 @@ class GPUSizes:
       dense_attention: implementation of the dense baselines.
     """
 
-    lengths: tuple[int, ...] = tuple(512 << i for i in range(8))
+    lengths: tuple[int, ...] = tuple(256 << i for i in range(9))
     densities: tuple[float, ...] = (1 / 4, 1 / 8, 1 / 16)
-    parts_lengths: tuple[int, int] = (512, 8192)
+    parts_lengths: tuple[int, int] = (256, 8192)
     heads: int = 32
     head_width: int = 128
     tokens: int = 32768
@@ -581,7 +581,7 @@ def block_comparison(sizes: GPUSizes) -> Comparison:
         f"lora_{form}": _step_method(f"LoRA, {text}", replace(lora, lora_form=form))
         for form, text in forms.items()
     }
-    tile = replace(spt, attention=SparseAttentionConfig(granularity="tile"))
+    token = replace(spt, attention=SparseAttentionConfig(granularity="token"))
     quarter = replace(spt, ffn=RoutedFFNConfig(active_blocks=1))
     return Comparison(
         name="block",
@@ -589,7 +589,7 @@ def block_comparison(sizes: GPUSizes) -> Comparison:
         baselines={"full": _step_method("full", full)} | baselines,
         candidates={
             "block_spt": _step_method("SPT", spt),
-            "block_spt_tile": _step_method("SPT, tile", tile),
+            "block_spt_token": _step_method("SPT, token", token),
             "block_spt_quarter": _step_method("SPT, 1 of 4 blocks", quarter),
         },
     )

@@ -316,12 +316,12 @@ def _block_cases() -> Iterator[Case]:
     step = replace(lora, lora_form="skinny_float32")
     yield _block("opt_block_lora_skinny_float32", step, "lora_block_temp_bytes")
     yield _block("opt_block_spt", spt, "spt_block_temp_bytes")
-    tile = SparseAttentionConfig(granularity="tile")
-    yield _block("opt_block_spt_tile", replace(spt, attention=tile), "spt_tile_block_temp_bytes")
+    token = replace(spt, attention=SparseAttentionConfig(granularity="token"))
+    yield _block("opt_block_spt_token", token, "spt_token_block_temp_bytes")
     quarter = RoutedFFNConfig(active_blocks=1)
     yield _block("opt_block_spt_quarter", replace(spt, ffn=quarter), "spt_quarter_block_temp_bytes")
     for length in GROWTH_LENGTHS:
-        step = BlockStep(config=LLAMA_4096, batch=1, length=length, method="spt", attention=tile)
+        step = BlockStep(config=LLAMA_4096, batch=1, length=length, method="spt")
         yield _block(GROWTH_CASE.format(length), step)
 
 

@@ -10,7 +10,7 @@ blocks active and 3.3 with a quarter, sparse attention at 8.4 times dense in a t
 memory, and SPT on four LLaMA layers of 2048 tokens at 3.7 times LoRA in a fifth of its memory.
 
 On a GPU everything is bfloat16: the routed FFN at LLaMA's sizes against cuBLAS, a training step of
-an OPT block, and causal attention of 512 to 65,536 tokens against cuDNN (and tokamax where it is
+an OPT block, and causal attention of 256 to 65,536 tokens against cuDNN (and tokamax where it is
 installed). Calls are queued until a measurement lasts 50 ms. Beside each time stands the share of
 the device's limit that it reaches: the longer of operations over peak and bytes over bandwidth,
 over the time, where the bytes are the program's arguments and results. Plan a quarter of an hour.

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from pallas_kernels import why_not_mosaic
-from pallas_kernels.dispatch import resolve
+from pallas_kernels.dispatch import call, resolve
 from pallas_kernels.mosaic import interpreted
 
 BACKENDS = {"xla": len, "reference": max}
@@ -42,3 +42,21 @@ def test_says_why_not_mosaic():
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="tells of a CPU")
 def test_says_that_the_device_has_no_mosaic():
     assert "the device is cpu" in why_not_mosaic()
+
+
+def test_layers_share_a_trace():
+    traced = []
+
+    def run(x, y, *, factor):
+        traced.append(factor)
+        return x * factor if y is None else x * factor + y
+
+    @jax.jit
+    def layers(x):
+        for _ in range(3):
+            x = call("op", run, {"x": x, "y": None}, factor=2)
+        return call("op", run, {"x": x, "y": x}, factor=3)
+
+    gradient = jax.grad(lambda x: layers(x).sum())(jax.numpy.arange(4.0))
+    assert gradient.tolist() == [32.0] * 4
+    assert traced == [2, 3]
