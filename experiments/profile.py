@@ -462,7 +462,12 @@ def find_longest(
             config = _sized(BLOCKS[work.block], work.module, length)
             longer = replace(work, step=replace(work.step, length=length, config=config))
             advance(f"{work.block} {work.module} {work.name} {length}")
-            program = Program(longer, options.seed, target)
+            try:
+                program = Program(longer, options.seed, target)
+            except FAILURES as error:
+                if failure_of(error) == OUT_OF_MEMORY:  # some compilers refuse what does not fit
+                    return False
+                raise
             peaks[length] = program.planned_bytes
             return program.planned_bytes <= limit
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -216,6 +217,20 @@ def test_the_command(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "x full" in out
     assert "spt 0.5, 2/4" in out
+
+
+def test_a_length_that_no_compiler_fits_is_too_long(monkeypatch, tmp_path):
+    def refuse(work, seed, target=None):
+        if work.step.length > 100:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory while compiling")
+        return SimpleNamespace(planned_bytes=10 * work.step.length)
+
+    monkeypatch.setattr(profile, "Program", refuse)
+    arguments = ("--max-length", "--memory-gb", 1, "--seq-len", 64, "--batch-size", 1)
+    run(*arguments, "--method", "lora", "--module", "ffn", "--out", tmp_path)
+    (row,) = json.loads((tmp_path / "metrics.json").read_text())["figures"]["max_length"]
+    assert 94 <= row["max_length"] <= 100
+    assert row["planned_bytes"] == 10 * row["max_length"]
 
 
 def test_the_longest_sequence_of_each_method(tmp_path, capsys):
