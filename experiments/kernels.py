@@ -201,11 +201,10 @@ def _program(function: Callable[..., Any], arguments: Any, operations: float | N
     )
 
 
-def _step(method: Method, key: jax.Array) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
-    """Forward with backward, and its arguments; None where nothing is differentiated."""
-    arguments = jax.jit(method.arguments)(key)
+def _step(method: Method, arguments: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Forward with backward, and its arguments; forward where nothing is differentiated."""
     if not jax.tree.leaves(arguments[0]):
-        return None
+        return method.function, arguments
     result = jax.eval_shape(method.function, *arguments)
     cotangent = jax.tree.map(lambda y: jnp.ones(y.shape, y.dtype), result)
     return step_function(method), (*arguments, cotangent)
@@ -213,15 +212,13 @@ def _step(method: Method, key: jax.Array) -> tuple[Callable[..., Any], tuple[Any
 
 def _compile(method: Method, key: jax.Array) -> tuple[Program, Program]:
     """The forward pass, and forward with backward; the same where nothing is differentiated."""
+    arguments = jax.jit(method.arguments)(key)
     forward_operations, step_operations = method.operations or (None, None)
-    step = _step(method, key)
-    if step is None:
-        arguments = jax.jit(method.arguments)(key)
-        forward = _program(method.function, arguments, forward_operations)
-        return forward, forward
-    function, (*arguments, cotangent) = step
     forward = _program(method.function, arguments, forward_operations)
-    return forward, _program(function, (*arguments, cotangent), step_operations)
+    step, step_arguments = _step(method, arguments)
+    if step is method.function:
+        return forward, forward
+    return forward, _program(step, step_arguments, step_operations)
 
 
 def _tune(method: Method, key: jax.Array) -> None:
@@ -231,11 +228,8 @@ def _tune(method: Method, key: jax.Array) -> None:
         tqdm.write(line, file=sys.stderr)
 
     try:
-        function, arguments = _step(method, key) or (
-            method.function,
-            jax.jit(method.arguments)(key),
-        )
-        autotune(function, *arguments, report=report)
+        step, arguments = _step(method, jax.jit(method.arguments)(key))
+        autotune(step, *arguments, report=report)
     except FAILURES as error:
         report(f"{method.name} keeps its tile sizes: {failure_of(error)}")
 
@@ -304,19 +298,19 @@ def measure(
         for method in methods.values():
             if method.mosaic:
                 _tune(method, key)
-    for name, (method, programs) in zip(
-        methods, in_threads(compiled, list(methods.values())), strict=True
-    ):
-        failure = programs if isinstance(programs, str) else None
-        if not isinstance(programs, str):
-            forward, step = programs
-            try:
-                calls = _calls(forward.call, least_ms), _calls(step.call, least_ms)
-                ready[name] = (forward, step, *calls)
-            except FAILURES as error:
-                failure = failure_of(error)
-        if failure is not None:
-            done[name] = Measurement(method=method, failure=failure)
+    # All are compiled before any runs: compilation would slow the calls that are timed.
+    programs = [result for _, result in in_threads(compiled, list(methods.values()))]
+    for (name, method), found in zip(methods.items(), programs, strict=True):
+        if isinstance(found, str):
+            done[name] = Measurement(method=method, failure=found)
+            continue
+        forward, step = found
+        try:
+            calls = _calls(forward.call, least_ms), _calls(step.call, least_ms)
+        except FAILURES as error:
+            done[name] = Measurement(method=method, failure=failure_of(error))
+        else:
+            ready[name] = (forward, step, *calls)
     times = {name: np.zeros((rounds + 1, 2)) for name in ready}
     for i in range(rounds + 1):
         for name, (forward, step, forward_calls, step_calls) in ready.items():
