@@ -96,21 +96,37 @@ LENGTH_PRECISION = 1 / 16
 MAX_LENGTH = 1 << 24
 
 
+Choice = Literal["no", "yes", "both"]
+CHOICES: Mapping[Choice, tuple[bool, ...]] = {"no": (False,), "yes": (True,), "both": (False, True)}
+
+
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """Options of the experiment."""
+class StepOptions:
+    """Which steps are measured, by whatever takes them."""
 
     block: str = "opt-2048"
     """Blocks, separated by commas: bert-large, opt-1024, opt-2048, opt-2560, llama-2560,
     llama-4096, llama3-8b."""
-    module: str = "mha,ffn,block"
-    """What of them, separated by commas: mha, ffn, block, model."""
-    method: str = "full,lora,spt"
-    """Methods, separated by commas: full, lora, spt."""
     batch_size: str = "16"
     """Sequences of a step; several, separated by commas, for a sweep."""
     seq_len: str = "512"
     """Tokens of a sequence; several, separated by commas, for a sweep."""
+    remat: Choice = "no"
+    """Whether a block's activations are computed again in the backward pass."""
+    steps: int = 20
+    """Timed steps of each method."""
+    seed: int = 0
+    """Seed of the random weights and inputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(StepOptions):
+    """Options of the experiment."""
+
+    module: str = "mha,ffn,block"
+    """What of them, separated by commas: mha, ffn, block, model."""
+    method: str = "full,lora,spt"
+    """Methods, separated by commas: full, lora, spt."""
     density: str = "0.125"
     """Share of the keys that SPT keeps; several, separated by commas, for a sweep."""
     active_blocks: str = "2"
@@ -120,12 +136,8 @@ class Options:
     lora_form: str = "auto"
     """How LoRA takes its products, separated by commas: auto (what the library chooses), merged,
     factored, skinny, skinny_float32 (as PEFT does)."""
-    remat: Literal["no", "yes", "both"] = "no"
-    """Whether a block's activations are computed again in the backward pass."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute dtype; by default bfloat16 on a GPU, float32 on a CPU."""
-    steps: int = 20
-    """Timed steps of each method."""
     rounds: int = 2
     """Turns in which they are taken."""
     target: str | None = None
@@ -134,8 +146,6 @@ class Options:
     """Find the longest sequence whose step fits the memory, in place of timing --seq-len."""
     memory_gb: float | None = None
     """Memory for --max-length, 10^9 bytes; by default 90% of the device's."""
-    seed: int = 0
-    """Seed of the random weights and inputs."""
     out: Path = Path("runs/profile")
     """Folder for the table, plots and metrics.json."""
 
@@ -235,7 +245,7 @@ def workloads(options: Options, *, gpu: bool = False) -> list[Work]:
         _numbers("--batch-size", options.batch_size, int),
         _numbers("--seq-len", options.seq_len, int),
         cli.known_names(options.module, MODULES, what="--module"),
-        {"no": (False,), "yes": (True,), "both": (False, True)}[options.remat],
+        CHOICES[options.remat],
     )
     found = []
     for block, batch, length, module, remat in sizes:
@@ -681,6 +691,17 @@ def _write_plots(out: Path, found: Sequence[Measurement]) -> None:
             plot_densities(out / f"{block}-density.png", of_block)
 
 
+def exit_on_failures(rows: Sequence[Mapping[str, Any]], what: str) -> None:
+    """End the program with exit code 1 if anything but memory kept a row from being measured."""
+    failures = [row for row in rows if row.get("failure") not in (None, OUT_OF_MEMORY)]
+    if failures:
+        first = failures[0]
+        sys.exit(
+            f"error: {len(failures)} {what} failed, the first: {first['block']} {first['module']} "
+            f"{first['method']}: {first['failure']}"
+        )
+
+
 def main() -> None:
     """Run the experiment."""
     options = tyro.cli(Options, prog="experiments.profile", description=__doc__)
@@ -713,13 +734,7 @@ def main() -> None:
             figures = figures_of(found)
     write_csv(options.out / "profile.csv", rows)
     write_metrics(options.out, "profile", options, figures)
-    failures = [row for row in rows if row.get("failure") not in (None, OUT_OF_MEMORY)]
-    if failures:
-        first = failures[0]
-        sys.exit(
-            f"error: {len(failures)} programs failed, the first: {first['block']} "
-            f"{first['module']} {first['method']}: {first['failure']}"
-        )
+    exit_on_failures(rows, "programs")
 
 
 if __name__ == "__main__":

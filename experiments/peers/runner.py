@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import tyro
@@ -16,9 +16,16 @@ from rich.table import Table
 from tqdm import tqdm
 
 from experiments import cli, peers, profile
-from experiments.kernels import OUT_OF_MEMORY, failure_of
+from experiments.kernels import failure_of
 from experiments.methods import write_metrics
-from experiments.profile import Measurement, Work
+from experiments.profile import (
+    CHOICES,
+    Choice,
+    Measurement,
+    StepOptions,
+    Work,
+    exit_on_failures,
+)
 from experiments.reports import write_csv
 from spt_jax.training import environment
 
@@ -26,35 +33,20 @@ from spt_jax.training import environment
 PACKAGES = ("torch", "transformers", "peft")
 MODULES = ("mha", "ffn", "block")
 METHODS = ("full", "lora")
-Choice = Literal["no", "yes", "both"]
-CHOICES: Mapping[Choice, tuple[bool, ...]] = {"no": (False,), "yes": (True,), "both": (False, True)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(StepOptions):
     """Options of the experiment."""
 
-    block: str = "opt-2048"
-    """Blocks, separated by commas: bert-large, opt-1024, opt-2048, opt-2560, llama-2560,
-    llama-4096, llama3-8b."""
     module: str = "mha,ffn,block"
     """What of them, separated by commas: mha, ffn, block."""
     method: str = "full,lora"
     """Methods, separated by commas: full, lora."""
-    batch_size: str = "16"
-    """Sequences of a step; several, separated by commas, for a sweep."""
-    seq_len: str = "512"
-    """Tokens of a sequence; several, separated by commas, for a sweep."""
-    remat: Choice = "no"
-    """Whether a block's activations are computed again in the backward pass."""
     compile: Choice = "both"
     """Whether torch.compile makes the step."""
     autocast: Choice = "both"
     """Whether LoRA runs under torch.autocast; on a CPU it never does."""
-    steps: int = 20
-    """Timed steps of each method."""
-    seed: int = 0
-    """Seed of the random weights and inputs."""
     out: Path = Path("runs/peers")
     """Folder for the table and metrics.json."""
 
@@ -68,16 +60,11 @@ class Options:
         """Options of `experiments.profile` for the same steps."""
         forms = {False: "skinny_float32", True: "skinny"}
         return profile.Options(
-            block=self.block,
+            **{field.name: getattr(self, field.name) for field in fields(StepOptions)},
             module=self.module,
             method=self.method,
-            batch_size=self.batch_size,
-            seq_len=self.seq_len,
             lora_form=",".join(forms[cast] for cast in CHOICES[self.autocast if gpu else "no"]),
-            remat=self.remat,
-            steps=self.steps,
             rounds=1,
-            seed=self.seed,
             out=self.out,
         )
 
@@ -219,10 +206,4 @@ def main() -> None:
     write_csv(options.out / "peers.csv", rows)
     figures = figures_of(todo, found)
     write_metrics(options.out, "peers", options, figures, versions=versions, device=device)
-    failures = [row for row in rows if row["failure"] not in (None, OUT_OF_MEMORY)]
-    if failures:
-        first = failures[0]
-        sys.exit(
-            f"error: {len(failures)} peers failed, the first: {first['block']} {first['module']} "
-            f"{first['method']}: {first['failure']}"
-        )
+    exit_on_failures(rows, "peers")
