@@ -104,6 +104,8 @@ class Recipe:
     """Blocks of FFN units."""
     active_blocks: int = 2
     """Blocks that a token computes."""
+    absent_rank: int = spt_jax.RoutedFFNConfig.absent_rank
+    """Rank of the linear map that stands for a left-out block."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +146,11 @@ class MethodOptions(Recipe):
             min_keys=self.min_keys,
             codebook_loss_weight=self.codebook_loss_weight,
         )
-        ffn = spt_jax.RoutedFFNConfig(num_blocks=self.num_blocks, active_blocks=self.active_blocks)
+        ffn = spt_jax.RoutedFFNConfig(
+            num_blocks=self.num_blocks,
+            active_blocks=self.active_blocks,
+            absent_rank=self.absent_rank,
+        )
         spt = spt_jax.SPTConfig(lora=lora, attention=attention, ffn=ffn)
         match method:
             case "spt":

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import jax
@@ -122,7 +122,7 @@ def measure_layer(
         Errors of "random" (mean of `RANDOM_DRAWS` random blocks and routers, every coefficient at
         1), of "random_blocks" (random blocks with a fitted router, coefficients and constants), of
         "fitted" (what `adapt` does), and of the "oracle": on the fitted blocks, with the fitted
-        coefficients and constants, the subset of active blocks of the least error for each token
+        coefficients and stand-ins of left-out blocks, the subset of active blocks of the least error for each token
         (see `oracle_index`).
 
     Raises:
@@ -131,11 +131,14 @@ def measure_layer(
     tokens = spread(calibration)
     dense = ffn(held_out[None])[0][0]
 
-    def measured(routing: Routing) -> tuple[RoutedFFN, RoutingError]:
+    def measured(
+        routing: Routing, config: RoutedFFNConfig = config
+    ) -> tuple[RoutedFFN, RoutingError]:
         routed = RoutedFFN(nnx.clone(ffn), **routing._asdict(), config=config)
         index = jax.lax.top_k(routed.probabilities(held_out), config.active_blocks)[1]
         return routed, _error(routed(held_out[None])[0][0], dense, index, config.num_blocks)
 
+    at_random = replace(config, calibration="random")
     keys = jax.random.split(jax.random.key(seed), RANDOM_DRAWS)
     draws = [random_routing(ffn, config, key=key) for key in keys]
     # the choice is that of the whole logits, and `2 p` is 1 up to rounding
@@ -145,7 +148,7 @@ def measure_layer(
     index = oracle_index(ffn, routed, held_out)
     best = routed_output(ffn, routed, held_out, index)
     return {
-        "random": mean_error([measured(draw)[1] for draw in draws]),
+        "random": mean_error([measured(draw, at_random)[1] for draw in draws]),
         "random_blocks": measured(random_blocks)[1],
         "fitted": fitted,
         "oracle": _error(best, dense, index, config.num_blocks),
@@ -179,10 +182,10 @@ def _block_outputs(
 def oracle_index(ffn: FeedForward, routed: RoutedFFN, x: Float[Array, "T D"]) -> Int[Array, "T A"]:
     """The active blocks of the least error for each token, at the router's coefficients.
 
-    Every block g has the coefficient `2 p_g` of the router where it is active and adds its constant
-    where it is not; only which blocks are active is free. All subsets are tried where there are at
-    most `MOST_SUBSETS`. Where there are more, the router's choice is improved by exchanging one
-    block for another as long as that helps, so that the true least error may be lower still.
+    Every block g has the coefficient `2 p_g` of the router where it is active and adds what stands
+    for it where it is not; only which blocks are active is free. All subsets are tried where there
+    are at most `MOST_SUBSETS`. Where there are more, the router's choice is improved by exchanging
+    one block for another as long as that helps, so that the true least error may be lower still.
 
     Args:
         ffn: the dense FFN, without LoRA or with LoRA at zero.
@@ -203,8 +206,9 @@ def oracle_index(ffn: FeedForward, routed: RoutedFFN, x: Float[Array, "T D"]) ->
         rows = x[start : start + ORACLE_TOKENS]
         outputs, probabilities = _block_outputs(ffn, routed, rows), routed.probabilities(rows)
         # the error is the norm of base + sum of change_g over the active blocks g
-        change = routed.absent_output[...] - 2 * probabilities[:, :, None] * outputs
-        base = (outputs - routed.absent_output[...]).sum(1)
+        absent = routed.absent_outputs(rows)
+        change = absent - 2 * probabilities[:, :, None] * outputs
+        base = (outputs - absent).sum(1)
         gram = jnp.einsum("tgd,thd->tgh", change, change)
         slope = jnp.einsum("tgd,td->tg", change, base)
         if exhaustive:
@@ -265,6 +269,6 @@ def routed_output(
         rows, chosen = x[start : start + ORACLE_TOKENS], index[start : start + ORACLE_TOKENS]
         mask = jax.nn.one_hot(chosen, routed.config.num_blocks).sum(1)[:, :, None]
         active = 2 * routed.probabilities(rows)[:, :, None] * _block_outputs(ffn, routed, rows)
-        chunks.append((mask * active + (1 - mask) * routed.absent_output[...]).sum(1))
+        chunks.append((mask * active + (1 - mask) * routed.absent_outputs(rows)).sum(1))
     y = jnp.concatenate(chunks)
     return y if ffn.down.bias is None else y + ffn.down.bias[...].astype(jnp.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,6 +32,11 @@ ROUTER_RIDGE = 0.01
 ROUTER_STEPS = 3
 #: Penalty of those constants, as a share of the mean number of tokens that leave a block out.
 CONSTANTS_RIDGE = 1e-3
+#: Penalty of their linear maps, as a share of the summed variance of an input over all tokens; the
+#: rounds in which blocks are fitted to what the others leave, and the steps to a map of low rank.
+ABSENT_RIDGE = 0.05
+ABSENT_ROUNDS = 3
+ABSENT_STEPS = 8
 #: Rounds of exchanges of hidden units between blocks, the share of the units that are exchanged in
 #: the first round, and the share below which rounds stop once they no longer help.
 EXCHANGE_ROUNDS = 12
@@ -163,6 +169,8 @@ class Routing(NamedTuple):
     router_kernel: Float[Array, "D G"]
     router_bias: Float[Array, "G"]
     absent_output: Float[Array, "G D"]
+    absent_a: Float[Array, "D G r"] | None = None
+    absent_b: Float[Array, "G r D"] | None = None
 
 
 def fit_routing(
@@ -183,8 +191,9 @@ def fit_routing(
     lies from the constant that stands for it where it is left out: the logarithm of that distance
     over the mean of all blocks. Its logits are the prediction, scaled and shifted so that the
     active blocks times `2 sigmoid(logit)` come nearest to the dense output; the constants are the
-    least-squares solution. With all blocks active every logit is 0 and the dense FFN is kept
-    exactly.
+    least-squares solution. At last each block is fitted, by reduced-rank ridge regression on its
+    input, to what is missing of the dense output where it is left out. With all blocks active
+    every logit is 0 and the dense FFN is kept exactly.
 
     It computes in float32 and holds a few arrays `[T, F]` and `[T, G, D]`. Nothing is random.
 
@@ -196,15 +205,17 @@ def fit_routing(
 
     Returns:
         Permutation (block g is its g-th run of F / G entries), router kernel and bias, and what
-        each block adds where it is left out.
+        each block adds where it is left out: a constant and the factors of a linear map of x, which
+        are None without a rank.
 
     Raises:
         ValueError: the hidden units do not split into that many blocks.
 
     References:
         Balanced clusters of co-activated units and a router on their score: Zhang et al.,
-        "MoEfication", arXiv 2110.01786, sections 3.2 and 3.3. The error as objective, exchanges
-        and constants are this library's.
+        "MoEfication", arXiv 2110.01786, sections 3.2 and 3.3. Reduced-rank ridge regression:
+        Mukherjee and Zhu, Statistical Analysis and Data Mining 4 (2011), section 2. The error as
+        objective, exchanges, and what stands for a block that is left out are this library's.
     """
     blocks, active_blocks = config.num_blocks, config.active_blocks
     hidden_size, width = ffn.down.in_features, ffn.down.out_features
@@ -228,12 +239,18 @@ def fit_routing(
     router = _fit_router(x, outputs, None, ridge, active_blocks)
     scale, shift = _fit_coefficients(router.rank, router.active, outputs, router.absent_output)
     coefficients = 2 * jax.nn.sigmoid(scale * router.rank + shift)
-    return Routing(
-        permutation,
-        scale * router.kernel,
-        scale * router.bias + shift,
-        _absent_output(outputs, router.active, coefficients),
+    constants = _absent_output(outputs, router.active, coefficients)
+    routing = Routing(permutation, scale * router.kernel, scale * router.bias + shift, constants)
+    if config.effective_absent_rank == 0:
+        return routing
+    a, b, constants = _fit_absent(
+        x,
+        _missing(outputs, router.active * coefficients),
+        1 - router.active,
+        constants,
+        config.effective_absent_rank,
     )
+    return routing._replace(absent_output=constants, absent_a=a, absent_b=b)
 
 
 class _Router(NamedTuple):
@@ -313,10 +330,80 @@ def _absent_output(
 ) -> Float[Array, "G D"]:
     """Constants of left-out blocks that come nearest to the dense output, by least squares."""
     absent = 1 - active
-    missing = jnp.einsum("tg,tgd->td", 1 - active * coefficients, outputs)
     gram = absent.T @ absent
     gram += CONSTANTS_RIDGE * jnp.trace(gram) / len(gram) * jnp.eye(len(gram))
-    return jnp.linalg.solve(gram, absent.T @ missing)
+    return jnp.linalg.solve(gram, absent.T @ _missing(outputs, active * coefficients))
+
+
+def _missing(outputs: Float[Array, "T G D"], shares: Float[Array, "T G"]) -> Float[Array, "T D"]:
+    """What is missing of the dense output where a block counts by its share."""
+    return jnp.einsum("tg,tgd->td", 1 - shares, outputs)
+
+
+@partial(jax.jit, static_argnames="rank")
+def _fit_absent(
+    x: Float[Array, "T D"],
+    missing: Float[Array, "T D"],
+    absent: Float[Array, "T G"],
+    constants: Float[Array, "G D"],
+    rank: int,
+) -> tuple[Float[Array, "D G r"], Float[Array, "G r D"], Float[Array, "G D"]]:
+    """Factors and constants with which `sum over absent g of x a_g b_g + c_g` is near `missing`.
+
+    Block after block is fitted to what the others leave, for some rounds. For one block that is a
+    ridge regression of full rank, `W = K^-1 x' y`, whose predictions `x W` are projected onto their
+    first `rank` principal directions; subspace iteration finds those without forming `W`.
+
+    Returns:
+        `a`, `b`, whose norms are equal, and the constants.
+    """
+    tokens, width = x.shape
+    blocks, inner = absent.shape[1], min(rank, width)
+    ridge = ABSENT_RIDGE * tokens * x.var(0).mean() + 1e-12
+
+    def fit(
+        carry: tuple[jax.Array, ...], block: Int[Array, ""]
+    ) -> tuple[tuple[jax.Array, ...], None]:
+        a, b, constants, predicted = carry
+        mask = absent[:, block, None]
+        count = jnp.maximum(mask.sum(), 1)
+        predicted = predicted - mask * (x @ a[block] @ b[block] + constants[block])
+        rest = missing - predicted
+        mean_in, mean_out = (mask * x).sum(0) / count, (mask * rest).sum(0) / count
+        inputs, outputs = mask * (x - mean_in), mask * (rest - mean_out)
+        gram, cross = inputs.T @ inputs, inputs.T @ outputs
+        factor = jax.scipy.linalg.cho_factor(gram + ridge * jnp.eye(width))
+
+        def solve(columns: jax.Array) -> jax.Array:
+            return jax.scipy.linalg.cho_solve(factor, columns)
+
+        def improve(_: jax.Array, directions: jax.Array) -> jax.Array:
+            scores = gram @ solve(cross @ directions)
+            return jnp.linalg.qr(cross.T @ solve(scores))[0]
+
+        start = jnp.linalg.qr(cross.T[:, :inner] + 1e-6 * jnp.eye(width, inner))[0]
+        directions = jax.lax.fori_loop(0, ABSENT_STEPS, improve, start)
+        first, second = solve(cross @ directions), directions.T
+        constant = mean_out - mean_in @ first @ second
+        predicted = predicted + mask * (x @ first @ second + constant)
+        size = jnp.linalg.norm(first)
+        balance = jnp.where(size > 0, jnp.sqrt(math.sqrt(inner) / jnp.where(size > 0, size, 1)), 1)
+        a = a.at[block].set(balance * first)
+        b = b.at[block].set(second / balance)
+        return (a, b, constants.at[block].set(constant), predicted), None
+
+    with jax.default_matmul_precision("float32"):
+        carry: tuple[jax.Array, ...] = (
+            jnp.zeros((blocks, width, inner)),
+            jnp.zeros((blocks, inner, width)),
+            constants,
+            absent @ constants,
+        )
+        order = jnp.tile(jnp.arange(blocks), ABSENT_ROUNDS)
+        (a, b, constants, _), _ = jax.lax.scan(fit, carry, order)
+    padding = (0, rank - inner)
+    a, b = jnp.pad(a, ((0, 0), (0, 0), padding)), jnp.pad(b, ((0, 0), padding, (0, 0)))
+    return a.swapaxes(0, 1), b, constants
 
 
 def random_routing(ffn: FeedForward, config: RoutedFFNConfig, *, key: jax.Array) -> Routing:

@@ -152,6 +152,9 @@ class RoutedFFNConfig:
         num_blocks: blocks G; divides the hidden size.
         active_blocks: blocks A that a token activates.
         load_balance_weight: weight of the load-balancing loss; 0 leaves it out.
+        absent_rank: rank r of the linear map of its input that a fitted block adds where it is
+            left out, beside a constant. The maps train as LoRA does and cost two products of width
+            `num_blocks * absent_rank`; 0 leaves the constants.
         calibration: where blocks and router come from when a model is adapted; "fitted" to the
             activations of the calibration batch, or "random", the paper's start, in which a block
             that is left out adds nothing.
@@ -161,6 +164,7 @@ class RoutedFFNConfig:
     num_blocks: int = 4
     active_blocks: int = 2
     load_balance_weight: float = 0.0
+    absent_rank: int = 16
     calibration: Literal["fitted", "random"] = "fitted"
     implementation: Implementation | None = None
 
@@ -174,6 +178,13 @@ class RoutedFFNConfig:
             f"active_blocks must lie in 1..num_blocks, got {self.active_blocks} of "
             f"{self.num_blocks}",
         )
+        _require(self.absent_rank >= 0, f"absent_rank must be at least 0, got {self.absent_rank}")
+
+    @property
+    def effective_absent_rank(self) -> int:
+        """`absent_rank`, or 0 where blocks are random or none is left out."""
+        fitted = self.calibration == "fitted" and self.active_blocks < self.num_blocks
+        return self.absent_rank if fitted else 0
 
     @property
     def density(self) -> float:

@@ -28,7 +28,7 @@ from spt_jax.layers import Attention, FeedForward, HeadParam, RoutedFFN, SparseA
 
 CONFIG_FILE = "spt_config.json"
 MODULES_FILE = "spt_modules.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _ATTENTION, _FFN, _HEAD = "sparse_attention", "routed_ffn", "head"
 _Shapes = dict[str, tuple[int, ...]]
@@ -187,12 +187,15 @@ def _ffn_shapes(ffn: FeedForward, config: RoutedFFNConfig) -> _Shapes:
     width, hidden, blocks = ffn.up.in_features, ffn.up.out_features, config.num_blocks
     if hidden % blocks:
         raise ValueError(f"{hidden} hidden units do not split into num_blocks={blocks} blocks")
-    return {
+    shapes: _Shapes = {
         "permutation": (hidden,),
         "router_kernel": (width, blocks),
         "router_bias": (blocks,),
         "absent_output": (blocks, width),
     }
+    if rank := config.effective_absent_rank:
+        shapes |= {"absent_a": (width, blocks, rank), "absent_b": (blocks, rank, width)}
+    return shapes
 
 
 def _check_arrays(arrays: Mapping[str, np.ndarray], expected: _Shapes) -> None:

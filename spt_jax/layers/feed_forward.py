@@ -23,8 +23,9 @@ from pallas_kernels import (
 from spt_jax.config import RoutedFFNConfig
 from spt_jax.layers.attention import AuxLosses
 from spt_jax.layers.linear import Linear, split_key
+from spt_jax.layers.lora import dense_dot
 from spt_jax.layers.recording import record
-from spt_jax.layers.variables import CalibrationStat, RouterParam
+from spt_jax.layers.variables import CalibrationStat, LoRAParam, RouterParam
 
 
 class FeedForward(nnx.Module):
@@ -96,7 +97,8 @@ class RoutedFFN(nnx.Module):
 
     `p = sigmoid(x Wr + br)`, `y = sum over active g of 2 p_g FFN_g(x) + bias` (Gui et al.,
     arXiv 2312.10365, section 4.2): at A = G and p = 1/2 exactly the dense FFN. To that, each block
-    that is left out adds a constant, fitted to what the calibration tokens that left it out miss.
+    that is left out adds `x a_g b_g + c_g`, fitted to what the calibration tokens that left it out
+    miss; the factors train as LoRA's do.
 
     Args:
         dense: FFN whose weights are taken over; its LoRA factors too.
@@ -104,8 +106,13 @@ class RoutedFFN(nnx.Module):
             F / G units form the blocks.
         router_kernel: `[D, G]`.
         router_bias: `[G]`.
-        absent_output: `[G, D]`, what a block adds where it is left out.
-        config: number of blocks and of active ones.
+        absent_output: `[G, D]`, the constants c of blocks that are left out.
+        absent_a: `[D, G, r]`, first factors of their linear maps; None for a rank of 0.
+        absent_b: `[G, r, D]`, second factors; None likewise.
+        config: number of blocks and of active ones, and the rank.
+
+    Raises:
+        ValueError: the hidden units do not split into blocks, or the factors are of another rank.
     """
 
     def __init__(
@@ -116,11 +123,18 @@ class RoutedFFN(nnx.Module):
         router_kernel: Float[Array, "D G"],
         router_bias: Float[Array, "G"],
         absent_output: Float[Array, "G D"],
+        absent_a: Float[Array, "D G r"] | None = None,
+        absent_b: Float[Array, "G r D"] | None = None,
         config: RoutedFFNConfig,
     ) -> None:
         hidden, blocks = dense.up.out_features, config.num_blocks
         if hidden % blocks:
             raise ValueError(f"{hidden} hidden units do not split into num_blocks={blocks} blocks")
+        rank = config.effective_absent_rank
+        for name, factor in {"absent_a": absent_a, "absent_b": absent_b}.items():
+            found = 0 if factor is None else factor.shape[-1 if name == "absent_a" else 1]
+            if found != rank:
+                raise ValueError(f"{name} has rank {found}, and the configuration asks for {rank}")
         order = jnp.asarray(permutation)
         self.up, self.gate, self.down = dense.up, nnx.data(dense.gate), dense.down
         self.permutation = CalibrationStat(order)
@@ -137,6 +151,8 @@ class RoutedFFN(nnx.Module):
         self.router_kernel = RouterParam(router_kernel)
         self.router_bias = RouterParam(router_bias)
         self.absent_output = CalibrationStat(absent_output)
+        self.absent_a = nnx.data(None if absent_a is None else LoRAParam(absent_a))
+        self.absent_b = nnx.data(None if absent_b is None else LoRAParam(absent_b))
         self.activation: Activation = dense.activation
         self.config = config
 
@@ -169,7 +185,7 @@ class RoutedFFN(nnx.Module):
             activation=self.activation,
             implementation=self.config.implementation,
         )
-        y = y + self._absent(index).astype(y.dtype)
+        y = y + self._absent(rows, index)
         aux: AuxLosses = {}
         if self.config.load_balance_weight > 0:
             valid = jnp.ones(rows.shape[0], bool) if mask is None else mask.reshape(-1)
@@ -194,7 +210,7 @@ class RoutedFFN(nnx.Module):
             num_blocks=self.config.num_blocks,
             activation=self.activation,
         )
-        return (y + self._absent(index).astype(y.dtype)).reshape(x.shape)
+        return (y + self._absent(rows, index)).reshape(x.shape)
 
     def route(
         self, rows: Float[Array, "T D"]
@@ -204,13 +220,27 @@ class RoutedFFN(nnx.Module):
         top, index = jax.lax.top_k(probabilities, self.config.active_blocks)
         return probabilities, index.astype(jnp.int32), (2 * top).astype(rows.dtype)
 
-    def _absent(self, index: Int[Array, "T A"]) -> Float[Array, "T D"]:
-        """Sum of what the blocks that a token leaves out add."""
+    def absent_outputs(self, x: Float[Array, "T D"]) -> Float[Array, "T G D"]:
+        """What each block adds to a token's output where it is left out, in float32."""
+        constants = self.absent_output[...]
+        if self.absent_a is None or self.absent_b is None:
+            return jnp.broadcast_to(constants, (x.shape[0], *constants.shape))
+        inner = jnp.einsum("td,dgr->tgr", x.astype(jnp.float32), self.absent_a[...])
+        return jnp.einsum("tgr,grd->tgd", inner, self.absent_b[...]) + constants
+
+    def _absent(self, rows: Float[Array, "T D"], index: Int[Array, "T A"]) -> Float[Array, "T D"]:
+        """Sum of what the blocks that a token leaves out add, in the type of `rows`."""
         absent = 1 - jax.nn.one_hot(index, self.config.num_blocks, dtype=jnp.float32).sum(1)
         # Not as a matrix product, which would store the sum before it is added.
         means = self.absent_output[...]
         shares = [absent[:, g, None] * means[g] for g in range(len(means))]
-        return functools.reduce(jnp.add, shares)
+        total = functools.reduce(jnp.add, shares).astype(rows.dtype)
+        if self.absent_a is None or self.absent_b is None:
+            return total
+        width, (a, b) = rows.shape[1], (self.absent_a[...], self.absent_b[...])
+        inner = dense_dot(rows, a.reshape(width, -1).astype(rows.dtype))
+        inner *= jnp.repeat(absent, a.shape[-1], axis=1).astype(rows.dtype)
+        return total + dense_dot(inner, b.reshape(-1, width).astype(rows.dtype))
 
     def _weights(self) -> RoutedFFNWeights:
         def parts(linear: Linear | None) -> tuple[jax.Array | None, jax.Array | None]:

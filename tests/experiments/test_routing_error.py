@@ -41,9 +41,12 @@ def _inputs(seed, tokens=300, dtype=jnp.float32):
 def _routed(ffn, config, seed=0):
     routing = random_routing(ffn, config, key=jax.random.key(seed))
     key = jax.random.key(seed + 1)
+    blocks, rank = config.num_blocks, config.absent_rank
     routing = routing._replace(
         router_kernel=jax.random.normal(key, routing.router_kernel.shape),
         absent_output=0.1 * jax.random.normal(key, routing.absent_output.shape),
+        absent_a=0.1 * jax.random.normal(key, (D, blocks, rank)),
+        absent_b=0.1 * jax.random.normal(key, (blocks, rank, D)),
     )
     return RoutedFFN(nnx.clone(ffn), **routing._asdict(), config=config)
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 import spt_jax
 from spt_jax import LoRAConfig, RoutedFFNConfig, SparseAttentionConfig, SPTConfig
-from spt_jax.calibration import balanced_kmeans, fit_routing
+from spt_jax.calibration import _fit_absent, balanced_kmeans, fit_routing
 from spt_jax.layers import (
     ADAPTER,
     Attention,
@@ -195,6 +195,43 @@ def test_routing_follows_the_blocks_that_matter():
     random = routing._replace(permutation=order, router_kernel=0.01 * noise)
     assert error(routing) < 0.6 * error(random)
     assert error(routing) < 0.8 * error(random_blocks)
+
+
+def test_linear_maps_of_left_out_blocks_lower_the_error():
+    ffn = ToyModel(rngs=nnx.Rngs(0), layers=1).layers[0].ffn
+    x = jax.random.normal(jax.random.key(0), (2, 600, WIDTH))
+    dense, errors = ffn(x)[0][1], []
+    for rank in (0, 2, 8, WIDTH + 1):
+        config = RoutedFFNConfig(absent_rank=rank)
+        routing = fit_routing(x[0], ffn, config)
+        routed = RoutedFFN(nnx.clone(ffn), config=config, **routing._asdict())
+        errors.append(float(jnp.linalg.norm(routed(x[1:])[0][0] - dense)))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[2] < 0.9 * errors[0]
+
+
+def test_linear_maps_of_left_out_blocks_are_found_where_there_are_some():
+    blocks, rank, tokens = 4, 2, 2000
+    keys = jax.random.split(jax.random.key(0), 5)
+    x = 2 + jax.random.normal(keys[0], (tokens, WIDTH))
+    order = jnp.argsort(jax.random.uniform(keys[1], (tokens, blocks - 1)))
+    absent = jnp.pad((order < 2).astype(jnp.float32), ((0, 0), (0, 1)))  # the last is never so
+    a = jax.random.normal(keys[2], (WIDTH, blocks, rank))
+    b = jax.random.normal(keys[3], (blocks, rank, WIDTH))
+    c = 5 * jax.random.normal(keys[4], (blocks, WIDTH))
+
+    def output(a, b, c):
+        return jnp.einsum("tg,tgd->td", absent, jnp.einsum("td,dgr,gre->tge", x, a, b) + c)
+
+    missing = output(a, b, c)
+    found = _fit_absent(x, missing, absent, jnp.zeros_like(c), rank + 1)
+    assert [array.shape for array in found] == [(WIDTH, 4, 3), (4, 3, WIDTH), (4, WIDTH)]
+    error = jnp.linalg.norm(output(*found) - missing) / jnp.linalg.norm(missing - missing.mean(0))
+    assert error < 0.12  # of the ridge penalty
+    for array in found:
+        assert np.isfinite(np.asarray(array)).all()
+    assert not np.asarray(found[0][:, 3]).any()
+    assert not np.asarray(found[2][3]).any()
 
 
 def test_random_routing_is_another_start_of_the_same_function():

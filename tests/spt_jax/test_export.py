@@ -31,7 +31,7 @@ from spt_jax.models.slots import module_at, tensor_slots
 GOLDEN = Path(__file__).parents[1] / "golden"
 ADAPTERS = GOLDEN / "adapters"
 SPARSE = SparseAttentionConfig(density=0.5, min_keys=4, num_codewords=4)
-ROUTED = RoutedFFNConfig(num_blocks=4, active_blocks=2)
+ROUTED = RoutedFFNConfig(num_blocks=4, active_blocks=2, absent_rank=3)
 TASKS = {
     "bert": "sequence-classification",
     "roberta": "sequence-classification",
@@ -96,6 +96,8 @@ def _make_sparse(model):
             router_kernel=0.3 * normal(ffn.up.in_features, 4),
             router_bias=normal(4),
             absent_output=normal(4, ffn.up.in_features),
+            absent_a=normal(ffn.up.in_features, 4, 3),
+            absent_b=normal(4, 3, ffn.up.in_features),
             config=ROUTED,
         )
     return model

@@ -128,7 +128,9 @@ def spt_model(dtype=jnp.float32):
         router_kernel=normal(config.width, 4),
         router_bias=normal(4),
         absent_output=normal(4, config.width) / 4,
-        config=spt_jax.RoutedFFNConfig(num_blocks=4, active_blocks=2),
+        absent_a=normal(config.width, 4, 2) / 4,
+        absent_b=normal(4, 2, config.width) / 4,
+        config=spt_jax.RoutedFFNConfig(num_blocks=4, active_blocks=2, absent_rank=2),
     )
     return model
 

@@ -52,7 +52,7 @@ def test_attention_over_the_kept_keys_is_what_the_layer_computes(granularity, ca
 
 
 def test_the_active_blocks_are_what_the_ffn_computes():
-    config = RoutedFFNConfig(num_blocks=4, active_blocks=1)
+    config = RoutedFFNConfig(num_blocks=4, active_blocks=1, absent_rank=0)
     model, batch = _adapted(SPTConfig(lora=None, attention=None, ffn=config)), toy_batch()
     choices = spt_jax.sparse_choices(model, batch)
     assert list(choices.ffn) == ["layers.0.ffn", "layers.1.ffn"]

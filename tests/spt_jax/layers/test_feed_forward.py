@@ -6,13 +6,13 @@ import pytest
 from flax import nnx
 
 from spt_jax.config import LoRAConfig, RoutedFFNConfig
-from spt_jax.layers import FeedForward, LoRA, RoutedFFN, RouterParam
+from spt_jax.layers import FeedForward, LoRA, LoRAParam, RoutedFFN, RouterParam
 from spt_jax.layers.feed_forward import _load_balance_loss
 
 D, F, G = 16, 48, 4
 
 
-def _routed(*, gated=False, active=2, weight=0.0, bias=None):
+def _routed(*, gated=False, active=2, weight=0.0, bias=None, rank=0):
     ffn = FeedForward(D, F, gated=gated, activation="silu", rngs=nnx.Rngs(0))
     for linear in (ffn.up, ffn.gate, ffn.down):
         if linear is not None:
@@ -21,31 +21,82 @@ def _routed(*, gated=False, active=2, weight=0.0, bias=None):
             linear.lora = LoRA(*shape, config=LoRAConfig(rank=2), rngs=nnx.Rngs(1))
             linear.lora.b[...] = 0.3 * jax.random.normal(jax.random.key(2), (2, shape[1]))
     order = jax.random.permutation(jax.random.key(3), F)
+    config = RoutedFFNConfig(
+        num_blocks=G, active_blocks=active, load_balance_weight=weight, absent_rank=rank
+    )
+    keys = jax.random.split(jax.random.key(7))
+    some = config.effective_absent_rank > 0
     routed = RoutedFFN(
         nnx.clone(ffn),
         permutation=order,
         router_kernel=jax.random.normal(jax.random.key(4), (D, G)),
         router_bias=jnp.zeros(G) if bias is None else bias,
         absent_output=jax.random.normal(jax.random.key(5), (G, D)),
-        config=RoutedFFNConfig(num_blocks=G, active_blocks=active, load_balance_weight=weight),
+        absent_a=jax.random.normal(keys[0], (D, G, rank)) if some else None,
+        absent_b=jax.random.normal(keys[1], (G, rank, D)) if some else None,
+        config=config,
     )
     return ffn, routed, order
 
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("active", [1, 2, 4])
-def test_output_is_the_sum_over_active_blocks_and_constants_of_the_others(gated, active):
-    ffn, routed, order = _routed(gated=gated, active=active)
+@pytest.mark.parametrize("rank", [0, 3])
+def test_output_is_the_sum_over_active_blocks_and_stand_ins_of_the_others(gated, active, rank):
+    ffn, routed, order = _routed(gated=gated, active=active, rank=rank)
     x = jax.random.normal(jax.random.key(6), (3, 7, D))
     hidden = ffn.hidden(x)
     down = ffn.down.kernel[...] + ffn.down.lora.factors()[0] @ ffn.down.lora.factors()[1]
     outputs = jnp.stack([hidden[..., u] @ down[u] for u in order.reshape(G, -1)], axis=-2)
     p = routed.probabilities(x.reshape(-1, D)).reshape(3, 7, G)
-    rank = jnp.argsort(jnp.argsort(-p, axis=-1), axis=-1)
-    chosen = (rank < active)[..., None]
-    parts = jnp.where(chosen, 2 * p[..., None] * outputs, routed.absent_output[...])
-    expected = parts.sum(-2) + ffn.down.bias[...]
-    np.testing.assert_allclose(routed(x)[0], expected, rtol=1e-5, atol=2e-5)
+    place = jnp.argsort(jnp.argsort(-p, axis=-1), axis=-1)
+    chosen = (place < active)[..., None]
+    absent = jnp.broadcast_to(routed.absent_output[...], outputs.shape)
+    if active < G and rank:
+        a, b = routed.absent_a[...], routed.absent_b[...]
+        absent += jnp.stack([x @ a[:, g] @ b[g] for g in range(G)], axis=-2)
+    found = routed.absent_outputs(x.reshape(-1, D))
+    np.testing.assert_allclose(found, absent.reshape(-1, G, D), rtol=1e-5, atol=1e-4)
+    expected = jnp.where(chosen, 2 * p[..., None] * outputs, absent).sum(-2) + ffn.down.bias[...]
+    np.testing.assert_allclose(routed(x)[0], expected, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(routed.decode(x), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_what_stands_for_left_out_blocks_trains():
+    _, routed, _ = _routed(rank=3)
+    x = jax.random.normal(jax.random.key(6), (3, 7, D))
+    graph, trained, rest = nnx.split(routed, LoRAParam, ...)
+
+    def loss(trained):
+        return (nnx.merge(graph, trained, rest)(x)[0] ** 2).sum()
+
+    gradient = jax.grad(loss)(trained)
+    for name in ("absent_a", "absent_b"):
+        step = jax.random.normal(jax.random.key(8), trained[name][...].shape)
+
+        def moved(scale, name=name, step=step):
+            new = jax.tree.map(lambda leaf: leaf, trained)
+            new[name] = new[name].replace(new[name][...] + scale * step)
+            return float(loss(new))
+
+        slope = (moved(1e-2) - moved(-1e-2)) / 2e-2
+        assert slope == pytest.approx(float((gradient[name][...] * step).sum()), rel=1e-2)
+
+
+@pytest.mark.parametrize("ranks", [(None, None), (3, None), (None, 3), (2, 2)])
+def test_factors_of_another_rank_are_refused(ranks):
+    a, b = ranks
+    with pytest.raises(ValueError, match=r"absent_[ab] has rank \d, and the configuration asks"):
+        RoutedFFN(
+            FeedForward(D, F, rngs=nnx.Rngs(0)),
+            permutation=jnp.arange(F),
+            router_kernel=jnp.zeros((D, G)),
+            router_bias=jnp.zeros(G),
+            absent_output=jnp.zeros((G, D)),
+            absent_a=None if a is None else jnp.zeros((D, G, a)),
+            absent_b=None if b is None else jnp.zeros((G, b, D)),
+            config=RoutedFFNConfig(num_blocks=G, absent_rank=3),
+        )
 
 
 def test_the_load_balance_loss_is_one_a_token_when_balanced():
