@@ -122,8 +122,8 @@ def measure_layer(
         Errors of "random" (mean of `RANDOM_DRAWS` random blocks and routers, every coefficient at
         1), of "random_blocks" (random blocks with a fitted router, coefficients and constants), of
         "fitted" (what `adapt` does), and of the "oracle": on the fitted blocks, with the fitted
-        coefficients and stand-ins of left-out blocks, the subset of active blocks of the least error for each token
-        (see `oracle_index`).
+        coefficients and stand-ins of left-out blocks, the subset of active blocks of the least
+        error for each token (see `oracle_index`).
 
     Raises:
         ValueError: the hidden units do not split into that many blocks.
