@@ -18,6 +18,7 @@ __all__ = [
     "LearningRateMultipliers",
     "LoRAConfig",
     "LoRATarget",
+    "MeshConfig",
     "RoutedFFNConfig",
     "SPTConfig",
     "Schedule",
@@ -229,6 +230,37 @@ class LearningRateMultipliers:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices as a mesh; one of the sizes may be -1, which stands for the devices that remain.
+
+    Attributes:
+        data: devices that share a batch, and hold all weights each.
+        fsdp: devices that share a batch and keep a piece of each weight, gathered when it is used.
+        tensor: devices that share the heads and the hidden units of every FFN block.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, size in sizes.items():
+            _require(
+                size >= 1 or size == -1, f"mesh axis {name} must be at least 1, or -1, got {size}"
+            )
+        _require(
+            list(sizes.values()).count(-1) <= 1,
+            f"only one mesh axis can take the devices that remain, got -1 for {sizes}",
+        )
+
+    @property
+    def batch(self) -> int | None:
+        """Devices that share a batch; None where that is left to the number of devices."""
+        return None if -1 in (self.data, self.fsdp) else self.data * self.fsdp
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Optimizer, length and bookkeeping of one training run.
 
@@ -264,6 +296,8 @@ class TrainConfig:
         checkpoint_every: steps between checkpoints beside those that follow each evaluation.
         log_every: steps between log lines off a terminal; None spreads ten over the run.
         seed: order of the examples and dropout.
+        mesh: devices to train on together; None for one. It changes results by rounding alone, and
+            a checkpoint may be resumed on another.
     """
 
     trainable: Trainable = "adapter"
@@ -293,6 +327,7 @@ class TrainConfig:
     checkpoint_every: int | None = None
     log_every: int | None = None
     seed: int = 0
+    mesh: MeshConfig | None = None
 
     def __post_init__(self) -> None:
         _require(

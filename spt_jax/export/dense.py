@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -38,6 +39,11 @@ class Units(NamedTuple):
     def of(self, kernel: np.ndarray) -> np.ndarray:
         """The kernel `[in, out]` in the original order."""
         return kernel[self.rows][:, self.columns]
+
+
+def factor_matrices(a: jax.Array, b: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """LoRA factors `[in, r]` and `[r, out]`, without the axis of blocks of a routed FFN."""
+    return np.asarray(a).reshape(-1, a.shape[-1]), np.asarray(b).reshape(len(b), -1)
 
 
 def original_units(model: nnx.Module) -> dict[int, Units]:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from spt_jax.config import LoRAConfig
-from spt_jax.export.dense import Units, original_units, task_of
+from spt_jax.export.dense import Units, factor_matrices, original_units, task_of
 from spt_jax.export.files import (
     Tensor,
     read_json,
@@ -188,10 +188,8 @@ def _tensors(model: Encoder | Decoder, adapted: Mapping[str, Linear | Embedding]
         assert module.lora is not None
         order = units.get(id(module), Units())
         suffixes = _LINEAR if isinstance(module, Linear) else _EMBEDDING
-        factors = (
-            np.asarray(module.lora.a[...])[order.rows],
-            np.asarray(module.lora.b[...])[:, order.columns],
-        )
+        a, b = factor_matrices(module.lora.a[...], module.lora.b[...])
+        factors = a[order.rows], b[:, order.columns]
         for suffix, factor in zip(suffixes, factors, strict=True):
             tensors[f"{_PREFIX}{name}.{suffix}"] = factor.T
     for name, slot in _heads(model).items():

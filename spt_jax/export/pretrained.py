@@ -14,7 +14,13 @@ import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 
-from spt_jax.export.dense import Units, classifier, original_units, task_of
+from spt_jax.export.dense import (
+    Units,
+    classifier,
+    factor_matrices,
+    original_units,
+    task_of,
+)
 from spt_jax.export.files import (
     Tensor,
     check_replaceable,
@@ -174,11 +180,11 @@ def _tensors(model: Encoder | Decoder, dtype: np.dtype | None) -> list[Tensor]:
 
 
 def _dense(module: nnx.Module, slot: Slot, units: Units, dtype: np.dtype) -> np.ndarray:
-    array = np.asarray(slot.variable[...])
+    array = np.asarray(slot.variable[...]).reshape(slot.own_shape)
     if array.ndim == 1:
         return array[units.columns]
     if (lora := getattr(module, "lora", None)) is not None:
-        a, b = (np.asarray(factor) for factor in lora.factors())
+        a, b = factor_matrices(*lora.factors())
         merged = a @ b
         merged += array.astype(np.float32, copy=False)
         array = merged.astype(dtype, copy=False)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Int8, UInt8
 
 from pallas_kernels import (
@@ -20,6 +21,7 @@ from pallas_kernels import (
     sparse_attention,
     sparse_decode,
 )
+from spt_jax import sharding
 from spt_jax.config import SparseAttentionConfig
 from spt_jax.layers.linear import Linear, split_key
 from spt_jax.layers.quantizer import codebook_loss
@@ -153,10 +155,35 @@ class SparseAttention(nnx.Module):
     ) -> tuple[Float[Array, "B S N H"], AuxLosses]:
         """Attention output and, where it has a weight, the codebook loss summed over valid tokens.
 
-        Density and granularity are those of a sequence of `capacity` positions, by default S.
+        Density and granularity are those of a sequence of `capacity` positions, by default S. Under
+        a mesh, each device attends from its sequences and heads, and samples its own tokens for
+        the codebook loss.
         """
+        graphdef, state = nnx.split(self)
+
+        def run(state: nnx.State, *arrays: Any) -> tuple[jax.Array, AuxLosses]:
+            out, aux = nnx.merge(graphdef, state)._attend(*arrays, capacity=capacity or q.shape[1])
+            return out, {name: sharding.sum_over_all(loss) for name, loss in aux.items()}
+
+        batch, heads = P(sharding.BATCH), P(sharding.BATCH, None, sharding.TENSOR)
+        of_state = jax.tree.map(lambda _: P(sharding.TENSOR), state)
+        arguments = state, q, k, v, key_mask, segment_ids
+        return sharding.locally(run, (of_state, heads, heads, heads, batch, batch), (heads, P()))(
+            *arguments
+        )
+
+    def _attend(
+        self,
+        q: Float[Array, "B S N H"],
+        k: Float[Array, "B S K H"],
+        v: Float[Array, "B S K H"],
+        key_mask: Bool[Array, "B S"] | None,
+        segment_ids: Int[Array, "B S"] | None,
+        *,
+        capacity: int,
+    ) -> tuple[Float[Array, "B S N H"], AuxLosses]:
         config, length = self.config, q.shape[1]
-        num_keys = config.num_keys(capacity or length)
+        num_keys = config.num_keys(capacity)
         masks: dict[str, Any] = {
             "causal": self.causal,
             "key_mask": key_mask,
@@ -165,7 +192,7 @@ class SparseAttention(nnx.Module):
         if num_keys >= length:
             return dense_attention(q, k, v, **masks), {}
         codes = self.codes(q, k)
-        granularity = config.granularity_at(capacity or length)
+        granularity = config.granularity_at(capacity)
         selection = self._select(codes, num_keys=num_keys, granularity=granularity, **masks)
         out = sparse_attention(q, k, v, selection, implementation=config.implementation, **masks)
         aux = {}
@@ -335,10 +362,11 @@ class Attention(nnx.Module):
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         kv_width = self.num_kv_heads * self.head_width
         output_bias = use_bias if output_bias is None else output_bias
-        self.q_proj = Linear(width, num_heads * self.head_width, use_bias=use_bias, **options)
-        self.k_proj = Linear(width, kv_width, use_bias=use_bias, **options)
-        self.v_proj = Linear(width, kv_width, use_bias=use_bias, **options)
-        self.o_proj = Linear(num_heads * self.head_width, width, use_bias=output_bias, **options)
+        q_width = num_heads * self.head_width
+        self.q_proj = Linear(width, q_width, use_bias=use_bias, cut="outputs", **options)
+        self.k_proj = Linear(width, kv_width, use_bias=use_bias, cut="outputs", **options)
+        self.v_proj = Linear(width, kv_width, use_bias=use_bias, cut="outputs", **options)
+        self.o_proj = Linear(q_width, width, use_bias=output_bias, cut="inputs", **options)
 
         def head_norm() -> nnx.RMSNorm | None:
             if qk_norm_epsilon is None:
@@ -378,7 +406,9 @@ class Attention(nnx.Module):
         record(self, q=q, k=k)
         masks: dict[str, Any] = {"key_mask": key_mask, "segment_ids": segment_ids}
         out, aux = self._attend(q, k, v, x.shape[1], **masks)
-        return self.o_proj(out.reshape(*x.shape[:2], -1), dropout_key=keys[3]), aux
+        out = sharding.constrain(out, sharding.BATCH, None, sharding.TENSOR)
+        y = self.o_proj(out.reshape(*x.shape[:2], -1), dropout_key=keys[3])
+        return sharding.constrain(y, sharding.BATCH), aux
 
     def prefill(
         self,
@@ -487,7 +517,8 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
         def heads(projection: Linear, number: int, key: jax.Array | None) -> jax.Array:
             y = projection(x, dropout_key=key)
-            return y.reshape(*x.shape[:2], number, self.head_width)
+            y = y.reshape(*x.shape[:2], number, self.head_width)
+            return sharding.constrain(y, sharding.BATCH, None, sharding.TENSOR)
 
         q = heads(self.q_proj, self.num_heads, keys[0])
         k = heads(self.k_proj, self.num_kv_heads, keys[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import (
@@ -18,8 +20,8 @@ from pallas_kernels import (
     activation_function,
     routed_ffn,
     routed_ffn_decode,
-    split_blocks,
 )
+from spt_jax import sharding
 from spt_jax.config import RoutedFFNConfig
 from spt_jax.layers.attention import AuxLosses
 from spt_jax.layers.linear import Linear, split_key
@@ -60,9 +62,11 @@ class FeedForward(nnx.Module):
             "param_dtype": param_dtype,
             "rngs": rngs,
         }
-        self.up = Linear(width, hidden, **options)
-        self.gate: Linear | None = nnx.data(Linear(width, hidden, **options) if gated else None)
-        self.down = Linear(hidden, width, **options)
+        self.up = Linear(width, hidden, cut="outputs", **options)
+        self.gate: Linear | None = nnx.data(
+            Linear(width, hidden, cut="outputs", **options) if gated else None
+        )
+        self.down = Linear(hidden, width, cut="inputs", **options)
         self.activation: Activation = activation
 
     def hidden(
@@ -85,7 +89,10 @@ class FeedForward(nnx.Module):
         del mask
         record(self, x=x)
         keys = split_key(dropout_key, 2)
-        return self.down(self.hidden(x, dropout_key=keys[0]), dropout_key=keys[1]), {}
+        hidden = self.hidden(x, dropout_key=keys[0])
+        hidden = sharding.constrain(hidden, sharding.BATCH, None, sharding.TENSOR)
+        y = self.down(hidden, dropout_key=keys[1])
+        return sharding.constrain(y, sharding.BATCH), {}
 
     def decode(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Apply the FFN to the few tokens of a decoding step."""
@@ -103,7 +110,8 @@ class RoutedFFN(nnx.Module):
     Args:
         dense: FFN whose weights are taken over; its LoRA factors too.
         permutation: hidden unit `permutation[i]` of `dense` becomes unit i; consecutive runs of
-            F / G units form the blocks.
+            F / G units form the blocks, which become an axis of the weights: `[D, G, F / G]` and
+            `[G, F / G, D]`.
         router_kernel: `[D, G]`.
         router_bias: `[G]`.
         absent_output: `[G, D]`, the constants c of blocks that are left out.
@@ -138,16 +146,18 @@ class RoutedFFN(nnx.Module):
         order = jnp.asarray(permutation)
         self.up, self.gate, self.down = dense.up, nnx.data(dense.gate), dense.down
         self.permutation = CalibrationStat(order)
+        units = order.reshape(blocks, -1)
+        # Blocks get an axis of their own, so that devices can share the units of each of them.
         for linear in (self.up, self.gate):
             if linear is not None:
-                linear.kernel[...] = linear.kernel[...][:, order]
+                linear.kernel.set_value(linear.kernel[...][:, units])
                 if linear.bias is not None:
-                    linear.bias[...] = linear.bias[...][order]
+                    linear.bias.set_value(linear.bias[...][units])
                 if linear.lora is not None:
-                    linear.lora.b[...] = linear.lora.b[...][:, order]
-        self.down.kernel[...] = self.down.kernel[...][order]
+                    linear.lora.b.set_value(linear.lora.b[...][:, units])
+        self.down.kernel.set_value(self.down.kernel[...][units])
         if self.down.lora is not None:
-            self.down.lora.a[...] = self.down.lora.a[...][order]
+            self.down.lora.a.set_value(self.down.lora.a[...][units])
         self.router_kernel = RouterParam(router_kernel)
         self.router_bias = RouterParam(router_bias)
         self.absent_output = CalibrationStat(absent_output)
@@ -173,18 +183,9 @@ class RoutedFFN(nnx.Module):
         record(self, x=x)
         rows = x.reshape(-1, x.shape[-1]).astype(self.up.dtype)
         probabilities, index, coefficients = self.route(rows)
-        whole = self._weights(), self._lora(dropout_key)
-        whole = jax.tree.map(lambda array: array.astype(rows.dtype), whole)
-        weights, lora = split_blocks(whole[0], whole[1], self.config.num_blocks)
-        y = routed_ffn(
-            rows,
-            index,
-            coefficients,
-            weights,
-            lora=lora,
-            activation=self.activation,
-            implementation=self.config.implementation,
-        )
+        weights, lora = self._weights(), self._lora(dropout_key)
+        weights, lora = jax.tree.map(lambda array: array.astype(rows.dtype), (weights, lora))
+        y = self._routed(rows, index, coefficients, *_blocks_first(weights, lora))
         y = y + self._absent(rows, index)
         aux: AuxLosses = {}
         if self.config.load_balance_weight > 0:
@@ -192,7 +193,7 @@ class RoutedFFN(nnx.Module):
             aux["load_balance_loss"] = self.config.load_balance_weight * _load_balance_loss(
                 probabilities, index, valid
             )
-        return y.reshape(x.shape), aux
+        return sharding.constrain(y.reshape(x.shape), sharding.BATCH), aux
 
     def decode(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Apply the active blocks to the few tokens of a decoding step; reads only their weights.
@@ -201,12 +202,13 @@ class RoutedFFN(nnx.Module):
         """
         rows = x.reshape(-1, x.shape[-1]).astype(self.up.dtype)
         _, index, coefficients = self.route(rows)
+        weights, lora = _whole(self._weights(), self._lora(None))
         y = routed_ffn_decode(
             rows,
             index,
             coefficients,
-            self._weights(),
-            lora=self._lora(None),
+            weights,
+            lora=lora,
             num_blocks=self.config.num_blocks,
             activation=self.activation,
         )
@@ -217,7 +219,13 @@ class RoutedFFN(nnx.Module):
     ) -> tuple[Float[Array, "T G"], Int[Array, "T A"], Float[Array, "T A"]]:
         """Probabilities of all blocks; the active ones, and their coefficients."""
         probabilities = self.probabilities(rows)
-        top, index = jax.lax.top_k(probabilities, self.config.active_blocks)
+        tokens = P(sharding.BATCH)
+        choose = sharding.locally(
+            lambda p: tuple(jax.lax.top_k(p, self.config.active_blocks)),
+            (tokens,),
+            (tokens, tokens),
+        )
+        top, index = choose(probabilities)
         return probabilities, index.astype(jnp.int32), (2 * top).astype(rows.dtype)
 
     def absent_outputs(self, x: Float[Array, "T D"]) -> Float[Array, "T G D"]:
@@ -241,6 +249,43 @@ class RoutedFFN(nnx.Module):
         inner = dense_dot(rows, a.reshape(width, -1).astype(rows.dtype))
         inner *= jnp.repeat(absent, a.shape[-1], axis=1).astype(rows.dtype)
         return total + dense_dot(inner, b.reshape(-1, width).astype(rows.dtype))
+
+    def _routed(
+        self,
+        rows: Float[Array, "T D"],
+        index: Int[Array, "T A"],
+        coefficients: Float[Array, "T A"],
+        weights: RoutedFFNWeights,
+        lora: RoutedFFNLoRA | None,
+    ) -> Float[Array, "T D"]:
+        """The active blocks; under a mesh, each device computes its tokens and its hidden units."""
+        op = functools.partial(
+            routed_ffn, activation=self.activation, implementation=self.config.implementation
+        )
+        tokens, units = sharding.BATCH, sharding.TENSOR
+        b_out = weights.b_out
+        of_weights = RoutedFFNWeights(
+            w_in=P(None, None, units),
+            b_in=P(None, units),
+            w_gate=P(None, None, units),
+            b_gate=P(None, units),
+            w_out=P(None, units),
+        )
+        of_lora = RoutedFFNLoRA(
+            a_in=P(),
+            b_in=P(None, None, units),
+            a_gate=P(),
+            b_gate=P(None, None, units),
+            a_out=P(None, units),
+            b_out=P(),
+        )
+        weights = dataclasses.replace(weights, b_out=None)
+        y = sharding.locally(
+            lambda x, i, c, weights, lora: sharding.sum_over_units(op(x, i, c, weights, lora=lora)),
+            (P(tokens), P(tokens), P(tokens), of_weights, None if lora is None else of_lora),
+            P(tokens),
+        )(rows, index, coefficients, weights, lora)
+        return y if b_out is None else y + b_out
 
     def _weights(self) -> RoutedFFNWeights:
         def parts(linear: Linear | None) -> tuple[jax.Array | None, jax.Array | None]:
@@ -267,6 +312,46 @@ class RoutedFFN(nnx.Module):
         return RoutedFFNLoRA(
             a_in=a_in, b_in=b_in, a_gate=a_gate, b_gate=b_gate, a_out=a_out, b_out=b_out
         )
+
+
+def _blocks_first(
+    weights: RoutedFFNWeights, lora: RoutedFFNLoRA | None
+) -> tuple[RoutedFFNWeights, RoutedFFNLoRA | None]:
+    """As `routed_ffn` takes them; `[D, G, Fb]` becomes `[G, D, Fb]`, which moves no data."""
+
+    def first(array: jax.Array | None) -> jax.Array | None:
+        return None if array is None else jnp.moveaxis(array, 1, 0)
+
+    weights = dataclasses.replace(weights, w_in=first(weights.w_in), w_gate=first(weights.w_gate))
+    if lora is not None:
+        lora = dataclasses.replace(lora, b_in=first(lora.b_in), b_gate=first(lora.b_gate))
+    return weights, lora
+
+
+def _whole(
+    weights: RoutedFFNWeights, lora: RoutedFFNLoRA | None
+) -> tuple[RoutedFFNWeights, RoutedFFNLoRA | None]:
+    """As `routed_ffn_decode` takes them, without an axis of blocks."""
+
+    def columns(array: jax.Array | None) -> jax.Array | None:
+        return None if array is None else array.reshape(*array.shape[:-2], -1)
+
+    def rows(array: jax.Array | None) -> jax.Array | None:
+        return None if array is None else array.reshape(-1, array.shape[-1])
+
+    weights = dataclasses.replace(
+        weights,
+        w_in=columns(weights.w_in),
+        b_in=columns(weights.b_in),
+        w_gate=columns(weights.w_gate),
+        b_gate=columns(weights.b_gate),
+        w_out=rows(weights.w_out),
+    )
+    if lora is not None:
+        lora = dataclasses.replace(
+            lora, b_in=columns(lora.b_in), b_gate=columns(lora.b_gate), a_out=rows(lora.a_out)
+        )
+    return weights, lora
 
 
 def _load_balance_loss(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
+from spt_jax import sharding
 from spt_jax.layers.lora import LoRA, LoRAForm, dense_dot, lora_dot
 
 
@@ -21,6 +24,7 @@ class Linear(nnx.Module):
         dtype: compute and output dtype.
         param_dtype: dtype of kernel and bias.
         param_type: variable type of kernel and bias; `HeadParam` for task heads.
+        cut: whether the devices along a mesh's axis `tensor` share the outputs, or the inputs.
         rngs: source of the initial values.
     """
 
@@ -33,12 +37,16 @@ class Linear(nnx.Module):
         dtype: Dtype = jnp.float32,
         param_dtype: Dtype = jnp.float32,
         param_type: type[nnx.Param] = nnx.Param,
+        cut: Literal["outputs", "inputs"] | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         kernel = nnx.initializers.normal(0.02)(
             rngs.params(), (in_features, out_features), param_dtype
         )
         self.kernel = param_type(kernel)
+        self.cut = cut
+        self.in_features = in_features
+        self.out_features = out_features
         self.bias = nnx.data(
             param_type(jnp.zeros((out_features,), param_dtype)) if use_bias else None
         )
@@ -46,22 +54,12 @@ class Linear(nnx.Module):
         self.lora_form: LoRAForm | None = None
         self.dtype = dtype
 
-    @property
-    def in_features(self) -> int:
-        """Width of the input."""
-        return self.kernel.shape[0]
-
-    @property
-    def out_features(self) -> int:
-        """Width of the output."""
-        return self.kernel.shape[1]
-
     def __call__(
         self, x: Float[Array, "... in"], *, dropout_key: jax.Array | None = None
     ) -> Float[Array, "... out"]:
         """Apply the map. `dropout_key` draws this step's LoRA dropout; None leaves it out."""
         x = x.astype(self.dtype)
-        kernel = self.kernel[...].astype(self.dtype)
+        kernel = sharding.gathered(self.kernel[...].astype(self.dtype), self.cut)
         if self.lora is None:
             y = dense_dot(x, kernel)
         else:
@@ -108,11 +106,11 @@ class Embedding(nnx.Module):
         self, ids: Int[Array, "..."], *, dropout_key: jax.Array | None = None
     ) -> Float[Array, "... D"]:
         """Look up `ids`; they must lie below `num_embeddings`."""
-        rows = self.embedding[...][ids].astype(self.dtype)
-        if self.lora is None:
-            return rows
-        a, b = self.lora.factors(dropout_key)
-        return rows + jnp.dot(a[ids], b).astype(self.dtype)
+        rows = sharding.gathered(self.embedding[...])[ids].astype(self.dtype)
+        if self.lora is not None:
+            a, b = self.lora.factors(dropout_key)
+            rows += jnp.dot(a[ids], b).astype(self.dtype)
+        return sharding.constrain(rows, sharding.BATCH) if rows.ndim == 3 else rows
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: jax.Array | None) -> Float[Array, "..."]:

@@ -41,11 +41,11 @@ class LoRA(nnx.Module):
 
     def factors(
         self, dropout_key: jax.Array | None = None
-    ) -> tuple[Float[Array, "in r"], Float[Array, "r out"]]:
+    ) -> tuple[Float[Array, "*in r"], Float[Array, "r *out"]]:
         """A with this step's dropout, and B with the scaling folded in."""
         a, rate = self.a[...], self.config.dropout
         if dropout_key is not None and rate > 0:
-            kept = jax.random.bernoulli(dropout_key, 1 - rate, (a.shape[0], 1))
+            kept = jax.random.bernoulli(dropout_key, 1 - rate, (*a.shape[:-1], 1))
             a = jnp.where(kept, a / (1 - rate), 0)
         return a, self.b[...] * self.config.scaling
 

@@ -32,11 +32,12 @@ class Slot(NamedTuple):
     variable: nnx.Variable
     transpose: bool  # Hugging Face stores linear maps as [out, in]
     path: str  # of the variable in the model
+    own_shape: tuple[int, ...]  # in the model, without the axis of blocks of a routed FFN
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape in the checkpoint."""
-        return self.variable.shape[::-1] if self.transpose else self.variable.shape
+        return self.own_shape[::-1] if self.transpose else self.own_shape
 
 
 def module_at(model: nnx.Module, path: str) -> nnx.Module:
@@ -63,9 +64,12 @@ def tensor_slots(model: nnx.Module) -> dict[str, Slot]:
                 kind, weight, bias, transpose = "scale", module.scale, None, False
             case _:
                 raise TypeError(f"{path} is a {type(module).__name__}, which holds no weights")
-        slots[f"{name}.weight"] = Slot(weight, transpose, f"{path}.{kind}")
+        shape = weight.shape
+        if isinstance(module, Linear):
+            shape = module.in_features, module.out_features
+        slots[f"{name}.weight"] = Slot(weight, transpose, f"{path}.{kind}", shape)
         if bias is not None:
-            slots[f"{name}.bias"] = Slot(bias, False, f"{path}.bias")
+            slots[f"{name}.bias"] = Slot(bias, False, f"{path}.bias", shape[-1:])
     return slots
 
 

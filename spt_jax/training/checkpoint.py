@@ -160,7 +160,7 @@ class Checkpoints:
         Checkpoints that cannot be read are named and moved to `unreadable/`.
 
         Args:
-            template: pytree of arrays that gives structure, shapes and dtypes.
+            template: pytree of arrays that gives structure, shapes, dtypes and shardings.
 
         Raises:
             CheckpointError: the checkpoint belongs to another run.
@@ -201,9 +201,12 @@ class Checkpoints:
         if weights_fingerprint(arrays) != record["digest"]:
             raise ValueError("its arrays differ from the digest written with them")
         leaves = [
-            jax.random.wrap_key_data(arrays[name], impl=jax.random.key_impl(x))
-            if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-            else jax.numpy.array(arrays[name])
+            jax.device_put(
+                jax.random.wrap_key_data(arrays[name], impl=jax.random.key_impl(x))
+                if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+                else jax.numpy.array(arrays[name]),
+                x.sharding,
+            )
             for name, x in names.items()
         ]
         return jax.tree.unflatten(jax.tree.structure(template), leaves), record["progress"]

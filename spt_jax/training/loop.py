@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from spt_jax.config import TrainConfig
+from spt_jax.layers import Attention, FeedForward, RoutedFFN
+from spt_jax.sharding import BATCH, TENSOR, Devices
 from spt_jax.training.checkpoint import Checkpoints, weights_fingerprint
 from spt_jax.training.data import (
     Examples,
@@ -42,7 +44,7 @@ from spt_jax.training.step import (
 
 _REMEMBERED = 200  # steps over which train_loss, step_ms and tokens/s are taken
 _LOWER_IS_BETTER = ("eval_loss", "perplexity")
-_FREE_TO_CHANGE = ("checkpoint_every", "log_every")  # on resume; no result depends on them
+_FREE_TO_CHANGE = ("checkpoint_every", "log_every", "mesh")  # on resume; no result depends on them
 
 
 class Interrupted(RuntimeError):
@@ -160,6 +162,8 @@ def train(
     splits = {"": eval_data} if isinstance(eval_data, Examples) else dict(eval_data or {})
     monitor = _monitor(config, splits, metrics)
     total = config.total_steps(len(train_data))
+    devices = Devices(config.mesh)
+    _check_mesh(model, config, devices)
     parts = _partition(model, config)
     data = {"train": train_data, **{f"eval {name}".strip(): x for name, x in splits.items()}}
     checkpoints = Checkpoints(
@@ -175,13 +179,17 @@ def train(
         log=log,
     )
 
+    parts = replace(
+        parts, params=devices.parameters(parts.params), frozen=devices.frozen(parts.frozen)
+    )
     state, run_step = start(parts, config, total_steps=total, objective=objective)
+    state = devices.everywhere(state)
     batches = train_batches(
         train_data, config.batch_size, seed=config.seed, group_by_length=config.group_by_length
     )
     progress = _Progress()
 
-    with checkpoints, _stop_signal() as stop:
+    with checkpoints, _stop_signal() as stop, devices:
         restored = checkpoints.restore_latest(state) if resume else None
         if restored is not None:
             state, record = restored
@@ -194,10 +202,12 @@ def train(
         saved = first if restored is not None else None
 
         peak_before = device_peak_bytes()
-        jitted = jax.jit(run_step, donate_argnums=0)
+        jitted = jax.jit(run_step, donate_argnums=0, out_shardings=devices.outputs(state))
         compiling = time.perf_counter()
         compiled = {
-            sample["input_ids"].shape[1]: jitted.lower(state, parts.frozen, sample).compile()
+            sample["input_ids"].shape[1]: jitted.lower(
+                state, parts.frozen, devices.batch(sample)
+            ).compile()
             for sample in _samples(train_data, config)
         }
         compile_s = time.perf_counter() - compiling
@@ -205,6 +215,7 @@ def train(
             _evaluate,
             _evaluation_step(parts, objective, metrics),
             frozen=parts.frozen,
+            devices=devices,
             splits=splits,
             batch_size=config.eval_batch_size or config.batch_size,
             names=metrics,
@@ -263,7 +274,7 @@ def train(
                     mark = time.perf_counter()
                 batch = next(batches)
                 run_compiled = compiled[batch["input_ids"].shape[1]]
-                state, on_device = run_compiled(state, parts.frozen, batch)
+                state, on_device = run_compiled(state, parts.frozen, devices.batch(batch))
                 step += 1
                 settle()  # the step before: the device always has the next one at hand
                 under_way = step, batch["attention_mask"], on_device
@@ -328,6 +339,7 @@ def evaluate(
         _evaluation_step(parts, objective, metrics),
         parts.params,
         frozen=parts.frozen,
+        devices=Devices(None),
         splits={"": data},
         batch_size=batch_size,
         names=metrics,
@@ -428,6 +440,7 @@ def _evaluate(
     params: Any,
     *,
     frozen: nnx.State,
+    devices: Devices,
     splits: Mapping[str, Examples],
     batch_size: int,
     names: Sequence[str],
@@ -440,7 +453,7 @@ def _evaluate(
         for batch in eval_batches(examples, batch_size):
             if stop():
                 return None
-            batch_loss, batch_weight, output = step(params, frozen, batch)
+            batch_loss, batch_weight, output = step(params, frozen, devices.batch(batch))
             losses, weights = losses + float(batch_loss), weights + float(batch_weight)
             if output is not None:
                 outputs.append(np.asarray(output))
@@ -456,6 +469,36 @@ def _samples(examples: Examples, config: TrainConfig) -> Iterator[dict[str, np.n
     sample = next(eval_batches(examples, config.batch_size))
     lengths = batch_lengths(examples) if config.group_by_length else (examples.length,)
     return (cut_batch(sample, length) for length in lengths)
+
+
+def _check_mesh(model: nnx.Module, config: TrainConfig, devices: Devices) -> None:
+    """Raise a ValueError where the mesh does not divide the batches or the model."""
+    share = devices.size(*BATCH)
+    sizes = {
+        "batch_size / accumulation": config.batch_size // config.accumulation,
+        "eval_batch_size": config.eval_batch_size or config.batch_size,
+    }
+    for name, size in sizes.items():
+        if size % share:
+            raise ValueError(
+                f"{name} is {size}, and the mesh cuts batches into {share} parts (data times "
+                "fsdp); choose a multiple of that"
+            )
+    cut = devices.size(TENSOR)
+    for path, module in nnx.iter_modules(model):
+        name = ".".join(map(str, path))
+        if isinstance(module, Attention) and module.num_kv_heads % cut:
+            raise ValueError(
+                f"{name} has {module.num_kv_heads} key/value heads, which {cut} devices (tensor) "
+                "cannot share evenly"
+            )
+        if isinstance(module, FeedForward | RoutedFFN):
+            blocks = module.config.num_blocks if isinstance(module, RoutedFFN) else 1
+            if (units := module.up.out_features // blocks) % cut:
+                raise ValueError(
+                    f"{name} has {units} hidden units{' a block' * (blocks > 1)}, which {cut} "
+                    "devices (tensor) cannot share evenly"
+                )
 
 
 def _monitor(config: TrainConfig, splits: Mapping[str, Examples], metrics: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ from flax import nnx
 
 from spt_jax.config import Trainable, TrainConfig
 from spt_jax.layers.variables import ADAPTER
+from spt_jax.sharding import BATCH, constrain
 from spt_jax.training.losses import Batch
 from spt_jax.training.objectives import Objective
 from spt_jax.training.optimizer import group_of, learning_rate_schedule, make_optimizer
@@ -139,7 +140,7 @@ def write_back(model: nnx.Module, params: Mapping[str, jax.Array]) -> None:
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     for path, variable in flat:
         if (name := ".".join(map(str, path))) in params:
-            variable[...] = params[name]
+            variable[...] = jax.device_put(params[name], variable.get_value().sharding)
 
 
 def train_step(
@@ -194,7 +195,10 @@ def train_step(
         grads, losses = gradient(state.params, batch, step_key)
     else:
         microbatches = jax.tree.map(
-            lambda x: x.reshape(accumulation, x.shape[0] // accumulation, *x.shape[1:]), batch
+            lambda x: constrain(
+                x.reshape(accumulation, x.shape[0] // accumulation, *x.shape[1:]), None, BATCH
+            ),
+            batch,
         )
         keys = jax.random.split(step_key, accumulation)
 
