@@ -12,6 +12,7 @@ from rich.table import Table
 import spt_jax
 from experiments import cli
 from spt_jax.config import LearningRateMultipliers
+from spt_jax.sharding import make_mesh, parse_mesh
 from spt_jax.training import TrainResult, environment, write_json_atomic
 
 Method = Literal[
@@ -89,6 +90,9 @@ class Recipe:
     """Compute dtype, and that of frozen weights."""
     remat: bool = False
     """Recompute activations in the backward pass to save memory."""
+
+    mesh: str | None = None
+    """Devices to train on together, such as data=4 or fsdp=4,tensor=2; -1 takes what remains."""
 
     rank: int = 16
     """LoRA rank."""
@@ -192,6 +196,7 @@ class MethodOptions(Recipe):
             patience=self.patience,
             result=self.result,
             seed=self.seed,
+            mesh=None if self.mesh is None else parse_mesh(self.mesh),
         )
 
     def check(self) -> None:
@@ -199,6 +204,8 @@ class MethodOptions(Recipe):
         for method in self.methods:
             self.spt_config(method)
             self.train_config(method)
+        if self.mesh is not None:
+            make_mesh(parse_mesh(self.mesh))
 
 
 def results_table(title: str, results: Mapping[str, TrainResult]) -> Table:

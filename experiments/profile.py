@@ -61,7 +61,8 @@ from experiments.gpu_targets import GPUS, described_device, trace_for
 from experiments.kernels import FAILURES, OUT_OF_MEMORY, failure_of, in_threads
 from experiments.methods import write_metrics
 from experiments.reports import save_figure, write_csv
-from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
+from spt_jax.config import MeshConfig, RoutedFFNConfig, SparseAttentionConfig
+from spt_jax.sharding import Devices, make_mesh, parse_mesh
 from spt_jax.training.loop import compiled_peak_bytes, device_peak_bytes
 
 matplotlib.use("Agg")
@@ -146,6 +147,9 @@ class Options(StepOptions):
     """Find the longest sequence whose step fits the memory, in place of timing --seq-len."""
     memory_gb: float | None = None
     """Memory for --max-length, 10^9 bytes; by default 90% of the device's."""
+    mesh: str | None = None
+    """Devices that take the step together, such as data=4 or fsdp=4,tensor=2; memory is that of
+    one of them."""
     out: Path = Path("runs/profile")
     """Folder for the table, plots and metrics.json."""
 
@@ -159,6 +163,10 @@ class Options(StepOptions):
         for name in ("steps", "rounds", "num_blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        if self.mesh is not None:
+            if self.target is not None or self.max_length:
+                raise ValueError("--mesh is of devices at hand: leave out --target, --max-length")
+            make_mesh(parse_mesh(self.mesh))
         if self.rounds > self.steps:
             raise ValueError(f"{self.steps} steps cannot be taken in {self.rounds} rounds")
         if self.memory_gb is not None and not self.max_length:
@@ -373,19 +381,34 @@ class Measurement:
 class Program:
     """A compiled training step."""
 
-    def __init__(self, work: Work, seed: int, target: Any = None) -> None:
+    def __init__(
+        self, work: Work, seed: int, target: Any = None, mesh: MeshConfig | None = None
+    ) -> None:
         run, arguments = training_step(work.step)
         self._key = jax.random.key(seed)
-        self._arguments = jax.jit(arguments)
         shapes = jax.eval_shape(arguments, self._key)
-        jitted = jax.jit(run, donate_argnums=0)
+        devices = Devices(mesh)
+        state, frozen, inputs = shapes
+        places = None
+        if mesh is not None:
+            of_inputs = jax.tree.map(lambda _: devices.batch_place, inputs)
+            places = devices.places(state), devices.places(frozen), of_inputs
+        self._arguments = jax.jit(arguments, out_shardings=places)
+        jitted = jax.jit(
+            run, donate_argnums=0, in_shardings=places, out_shardings=places and (places[0], None)
+        )
         if target is None:
-            self._compiled = jitted.lower(*shapes).compile()
+            with devices:
+                self._compiled = jitted.lower(*shapes).compile()
         else:
             traced = trace_for(target, jitted, *shapes)
             with jax.default_device(target):
                 self._compiled = traced.lower().compile()
         self.planned_bytes = compiled_peak_bytes(self._compiled)
+
+    def text(self) -> str:
+        """The compiled program."""
+        return self._compiled.as_text() or ""
 
     def time_ms(self, steps: int) -> list[float]:
         """Times of so many steps, after one that is not kept."""
@@ -404,12 +427,13 @@ def measure(
 ) -> list[Measurement]:
     """Compile all works, those of one comparison after the other, and time them in turns."""
     found: list[Measurement] = []
+    mesh = None if options.mesh is None else parse_mesh(options.mesh)
     for _, group in itertools.groupby(works, key=lambda work: work.comparison):
         ready: list[tuple[Program, Measurement]] = []
 
         def compiled(work: Work) -> Program | str:
             try:
-                return Program(work, options.seed, target)
+                return Program(work, options.seed, target, mesh)
             except FAILURES as error:
                 return failure_of(error)
 

@@ -3,6 +3,7 @@
 from spt_jax.adapt import adapt
 from spt_jax.config import (
     LoRAConfig,
+    MeshConfig,
     RoutedFFNConfig,
     SparseAttentionConfig,
     SPTConfig,
@@ -15,6 +16,7 @@ from spt_jax.models import load_pretrained, load_tokenizer
 
 __all__ = [
     "LoRAConfig",
+    "MeshConfig",
     "RoutedFFNConfig",
     "SPTConfig",
     "SparseAttentionConfig",

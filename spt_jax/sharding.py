@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
-import numpy as np
-from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -46,6 +45,28 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def parse_mesh(text: str) -> MeshConfig:
+    """The mesh that a text such as "data=2,tensor=4" describes; axes left out have the size 1.
+
+    Raises:
+        ValueError: it is no such text.
+
+    Example:
+        >>> parse_mesh("fsdp=-1,tensor=2")
+        MeshConfig(data=1, fsdp=-1, tensor=2)
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        if name not in sizes or not re.fullmatch(r"-?\d+", size):
+            raise ValueError(
+                f"a mesh is described by axes and sizes such as data=2,tensor=4, of the axes "
+                f"{', '.join(AXES)}; got {text!r}"
+            )
+        sizes[name] = int(size)
+    return MeshConfig(**sizes)
+
+
 class Devices:
     """Where a training run keeps its arrays; entered, the mesh that its programs are traced for.
 
@@ -60,46 +81,38 @@ class Devices:
         self.mesh = None if config is None else make_mesh(config)
         self._entered = contextlib.ExitStack()
 
-    def parameters(self, arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """Parameters by dotted path, each in its place."""
+    def places(self, tree: Any) -> Any:
+        """Where each array of a pytree lies that has parameters' paths in its own; None likewise.
+
+        A model's state is such a tree, and so are an optimizer's moments. What is no parameter lies
+        whole on every device.
+        """
         if self.mesh is None:
-            return dict(arrays)
+            return None
         place = parameter_sharding(self.mesh)
-        return {path: jax.device_put(x, place(path, x.shape)) for path, x in arrays.items()}
 
-    def frozen(self, state: nnx.State) -> nnx.State:
-        """Variables of a model, each in its place."""
-        if self.mesh is None:
-            return state
-        flat = nnx.to_flat_state(state)
-        placed = self.parameters({".".join(map(str, path)): v[...] for path, v in flat})
-        return nnx.from_flat_state(
-            [(path, v.replace(placed[".".join(map(str, path))])) for path, v in flat]
-        )
+        def find(path: Any, x: Any) -> NamedSharding:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            return place(name.removesuffix(".value"), x.shape)
 
-    def everywhere[Tree](self, tree: Tree) -> Tree:
-        """Arrays that are not on the mesh yet, whole on every device."""
-        if self.mesh is None:
-            return tree
-        whole = NamedSharding(self.mesh, P())
+        return jax.tree_util.tree_map_with_path(find, tree)
 
-        def put(x: jax.Array) -> jax.Array:
-            on_mesh = isinstance(x.sharding, NamedSharding) and x.sharding.mesh == self.mesh
-            return x if on_mesh else jax.device_put(x, whole)
+    def put[Tree](self, tree: Tree) -> Tree:
+        """The arrays of such a tree, each in its place."""
+        return tree if self.mesh is None else jax.device_put(tree, self.places(tree))
 
-        return jax.tree.map(put, tree)
+    def batch(self, batch: Any) -> Any:
+        """Arrays of examples, cut by examples."""
+        return batch if self.mesh is None else jax.device_put(batch, self.batch_place)
 
-    def batch(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """A batch, cut by examples."""
-        if self.mesh is None:
-            return batch
-        return jax.device_put(batch, NamedSharding(self.mesh, P(BATCH)))
+    @property
+    def batch_place(self) -> NamedSharding | None:
+        """Where examples lie."""
+        return None if self.mesh is None else NamedSharding(self.mesh, P(BATCH))
 
     def outputs(self, state: Any) -> Any:
         """`jit`'s `out_shardings` of a step that returns the next state and metrics."""
-        if self.mesh is None:
-            return None
-        return jax.tree.map(lambda x: x.sharding, state), NamedSharding(self.mesh, P())
+        return None if self.mesh is None else (self.places(state), NamedSharding(self.mesh, P()))
 
     def size(self, *axes: str) -> int:
         """Devices along these axes together."""

@@ -18,6 +18,7 @@ import spt_jax
 from experiments import (
     capture,
     codebook_upkeep,
+    collectives,
     glue,
     glue_table,
     kernels,
@@ -35,6 +36,7 @@ PAGES = {
 OPTIONS = {
     "experiments.capture": capture.Options,
     "experiments.codebook_upkeep": codebook_upkeep.Options,
+    "experiments.collectives": collectives.Options,
     "experiments.glue": glue.Options,
     "experiments.glue_table": glue_table.Options,
     "experiments.kernels": kernels.Options,

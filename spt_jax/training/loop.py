@@ -179,11 +179,9 @@ def train(
         log=log,
     )
 
-    parts = replace(
-        parts, params=devices.parameters(parts.params), frozen=devices.frozen(parts.frozen)
-    )
+    parts = replace(parts, frozen=devices.put(parts.frozen))
     state, run_step = start(parts, config, total_steps=total, objective=objective)
-    state = devices.everywhere(state)
+    state = devices.put(state)
     batches = train_batches(
         train_data, config.batch_size, seed=config.seed, group_by_length=config.group_by_length
     )

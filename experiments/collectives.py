@@ -1,0 +1,145 @@
+"""What the devices of a mesh send each other in a training step, read from the compiled program.
+
+    python -m experiments.collectives --block opt-2048 --method spt --mesh fsdp=4,tensor=2
+
+compiles a step of a block (see experiments.profile for what there is) for as many virtual CPU
+devices as the mesh has, runs nothing, and prints a table of collectives with their bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
+_ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
+_COLLECTIVE = re.compile(
+    r"= (?P<type>.*?) "
+    r"(?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|"
+    r"ragged-all-to-all|collective-broadcast)(-start)?\("
+)
+
+
+class Collective(NamedTuple):
+    """One array that a collective operation of a program hands each device.
+
+    Attributes:
+        kind: of the operation, as XLA names it.
+        dtype: of the array, as XLA names it.
+        shape: of the array, on one device.
+    """
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the array."""
+        size = _BYTES[self.dtype]
+        for length in self.shape:
+            size *= length
+        return size
+
+
+def collectives(program: str) -> list[Collective]:
+    """Those of a compiled program's text; an operation in a loop's body counts once.
+
+    Args:
+        program: `jax.stages.Compiled.as_text()`.
+
+    Example:
+        >>> collectives("%x = f32[8,2]{1,0} all-reduce(%y), channel_id=1")
+        [Collective(kind='all-reduce', dtype='f32', shape=(8, 2))]
+    """
+    found = []
+    for match in _COLLECTIVE.finditer(program):
+        arrays = _ARRAY.findall(match["type"])
+        if match[0].rstrip("(").endswith("-start"):  # a pair of operands and results
+            arrays = arrays[len(arrays) // 2 :]
+        for dtype, shape in arrays:
+            lengths = tuple(int(length) for length in shape.split(",") if length)
+            found.append(Collective(match["kind"], dtype, lengths))
+    return found
+
+
+def table(title: str, found: Iterable[Collective]) -> Table:
+    """One row for each kind and shape."""
+    groups: dict[Collective, int] = defaultdict(int)
+    for collective in found:
+        groups[collective] += 1
+    rows = Table(title=title)
+    for header in ("collective", "array", "number", "MB"):
+        rows.add_column(header, justify="left" if header in ("collective", "array") else "right")
+    for collective, number in sorted(
+        groups.items(), key=lambda item: -item[0].size_bytes * item[1]
+    ):
+        shape = ",".join(map(str, collective.shape))
+        megabytes = collective.size_bytes * number / 1e6
+        rows.add_row(
+            collective.kind, f"{collective.dtype}[{shape}]", str(number), f"{megabytes:.3f}"
+        )
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the experiment."""
+
+    block: str = "opt-2048"
+    """A block that experiments.profile knows."""
+    method: str = "spt"
+    """Methods, separated by commas: full, lora, spt."""
+    mesh: str = "fsdp=4,tensor=2"
+    """Sizes of the mesh's axes data, fsdp and tensor."""
+    batch_size: str = "16"
+    """Sequences of a step, of all devices together."""
+    seq_len: str = "512"
+    """Tokens of a sequence."""
+
+
+def main() -> None:
+    """Run the experiment."""
+    options = tyro.cli(Options, prog="experiments.collectives", description=__doc__)
+    from spt_jax.sharding import parse_mesh
+
+    sizes = parse_mesh(options.mesh)
+    if -1 in (sizes.data, sizes.fsdp, sizes.tensor):
+        raise ValueError(f"--mesh needs every size, got {options.mesh}")
+    number = sizes.data * sizes.fsdp * sizes.tensor
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={number}"
+    )
+    from experiments import profile  # JAX starts with the variables above
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    works = profile.workloads(
+        profile.Options(
+            block=options.block,
+            method=options.method,
+            batch_size=options.batch_size,
+            seq_len=options.seq_len,
+            module="block",
+            mesh=options.mesh,
+        )
+    )
+    for work in works:
+        program = profile.Program(work, seed=0, mesh=sizes)
+        title = f"{work.block}, {work.name}, {options.mesh}: {work.step}"
+        console.print(table(title, collectives(program.text())))
+
+
+if __name__ == "__main__":
+    from experiments import cli
+
+    cli.run(main)
