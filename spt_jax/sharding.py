@@ -173,18 +173,16 @@ def gathered(weight: jax.Array, cut: str | None = None) -> jax.Array:
     return constrain(weight, *spec)
 
 
-def sum_over_units(y: jax.Array) -> jax.Array:
-    """Inside `locally`: the sum of what each device made of its hidden units."""
-    return jax.lax.psum(y, TENSOR) if _inside() else y
+def sum_over(y: jax.Array, axes: str | tuple[str, ...]) -> jax.Array:
+    """Inside `locally`: the sum over the devices along these axes."""
+    inside = TENSOR in jax.sharding.get_abstract_mesh().manual_axes
+    return jax.lax.psum(y, axes) if inside else y
 
 
-def sum_over_all(y: jax.Array) -> jax.Array:
-    """Inside `locally`: the sum over all devices of what differs on each."""
-    return jax.lax.psum(y, AXES) if _inside() else y
-
-
-def _inside() -> bool:
-    return TENSOR in jax.sharding.get_abstract_mesh().manual_axes
+def axes_of_rows(number: int) -> tuple[str, ...]:
+    """Axes over which rows of tokens are cut that no weight is cut for: all that divide them."""
+    mesh = current()
+    return AXES if mesh is None or number % mesh.size == 0 else BATCH
 
 
 #: Linear maps whose outputs, or inputs, are heads or hidden units.

@@ -163,7 +163,7 @@ class SparseAttention(nnx.Module):
 
         def run(state: nnx.State, *arrays: Any) -> tuple[jax.Array, AuxLosses]:
             out, aux = nnx.merge(graphdef, state)._attend(*arrays, capacity=capacity or q.shape[1])
-            return out, {name: sharding.sum_over_all(loss) for name, loss in aux.items()}
+            return out, {name: sharding.sum_over(loss, sharding.AXES) for name, loss in aux.items()}
 
         batch, heads = P(sharding.BATCH), P(sharding.BATCH, None, sharding.TENSOR)
         of_state = jax.tree.map(lambda _: P(sharding.TENSOR), state)

@@ -182,6 +182,7 @@ class RoutedFFN(nnx.Module):
         """Apply the active blocks; aux holds the load-balancing loss where it has a weight."""
         record(self, x=x)
         rows = x.reshape(-1, x.shape[-1]).astype(self.up.dtype)
+        rows = sharding.constrain(rows, sharding.BATCH)
         probabilities, index, coefficients = self.route(rows)
         weights, lora = self._weights(), self._lora(dropout_key)
         weights, lora = jax.tree.map(lambda array: array.astype(rows.dtype), (weights, lora))
@@ -247,6 +248,7 @@ class RoutedFFN(nnx.Module):
             return total
         width, (a, b) = rows.shape[1], (self.absent_a[...], self.absent_b[...])
         inner = dense_dot(rows, a.reshape(width, -1).astype(rows.dtype))
+        inner = sharding.constrain(inner, sharding.BATCH)
         inner *= jnp.repeat(absent, a.shape[-1], axis=1).astype(rows.dtype)
         return total + dense_dot(inner, b.reshape(-1, width).astype(rows.dtype))
 
@@ -280,8 +282,13 @@ class RoutedFFN(nnx.Module):
             b_out=P(),
         )
         weights = dataclasses.replace(weights, b_out=None)
+
+        def run(*arrays: Any) -> jax.Array:
+            *others, lora = arrays
+            return sharding.sum_over(op(*others, lora=lora), units)
+
         y = sharding.locally(
-            lambda x, i, c, weights, lora: sharding.sum_over_units(op(x, i, c, weights, lora=lora)),
+            run,
             (P(tokens), P(tokens), P(tokens), of_weights, None if lora is None else of_lora),
             P(tokens),
         )(rows, index, coefficients, weights, lora)

@@ -10,7 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
+
+from spt_jax import sharding
 
 Batch = Mapping[str, Any]  # of arrays
 Loss = Callable[[Array, Array, Array], tuple[Array, Array]]
@@ -90,9 +93,17 @@ def linear_cross_entropy(
     elif chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
     tokens = math.prod(labels.shape)
-    return _linear_cross_entropy(
-        max(1, min(chunk_tokens, tokens)),
-        hidden.reshape(tokens, hidden.shape[-1]),
+    axes = sharding.axes_of_rows(tokens)
+
+    def run(hidden: Array, kernel: Array, labels: Array, weights: Array) -> tuple[Array, Array]:
+        chunk = max(1, min(chunk_tokens, len(labels)))
+        loss, weight = _linear_cross_entropy(chunk, hidden, kernel, labels, weights)
+        return sharding.sum_over(loss, axes), sharding.sum_over(weight, axes)
+
+    # Each device takes its own tokens, also along `tensor`, where all have the same.
+    rows = P(axes)
+    return sharding.locally(run, (rows, P(), rows, rows), (P(), P()))(
+        sharding.constrain(hidden.reshape(tokens, hidden.shape[-1]), sharding.BATCH),
         kernel,
         labels.reshape(tokens),
         weights.reshape(tokens).astype(jnp.float32),

@@ -117,6 +117,7 @@ def _check_collectives(step, *, tokens, width, layers, tensor):
         for shape in step["shapes"]
         for i in range(len(shape))
     }
+    cut.add(tuple(sorted((tokens, width))))  # the gradient of what the output matrix is applied to
     activations = 0
     for collective in step["collectives"]:
         kind, shape = collective["kind"], tuple(collective["shape"])
