@@ -154,7 +154,7 @@ class RoutedFFNConfig:
         active_blocks: blocks A that a token activates.
         load_balance_weight: weight of the load-balancing loss; 0 leaves it out.
         absent_rank: rank r of the linear map of its input that a fitted block adds where it is
-            left out, beside a constant. The maps train as LoRA does and cost two products of width
+            left out, beside a constant. Forward and backward, the maps cost two products of width
             `num_blocks * absent_rank`; 0 leaves the constants.
         calibration: where blocks and router come from when a model is adapted; "fitted" to the
             activations of the calibration batch, or "random", the paper's start, in which a block

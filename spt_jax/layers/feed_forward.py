@@ -27,7 +27,7 @@ from spt_jax.layers.attention import AuxLosses
 from spt_jax.layers.linear import Linear, split_key
 from spt_jax.layers.lora import dense_dot
 from spt_jax.layers.recording import record
-from spt_jax.layers.variables import CalibrationStat, LoRAParam, RouterParam
+from spt_jax.layers.variables import CalibrationStat, RouterParam
 
 
 class FeedForward(nnx.Module):
@@ -105,7 +105,7 @@ class RoutedFFN(nnx.Module):
     `p = sigmoid(x Wr + br)`, `y = sum over active g of 2 p_g FFN_g(x) + bias` (Gui et al.,
     arXiv 2312.10365, section 4.2): at A = G and p = 1/2 exactly the dense FFN. To that, each block
     that is left out adds `x a_g b_g + c_g`, fitted to what the calibration tokens that left it out
-    miss; the factors train as LoRA's do.
+    miss, and constant.
 
     Args:
         dense: FFN whose weights are taken over; its LoRA factors too.
@@ -161,8 +161,8 @@ class RoutedFFN(nnx.Module):
         self.router_kernel = RouterParam(router_kernel)
         self.router_bias = RouterParam(router_bias)
         self.absent_output = CalibrationStat(absent_output)
-        self.absent_a = nnx.data(None if absent_a is None else LoRAParam(absent_a))
-        self.absent_b = nnx.data(None if absent_b is None else LoRAParam(absent_b))
+        self.absent_a = nnx.data(None if absent_a is None else CalibrationStat(absent_a))
+        self.absent_b = nnx.data(None if absent_b is None else CalibrationStat(absent_b))
         self.activation: Activation = dense.activation
         self.config = config
 

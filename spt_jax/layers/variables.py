@@ -4,7 +4,7 @@ from flax import nnx
 
 
 class LoRAParam(nnx.Param):
-    """A low-rank factor: added to a frozen weight, or standing for FFN blocks left out."""
+    """A low-rank factor added to a frozen weight."""
 
 
 class RouterParam(nnx.Param):

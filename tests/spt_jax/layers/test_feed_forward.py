@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from spt_jax.config import LoRAConfig, RoutedFFNConfig
-from spt_jax.layers import FeedForward, LoRA, LoRAParam, RoutedFFN, RouterParam
+from spt_jax.layers import FeedForward, LoRA, RoutedFFN, RouterParam
 from spt_jax.layers.feed_forward import _load_balance_loss
 
 D, F, G = 16, 48, 4
@@ -62,25 +62,18 @@ def test_output_is_the_sum_over_active_blocks_and_stand_ins_of_the_others(gated,
     np.testing.assert_allclose(routed.decode(x), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_what_stands_for_left_out_blocks_trains():
+def test_gradients_pass_what_stands_for_left_out_blocks():
     _, routed, _ = _routed(rank=3)
     x = jax.random.normal(jax.random.key(6), (3, 7, D))
-    graph, trained, rest = nnx.split(routed, LoRAParam, ...)
+    step = jax.random.normal(jax.random.key(8), x.shape)
 
-    def loss(trained):
-        return (nnx.merge(graph, trained, rest)(x)[0] ** 2).sum()
+    def loss(x):
+        # chosen as at x, so that a finite difference crosses no switch of blocks
+        return (routed._absent(x.reshape(-1, D), index) ** 2).sum()
 
-    gradient = jax.grad(loss)(trained)
-    for name in ("absent_a", "absent_b"):
-        step = jax.random.normal(jax.random.key(8), trained[name][...].shape)
-
-        def moved(scale, name=name, step=step):
-            new = jax.tree.map(lambda leaf: leaf, trained)
-            new[name] = new[name].replace(new[name][...] + scale * step)
-            return float(loss(new))
-
-        slope = (moved(1e-2) - moved(-1e-2)) / 2e-2
-        assert slope == pytest.approx(float((gradient[name][...] * step).sum()), rel=1e-2)
+    index = routed.route(x.reshape(-1, D))[1]
+    slope = (loss(x + 1e-2 * step) - loss(x - 1e-2 * step)) / 2e-2
+    assert slope == pytest.approx(float((jax.grad(loss)(x) * step).sum()), rel=1e-3)
 
 
 @pytest.mark.parametrize("ranks", [(None, None), (3, None), (None, 3), (2, 2)])
