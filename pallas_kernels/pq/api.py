@@ -66,7 +66,8 @@ def pq_encode(
     if not 1 <= num_codewords <= 256:
         raise ValueError(f"pq_encode: codes are uint8, so E must be 1..256, got {num_codewords}.")
     codebooks = codebooks.astype(x.dtype)
-    run = resolve("pq_encode", implementation, _ENCODE, lambda: mosaic.encode_unfit(x, codebooks))
+    why_not = {"mosaic": lambda: mosaic.encode_unfit(x, codebooks)}
+    run = resolve("pq_encode", implementation, _ENCODE, why_not)
     x, codebooks = jax.lax.stop_gradient((x, codebooks))
     return call("pq_encode", run, {"x": x, "codebooks": codebooks})
 
@@ -254,12 +255,9 @@ def pq_select(
             f"pq_select: score_unit must have one element for each of the {kv_heads} key heads, "
             f"got shape {score_unit.shape}."
         )
-    run = resolve(
-        "pq_select",
-        implementation,
-        _SELECT,
-        lambda: mosaic.select_unfit(query_codewords, granularity=granularity, key_group=key_group),
-    )
+    sizes = query_codewords, granularity, key_group
+    why_not = {"mosaic": lambda: mosaic.select_unfit(*sizes)}
+    run = resolve("pq_select", implementation, _SELECT, why_not)
     arrays = {
         "query_codes": query_codes,
         "key_codes": key_codes,

@@ -1113,9 +1113,7 @@ def _select_tiles(
     return groups, counts
 
 
-def select_unfit(
-    codewords: Int8[Array, "K M E W"], *, granularity: str, key_group: int
-) -> str | None:
+def select_unfit(codewords: Int8[Array, "K M E W"], granularity: str, key_group: int) -> str | None:
     """Why `select` cannot take the arguments; None if it can."""
     width = row_width(codewords)
     if width > MAX_ROW_WIDTH:

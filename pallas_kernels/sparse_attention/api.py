@@ -71,7 +71,7 @@ def sparse_attention(
             f"sparse_attention: the selection was made for [B, N, ...] = {found}, but queries "
             f"{q.shape} need {expected}."
         )
-    unfit = functools.partial(mosaic.unfit, q, k, v, selection)
+    why_not = {"mosaic": functools.partial(mosaic.unfit, q, k, v, selection)}
     arrays = {
         "q": q,
         "k": k,
@@ -82,7 +82,7 @@ def sparse_attention(
     }
     return call(
         "sparse_attention",
-        resolve("sparse_attention", implementation, _BACKENDS, unfit),
+        resolve("sparse_attention", implementation, _BACKENDS, why_not),
         arrays,
         scale=float(width**-0.5 if scale is None else scale),
         causal=causal,
