@@ -135,23 +135,22 @@ def launch(
         named = dict(zip(given, arrays, strict=True))
         if interpreting():
             return _interpret(kernel, named, wanted, grid, absent | constants)
-        with jax.named_scope(name):
-            return _jax_triton().triton_call(
-                kernel=kernel,
-                out_type=tuple(wanted.values()),
-                grid=grid,
-                name=name,
-                num_warps=num_warps,
-                num_stages=num_stages,
-                compute_capability=_architecture(),
-                backend_options={"ptx_version": PTX_VERSION, "enable_fp_fusion": True},
-                **named,
-                **absent,
-                **constants,
-            )
+        return _jax_triton().triton_call(
+            kernel=kernel,
+            out_type=tuple(wanted.values()),
+            grid=grid,
+            name=name,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            compute_capability=_architecture(),
+            backend_options={"ptx_version": PTX_VERSION, "enable_fp_fusion": True},
+            **named,
+            **absent,
+            **constants,
+        )
 
-    run.__name__ = run.__qualname__ = name
-    results = jax.custom_batching.sequential_vmap(run)(*given.values())
+    with jax.named_scope(name):
+        results = jax.custom_batching.sequential_vmap(run)(*given.values())
     return dict(zip(wanted, results, strict=True))
 
 

@@ -30,7 +30,7 @@ def launches(function, *arguments):
 def _launches(jaxpr):
     for equation in jaxpr.eqns:
         if equation.primitive.name == "custom_vmap_call":
-            yield equation.params["call"].jaxpr.debug_info.func_src_info.split(" ")[0]
+            yield str(equation.source_info.name_stack).split("/")[-1]
             continue
         for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
             inner = getattr(value, "jaxpr", value)
