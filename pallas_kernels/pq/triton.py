@@ -32,7 +32,7 @@ HIDDEN = tl.constexpr(-(2**30))  # below any score
 
 @triton.jit
 @no_type_check
-def _encode_kernel(
+def pq_encode_kernel(
     x,
     codebooks,
     norms,
@@ -85,7 +85,7 @@ def load_codes(rows, number, valid, stride, WIDTH: tl.constexpr, BLOCK_W: tl.con
 
 @triton.jit
 @no_type_check
-def _tile_scores_kernel(
+def pq_tile_scores_kernel(
     means,
     keys,
     steps,
@@ -143,7 +143,7 @@ def _tile_scores_kernel(
 
 @triton.jit
 @no_type_check
-def _tile_threshold_kernel(
+def pq_tile_threshold_kernel(
     scores,
     level,
     radius,
@@ -222,7 +222,7 @@ def _token_scores(
 
 @triton.jit
 @no_type_check
-def _token_threshold_kernel(
+def pq_token_threshold_kernel(
     q_codes,
     k_codes,
     q_tags,
@@ -261,7 +261,7 @@ def _token_threshold_kernel(
 
     number = tl.zeros((BLOCK,), tl.int32)
     for step in range(steps):
-        score, _ = _token_scores(
+        score, _distance = _token_scores(
             step, query, queries, own, keys, key_tags, stride, LENGTH, CODES, CAUSAL, BLOCK,
             BLOCK_W,
         )  # fmt: skip
@@ -270,12 +270,12 @@ def _token_threshold_kernel(
 
     lowest = tl.full((BLOCK,), -(1 << (2 * SCORE_DIGITS - 1)), tl.int32)
     width = 1 << (2 * (SCORE_DIGITS - 1))
-    for _ in range(SCORE_DIGITS):
+    for _digit in range(SCORE_DIGITS):
         one = tl.zeros((BLOCK,), tl.int32)
         two = tl.zeros((BLOCK,), tl.int32)
         three = tl.zeros((BLOCK,), tl.int32)
         for step in range(steps):
-            score, _ = _token_scores(
+            score, _distance = _token_scores(
                 step, query, queries, own, keys, key_tags, stride, LENGTH, CODES, CAUSAL, BLOCK,
                 BLOCK_W,
             )  # fmt: skip
@@ -289,7 +289,7 @@ def _token_threshold_kernel(
 
     above = tl.zeros((BLOCK,), tl.int32)
     for step in range(steps):
-        score, _ = _token_scores(
+        score, _distance = _token_scores(
             step, query, queries, own, keys, key_tags, stride, LENGTH, CODES, CAUSAL, BLOCK,
             BLOCK_W,
         )  # fmt: skip
@@ -298,7 +298,7 @@ def _token_threshold_kernel(
 
     reach = tl.zeros((BLOCK,), tl.int32)  # the most below which there are too few ties
     width = 1 << (2 * (DISTANCE_DIGITS - 1))
-    for _ in range(DISTANCE_DIGITS):
+    for _digit in range(DISTANCE_DIGITS):
         one = tl.zeros((BLOCK,), tl.int32)
         two = tl.zeros((BLOCK,), tl.int32)
         three = tl.zeros((BLOCK,), tl.int32)
@@ -334,7 +334,7 @@ def encode(
     tokens, block_e = batch * length, t.power_of_two(num_codewords)
     block_t = min(128, ENCODE_ELEMENTS // block_e)
     found = t.launch(
-        _encode_kernel,
+        pq_encode_kernel,
         {"x": x, "codebooks": codebooks, "norms": jnp.sum(codebooks.astype(jnp.float32) ** 2, -1)},
         {"codes": jax.ShapeDtypeStruct((batch, length, heads, spaces), jnp.uint8)},
         name="pq_encode",
@@ -357,7 +357,7 @@ def _tile_scores(
     means: Float[Array, "B N U V"],
     keys: Float[Array, "B S K V"],
     steps: Float[Array, "K"],
-    seen: Int32[Array, "u B U G"] | None,
+    seen: Int32[Array, "u B s G"] | None,
     *,
     block: int,
     key_group: int,
@@ -367,7 +367,7 @@ def _tile_scores(
     (batch, heads, sub_tiles, width), (_, length, kv_heads, _) = means.shape, keys.shape
     groups = triton.cdiv(length, key_group)
     found = t.launch(
-        _tile_scores_kernel,
+        pq_tile_scores_kernel,
         {"means": means, "keys": keys, "steps": steps, "seen": seen},
         {"out": jax.ShapeDtypeStruct((batch, heads, sub_tiles, groups), jnp.float32)},
         name="pq_tile_scores",
@@ -400,7 +400,7 @@ def _tile_thresholds(
     block_r = max(1, THRESHOLD_ELEMENTS // block_g)
     out = jax.ShapeDtypeStruct((batch, heads, tiles), jnp.int32)
     found = t.launch(
-        _tile_threshold_kernel,
+        pq_tile_threshold_kernel,
         {"scores": scores},
         {"level": out, "radius": out},
         name="pq_tile_threshold",
@@ -432,7 +432,7 @@ def _token_thresholds(
     q_tags, k_tags = tags or (None, None)
     out = jax.ShapeDtypeStruct((batch, heads, length), jnp.int32)
     found = t.launch(
-        _token_threshold_kernel,
+        pq_token_threshold_kernel,
         {"q_codes": queries, "k_codes": keys, "q_tags": q_tags, "k_tags": k_tags},
         {"level": out, "radius": out},
         name="pq_token_threshold",

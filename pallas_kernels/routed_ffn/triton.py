@@ -146,7 +146,7 @@ def _rows_and_tokens(tile, order, TOKENS, EACH: tl.constexpr, BLOCK_M: tl.conste
 
 @triton.jit
 @no_type_check
-def _up_kernel(
+def routed_ffn_up_kernel(
     x,
     w_in,
     w_gate,
@@ -228,7 +228,7 @@ def _up_kernel(
 
 @triton.jit
 @no_type_check
-def _down_kernel(
+def routed_ffn_down_kernel(
     a,
     a_gate,
     b,
@@ -281,7 +281,7 @@ def _down_kernel(
 
 @triton.jit
 @no_type_check
-def _down_backward_kernel(
+def routed_ffn_down_backward_kernel(
     dy,
     w_out,
     low,
@@ -351,7 +351,7 @@ def _down_backward_kernel(
 
 @triton.jit
 @no_type_check
-def _weight_gradient_kernel(
+def routed_ffn_weight_gradient_kernel(
     a,
     b,
     order,
@@ -467,7 +467,7 @@ def routed_ffn_up(
     low_in, low_gate = _low(p, "in"), _low(p, "gate")
     out = rows.spec(rows.slots * units, x.dtype)
     found = t.launch(
-        _up_kernel,
+        routed_ffn_up_kernel,
         {
             "x": x,
             "w_in": _side_by_side(p["w_in"]),
@@ -527,7 +527,7 @@ def routed_ffn_down(
     depth = a.shape[1] // rows.slots
     config = config_for(a.dtype, rows.tile_rows, columns, depth)
     found = t.launch(
-        _down_kernel,
+        routed_ffn_down_kernel,
         {
             "a": a,
             "a_gate": a_gate,
@@ -572,7 +572,7 @@ def routed_ffn_down_backward(
     out = rows.spec(rows.slots * units, dy.dtype) if "hidden" in wanted else None
     d_coefficients = jax.ShapeDtypeStruct((parts, *coefficients.shape), jnp.float32)
     found = t.launch(
-        _down_backward_kernel,
+        routed_ffn_down_backward_kernel,
         {
             "dy": dy,
             "w_out": p["w_out"],
@@ -634,7 +634,7 @@ def routed_ffn_weight_gradient(
         shape = rows_of_out, num_blocks, columns_of_out
         block, row = columns_of_out, num_blocks * columns_of_out
     found = t.launch(
-        _weight_gradient_kernel,
+        routed_ffn_weight_gradient_kernel,
         {"a": a, "b": b, "order": rows.plan.order, "lists": lists[0], "counts": lists[1]},
         {"out": jax.ShapeDtypeStruct(shape, a.dtype)},
         name="routed_ffn_weight_gradient",

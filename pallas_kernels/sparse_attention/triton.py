@@ -277,7 +277,7 @@ def _number_of_keys(
 
 @triton.jit
 @no_type_check
-def _forward_kernel(
+def sparse_attention_forward_kernel(
     q,
     k,
     v,
@@ -350,7 +350,7 @@ def _forward_kernel(
 
 @triton.jit
 @no_type_check
-def _dq_kernel(
+def sparse_attention_dq_kernel(
     q,
     k,
     v,
@@ -416,7 +416,7 @@ def _dq_kernel(
 
 @triton.jit
 @no_type_check
-def _dkv_kernel(
+def sparse_attention_dkv_kernel(
     q,
     k,
     v,
@@ -549,7 +549,7 @@ def _forward(
     q = arrays["q"]
     assert q is not None
     found = t.launch(
-        _forward_kernel,
+        sparse_attention_forward_kernel,
         {**arrays, **lists, **inputs},
         {
             "out": jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -571,7 +571,7 @@ def _dq(
     q = arrays["q"]
     assert q is not None
     found = t.launch(
-        _dq_kernel,
+        sparse_attention_dq_kernel,
         {**arrays, **lists, **inputs, **grads},
         {"dq": jax.ShapeDtypeStruct(q.shape, q.dtype)},
         name="sparse_attention_dq",
@@ -591,7 +591,7 @@ def _dkv(
     block_k = min(t.power_of_two(problem.block_keys), problem.config.block_k)
     parts = triton.cdiv(problem.block_keys, block_k)
     found = t.launch(
-        _dkv_kernel,
+        sparse_attention_dkv_kernel,
         {**arrays, **lists, **inputs, **grads},
         {"dk": out, "dv": out},
         name="sparse_attention_dkv",

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from experiments import cli, gpu_cases, gpu_check
-from experiments.gpu_targets import H200, mosaic_launches
+from experiments.gpu_targets import H200, kernel_launches
 
 PTXAS = """
 ptxas info    : 0 bytes gmem
@@ -83,7 +83,7 @@ def test_launches_are_counted_in_the_program():
     text += (
         '  %x = f32[] custom-call(%a), custom_call_target="__cublas", metadata={op_name="a/b"}\n'
     )
-    assert mosaic_launches(text) == {"sparse_attention_dq": 2, "pq_encode": 1}
+    assert kernel_launches(text) == {"sparse_attention_dq": 2, "pq_encode": 1}
 
 
 def test_what_is_wrong_is_named():
@@ -94,13 +94,17 @@ def test_what_is_wrong_is_named():
         gpu_check.Report(name="broken", error="ValueError: no"),
     ]
     expected = {"good": ("a", "b*"), "spilling": ("a",), "silent": ("a",), "broken": ("a",)}
-    found = gpu_check.problems(reports, expected, 0)
+    found = gpu_check.problems(reports, expected, 0, 1024)
     assert found == [
         "spilling: a spills 16 bytes, more than the 0 allowed",
         "silent: launches no a; its kernels: none",
         "broken: ValueError: no",
     ]
-    assert gpu_check.problems(reports[:2], expected, 16) == []
+    assert gpu_check.problems(reports[:2], expected, 16, 1024) == []
+    assert gpu_check.problems(reports[:1], expected, 0, 1000) == [
+        f"good: {name} takes 1024 bytes of shared memory, more than the 1000 that there are"
+        for name in "ab"
+    ]
 
 
 def test_growth_is_the_worst_ratio_of_bytes_a_token():

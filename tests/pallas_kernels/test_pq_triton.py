@@ -24,12 +24,13 @@ ENCODE = {
     "256_codewords": Encode(8, 256, 4, heads=1, kv_heads=1, integers=True, dtype=triton.half()),
     "ties": Encode(4, 7, 5, integers=True, dtype="float32"),
 }
-CASES = {
-    "ties": test_pq.CASES["ties"],
-    "groups_of_one": test_pq.CASES["packed"],
-    "several_blocks": test_pq.CASES["several_blocks"],
-    "everything": test_pq.CASES["everything"],
-}
+CASES = [
+    ("token", "everything"),
+    ("token", "grouped_heads"),
+    ("tile", "packed"),  # groups of one key
+    ("tile", "several_blocks"),
+    ("tile", "everything"),
+]
 HOPPER = [("token", name) for name in TOKEN] + [("tile", name) for name in TILE]
 
 
@@ -57,10 +58,9 @@ def test_encode_finds_the_nearest_and_lowest(name):
     np.testing.assert_array_equal(np.where(tie, 0, codes), np.where(tie, 0, expected))
 
 
-@pytest.mark.parametrize("granularity", ["token", "tile"])
-@pytest.mark.parametrize("name", CASES)
-def test_select_equals_the_specification(name, granularity):
-    case = CASES[name]
+@pytest.mark.parametrize(("granularity", "name"), CASES)
+def test_select_equals_the_specification(granularity, name):
+    case = test_pq.CASES[name]
     actual, expected = (
         test_pq.selected(case, granularity, implementation)
         for implementation in ("triton", "reference")
