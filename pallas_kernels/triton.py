@@ -25,8 +25,9 @@ DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 LOG2_E = 1.4426950408889634
 LEAST_DOT = 16  # rows, columns and depth of a product, at least
 
-#: Packages that launch the kernels: the least version of each, and the first that is too new. With
-#: jax 0.11.1 to 0.12.0 these compile; an older Triton lacks what this jax-triton calls.
+#: Packages that launch the kernels: the least version of each, and the first that is too new.
+#: jax-triton 0.4.1 takes jax from 0.11 on, with jax 0.12 only as `_jax_triton` prepares it, and
+#: Triton from 3.7 on.
 PACKAGES = {"jax-triton": ((0, 4, 1), (0, 5)), "triton": ((3, 7), (3, 10))}
 INSTALL = "pip install 'jax-triton>=0.4.1,<0.5' 'triton>=3.7,<3.10'"
 
@@ -41,11 +42,10 @@ def interpreting() -> bool:
 
 
 @functools.cache
-def unfit_packages() -> str | None:
-    """What of the packages that launch kernels is missing or does not fit; None if all do."""
-    for name, (least, limit) in PACKAGES.items():
-        if name == "jax-triton" and interpreting():
-            continue
+def unfit_packages(*names: str) -> str | None:
+    """Which of these `PACKAGES` is missing or does not fit, and the remedy; None if all fit."""
+    for name in names:
+        least, limit = PACKAGES[name]
         wanted = f"{name} {_dotted(least)} or later, before {_dotted(limit)}"
         try:
             found = importlib.metadata.version(name)
@@ -66,14 +66,15 @@ def _dotted(version: tuple[int, ...]) -> str:
 
 def unfit_device() -> str | None:
     """Why Triton kernels cannot run on the default device; None if they can."""
-    if not interpreting():
-        capability = devices.compute_capability()
-        if capability is None or capability < (8, 0):
-            return (
-                "it needs a GPU of compute capability 8.0 or later (A100, L4, RTX 30 and newer); "
-                f"the device is {devices.describe()}"
-            )
-    return unfit_packages()
+    if interpreting():
+        return unfit_packages("triton")
+    capability = devices.compute_capability()
+    if capability is None or capability < (8, 0):
+        return (
+            "it needs a GPU of compute capability 8.0 or later (A100, L4, RTX 30 and newer); the "
+            f"device is {devices.describe()}"
+        )
+    return unfit_packages(*PACKAGES)
 
 
 def unfit_dtype(*arrays: jax.Array | jax.ShapeDtypeStruct) -> str | None:
