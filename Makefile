@@ -46,7 +46,7 @@ test: $(STAMP)
 
 # On a GPU, PYTHON=... names an interpreter that has the packages and JAX for the GPU.
 test-gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(STAMP))
-	$(PYTHON) -m pytest -m "gpu or mosaic" --slow $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -m "gpu or mosaic or triton" --slow $(PYTEST_ARGS)
 
 bench-gpu: OUT ?= runs/kernels
 bench-gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(STAMP))

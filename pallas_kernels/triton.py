@@ -97,6 +97,12 @@ def precision() -> Literal["ieee", "tf32"]:
     return "tf32" if asked in ("tensorfloat32", "tf32_tf32_f32") else "ieee"
 
 
+def xla_precision(dtype: Any) -> jax.lax.Precision | None:
+    """The same for products that XLA computes, of matrices of a type."""
+    exact = jnp.dtype(dtype) == jnp.float32 and precision() == "ieee"
+    return jax.lax.Precision.HIGHEST if exact else None
+
+
 def power_of_two(n: int, least: int = LEAST_DOT) -> int:
     """The next power of two, and at least `least`."""
     return max(least, 1 << (n - 1).bit_length())

@@ -439,7 +439,8 @@ def _side_by_side(w: Array) -> Array:
 
 def _product(a: Array, b: Array, contract: tuple[int, int] = (1, 0)) -> Array:
     dims = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+    precision = t.xla_precision(a.dtype)
+    return lax.dot_general(a, b, dims, precision, preferred_element_type=jnp.float32)
 
 
 def _low(p: Arrays, name: str) -> Array | None:

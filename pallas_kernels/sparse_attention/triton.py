@@ -686,7 +686,13 @@ def _vjp_backward(
     # Without the barrier, XLA would make what the kernels need of the selection long before.
     selection, dout = lax.optimization_barrier((selection, dout))
     inputs = _inputs(problem, selection, key_mask, segment_ids)
-    delta = jnp.einsum("bsnh,bsnh->bns", out, dout, preferred_element_type=jnp.float32)
+    delta = jnp.einsum(
+        "bsnh,bsnh->bns",
+        out,
+        dout,
+        precision=t.xla_precision(q.dtype),
+        preferred_element_type=jnp.float32,
+    )
     arrays: Inputs = {"q": q, "k": k, "v": v}
     grads: Inputs = {"dout": dout, "lse": lse, "delta": delta}
     dq = _dq(problem, arrays, _lists(selection), inputs, grads)

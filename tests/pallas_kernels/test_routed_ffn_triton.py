@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import routed_ffn
+from pallas_kernels import triton as kernels
 from pallas_kernels.routed_ffn import plan as plans
 from tests.pallas_kernels import triton
 from tests.pallas_kernels.test_routed_ffn import ACTIVATIONS, Case, assert_trees_close, make
@@ -31,6 +32,13 @@ CASES = {
     "one_unit": Case(40, width=1, units=1, rank=1, lora=("in", "out")),
     "wide": Case(70, 2, 1, width=136, units=130, rank=17, lora=("in", "out")),
 }
+
+
+@pytest.fixture(autouse=True)
+def exact_reference():
+    """Else a GPU multiplies the reference's float32 in TF32."""
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 @pytest.fixture
@@ -141,6 +149,15 @@ def launches(case, argnums):
 )
 def test_launches(case, argnums, expected):
     assert launches(case, argnums) == expected
+
+
+@pytest.mark.parametrize(("asked", "found"), [("highest", "ieee"), ("tensorfloat32", "tf32")])
+def test_float32_is_rounded_only_if_asked(asked, found):
+    with jax.default_matmul_precision(asked):
+        assert kernels.precision() == found
+        exact = kernels.xla_precision("float32") is jax.lax.Precision.HIGHEST
+        assert exact == (found == "ieee")
+        assert kernels.xla_precision("bfloat16") is None
 
 
 def test_unfit_types_are_named():
