@@ -70,9 +70,10 @@ def config_for(dtype: Any, block_m: int, columns: int, depth: int, products: int
       products: Accumulators of a tile.
     """
     wide = jnp.dtype(dtype).itemsize > 2
-    block_n = min(64 if wide or products > 1 else 128, t.power_of_two(columns))
-    block_k = min(32, t.power_of_two(depth))
-    num_warps = 8 if block_m * block_n * products > 64 * 128 else 4
+    most = 128 // (products * (2 if wide else 1))
+    block_n = min(most, t.power_of_two(columns))
+    block_k = min(16 if wide else 32, t.power_of_two(depth))
+    num_warps = 8 if block_m * block_n * products > (64 * 64 if wide else 64 * 128) else 4
     return Config(block_m, block_n, block_k, num_warps, num_stages=2 if wide else 4)
 
 

@@ -143,9 +143,13 @@ def config_for(dtype: Any, width: int, block_q: int) -> Config:
       block_q: Queries that share a list.
     """
     row_bytes = t.power_of_two(width) * jnp.dtype(dtype).itemsize
-    queries = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
-    keys = 64 if row_bytes <= 128 else 32 if row_bytes <= 512 else 16
-    return Config(block_q=min(queries, t.power_of_two(block_q)), block_k=keys, stages=2)
+    if jnp.dtype(dtype).itemsize > 2:  # whose products hold their operands in registers
+        queries, keys, num_warps = 16, 16, 8
+    else:
+        queries, keys = 64 if row_bytes <= 256 else 32, 64 if row_bytes <= 128 else 32
+        num_warps = 4
+    queries = min(queries, t.power_of_two(block_q))
+    return Config(block_q=queries, block_k=keys, stages=2, num_warps=num_warps)
 
 
 # Kernels: what they share
