@@ -56,8 +56,8 @@ if TYPE_CHECKING:
 
 #: Of one kernel. Mosaic: two accumulators of 64 x 128 beside the masks of token selection do not
 #: quite fit the 240 registers of a thread (`sparse_attention_dkv`, 136 bytes); all but one other
-#: spill none. Triton: float32 products at head width 128 (the same kernel, 256 bytes); in half types
-#: none spills over 44.
+#: spill none. Triton: float32 products at head width 128 (the same kernel, 256 bytes); in half
+#: types none spills over 44.
 MAX_SPILLED_BYTES = {"mosaic": 160, "triton": 256}
 #: The worker's log that an error shows.
 LOG_CHARACTERS = 2000
@@ -78,7 +78,7 @@ class Options:
     all_lengths: bool = False
     """Compile the benchmarks at all lengths and densities of their sweep, not at its ends only."""
     max_spilled_bytes: int | None = None
-    """Most bytes of registers that a kernel may spill; by default 160 in Mosaic and 256 in Triton."""
+    """Most bytes of registers that a kernel may spill; by default 160 of Mosaic, 256 of Triton."""
     processes: int = min(4, os.cpu_count() or 1)
     """Programs compiled at the same time."""
     list: bool = False
