@@ -143,7 +143,9 @@ def config_for(dtype: Any, width: int, block_q: int) -> Config:
       block_q: Queries that share a list.
     """
     row_bytes = t.power_of_two(width) * jnp.dtype(dtype).itemsize
-    if jnp.dtype(dtype).itemsize > 2:  # whose products hold their operands in registers
+    # Products of float32 hold their operands in registers; the interpreter has as many as it likes,
+    # and takes as long for small steps as for large ones.
+    if jnp.dtype(dtype).itemsize > 2 and not t.interpreting():
         queries, keys, num_warps = 16, 16, 8
     else:
         queries, keys = 64 if row_bytes <= 256 else 32, 64 if row_bytes <= 128 else 32
