@@ -2,7 +2,8 @@
 # make test       the test suite
 # make docs       build the documentation, strictly, into build/site
 # make notebooks  run the notebooks offline on small inputs, and keep their outputs
-# make gpu-check  compile the GPU kernels for an H200 that need not be there; its packages take 4 GB
+# make gpu-check  compile the GPU kernels for an H200, or GPU=A100, A10 or L4, that need not be there;
+#                 its packages take 5 GB
 # make bench-gpu  time the GPU kernels on the GPU of this machine; make test-gpu tests them there
 # All set everything up first and need no network once the packages are installed.
 
@@ -23,7 +24,7 @@ DATA_DIR ?=
 PYTEST_ARGS ?=
 # The compilers, and cuDNN for the baselines; libraries that only run programs are left out.
 GPU_PACKAGES := jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm \
-    nvidia-cudnn-cu13
+    nvidia-cudnn-cu13 jax-triton triton
 
 .PHONY: setup glue test test-gpu bench-gpu gpu-check gpu-check-setup notebooks docs lint clean
 
@@ -45,7 +46,7 @@ test: $(STAMP)
 
 # On a GPU, PYTHON=... names an interpreter that has the packages and JAX for the GPU.
 test-gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(STAMP))
-	$(PYTHON) -m pytest -m "gpu or mosaic" --slow $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -m "gpu or mosaic or triton" --slow $(PYTEST_ARGS)
 
 bench-gpu: OUT ?= runs/kernels
 bench-gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(STAMP))
@@ -75,7 +76,9 @@ gpu-check-setup: $(GPU_CHECK_STAMP)
 
 gpu-check: OUT ?= runs/gpu-check
 gpu-check: $(GPU_CHECK_STAMP)
-	$(GPU_CHECK)/bin/python -m experiments.gpu_check --out $(OUT) $(if $(ONLY),--only '$(ONLY)')
+	$(GPU_CHECK)/bin/python -m experiments.gpu_check --out $(OUT) \
+	    $(if $(GPU),--gpu $(GPU)) $(if $(IMPLEMENTATION),--implementation $(IMPLEMENTATION)) \
+	    $(if $(ONLY),--only '$(ONLY)')
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

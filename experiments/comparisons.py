@@ -25,6 +25,7 @@ from experiments.blocks import (
 )
 from pallas_kernels import (
     Activation,
+    Implementation,
     RoutedFFNLoRA,
     RoutedFFNWeights,
     Selection,
@@ -36,7 +37,7 @@ from pallas_kernels import (
     scoring_codewords,
     sparse_attention,
 )
-from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
+from spt_jax.config import SparseAttentionConfig
 from spt_jax.layers import lora_dot
 from spt_jax.models.decoder_config import DecoderConfig
 
@@ -54,7 +55,7 @@ class Method:
       function: what is timed; returns any pytree of arrays.
       arguments: `(trained, frozen)` from a random key; traceable.
       operations: of its products, forward and then forward with backward; None if not counted.
-      mosaic: kernels that it must launch on a GPU that Mosaic serves; `*` stands for anything.
+      kernels: those that it must launch on a GPU that has them; `*` stands for anything.
       optional: whether a machine without it is complete.
     """
 
@@ -62,7 +63,7 @@ class Method:
     function: Callable[[Trained, Frozen], Any]
     arguments: Callable[[jax.Array], tuple[Trained, Frozen]]
     operations: tuple[float, float] | None = None
-    mosaic: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
     optional: bool = False
 
 
@@ -192,12 +193,19 @@ def routed(
     *,
     active: int,
     activation: Activation,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Router and routed FFN."""
     p = jax.nn.sigmoid(x @ router)
     chosen, index = jax.lax.top_k(p, active)
     return routed_ffn(
-        x, index.astype(jnp.int32), 2 * chosen, weights, lora=lora, activation=activation
+        x,
+        index.astype(jnp.int32),
+        2 * chosen,
+        weights,
+        lora=lora,
+        activation=activation,
+        implementation=implementation,
     )
 
 
@@ -208,6 +216,7 @@ def ffn_comparison(
     dtype: Any = jnp.float32,
     *,
     whole: bool = False,
+    implementation: Implementation | None = None,
 ) -> Comparison:
     """Compares routed and dense networks.
 
@@ -217,7 +226,8 @@ def ffn_comparison(
       mode: what trains beside the input and the router: all weights, none, or LoRA factors.
       dtype: of everything.
       whole: whether the routed network is given dense weights and cuts them into blocks itself,
-        as a model does. The Mosaic kernels read blocks where they lie in dense weights.
+        as a model does. The GPU kernels read blocks where they lie in dense weights.
+      implementation: of the routed network.
     """
     blocks, activation = shape.blocks, shape.activation
     inputs = partial(_ffn_inputs, shape, dtype)
@@ -257,14 +267,22 @@ def ffn_comparison(
             weights = weights or frozen
             if whole:
                 weights, lora = in_blocks(weights, lora)
-            return routed(x, router, weights, lora, active=active, activation=activation)
+            return routed(
+                x,
+                router,
+                weights,
+                lora,
+                active=active,
+                activation=activation,
+                implementation=implementation,
+            )
 
         return Method(
             name=f"routed, {active} of {blocks}",
             function=function,
             arguments=routed_arguments,
             operations=operations(active),
-            mosaic=("routed_ffn_*",),
+            kernels=("routed_ffn_*",),
         )
 
     baseline = Method(
@@ -300,13 +318,15 @@ class _Sparse:
 
     shape: AttentionShape
     granularity: Literal["token", "tile"]
+    implementation: Implementation | None = None
 
     @property
     def num_keys(self) -> int:
         return SparseAttentionConfig(density=self.shape.density).num_keys(self.shape.length)
 
     def encode(self, qkv: Trained, codebooks: Frozen) -> tuple[jax.Array, jax.Array]:
-        return pq_encode(qkv[0], codebooks[0]), pq_encode(qkv[1], codebooks[1])
+        encode = partial(pq_encode, implementation=self.implementation)
+        return encode(qkv[0], codebooks[0]), encode(qkv[1], codebooks[1])
 
     def select(self, codes: Any, codebooks: Frozen) -> Selection:
         query_codes, key_codes = codes
@@ -320,11 +340,14 @@ class _Sparse:
             granularity=self.granularity,
             score_unit=score_unit(*codebooks),
             causal=self.shape.causal,
+            implementation=self.implementation,
         )
 
     def attend(self, qkv: Trained, selection: Selection) -> jax.Array:
         q, k, v = qkv
-        return sparse_attention(q, k, v, selection, causal=self.shape.causal)
+        return sparse_attention(
+            q, k, v, selection, causal=self.shape.causal, implementation=self.implementation
+        )
 
     def whole(self, qkv: Trained, codebooks: Frozen) -> jax.Array:
         return self.attend(qkv, self.select(self.encode(qkv, codebooks), codebooks))
@@ -345,7 +368,7 @@ class _Sparse:
             function=self.whole,
             arguments=partial(_attention_inputs, self.shape, dtype),
             operations=self.operations(),
-            mosaic=("pq_*", "sparse_attention_*"),
+            kernels=("pq_*", "sparse_attention_*"),
         )
 
     def parts(self, dtype: Any) -> dict[str, Method]:
@@ -364,20 +387,20 @@ class _Sparse:
                 name="encode queries and keys",
                 function=lambda _, given: self.encode(*given),
                 arguments=lambda key: ((), _attention_inputs(self.shape, dtype, key)),
-                mosaic=("pq_encode",),
+                kernels=("pq_encode",),
             ),
             "select": Method(
                 name=f"select, {self.granularity}",
                 function=lambda _, given: self.select(*given),
                 arguments=codes,
-                mosaic=(f"pq_{self.granularity}_*",),
+                kernels=(f"pq_{self.granularity}_*",),
             ),
             "attend": Method(
                 name=f"attend, {self.granularity}",
                 function=self.attend,
                 arguments=selected,
                 operations=self.operations(),
-                mosaic=("sparse_attention_*",),
+                kernels=("sparse_attention_*",),
             ),
         }
 
@@ -405,7 +428,7 @@ def _step_method(name: str, step: BlockStep) -> Method:
         function=step.run,
         arguments=step.arguments,
         operations=step.operations(),
-        mosaic=("pq_*", "sparse_attention_*", "routed_ffn_*") if sparse else (),
+        kernels=("pq_*", "sparse_attention_*", "routed_ffn_*") if sparse else (),
     )
 
 
@@ -471,6 +494,7 @@ class GPUSizes:
       block_batch: sequences of its step.
       block_length: their tokens.
       dense_attention: implementation of the dense baselines.
+      implementation: of the candidates.
     """
 
     lengths: tuple[int, ...] = tuple(256 << i for i in range(9))
@@ -484,6 +508,7 @@ class GPUSizes:
     block_batch: int = 16
     block_length: int = 512
     dense_attention: DenseAttention = "cudnn"
+    implementation: Implementation | None = None
 
 
 def _tokamax_attention(qkv: Trained, _: Frozen) -> jax.Array:
@@ -533,7 +558,9 @@ def attention_sweep(sizes: GPUSizes, length: int) -> Comparison:
             granularities = ("token", "tile")
         for granularity in granularities:
             figure = f"{name}_{granularity}_d{round(1 / density)}"
-            candidates[figure] = _Sparse(shape, granularity).method(jnp.bfloat16)
+            candidates[figure] = _Sparse(shape, granularity, sizes.implementation).method(
+                jnp.bfloat16
+            )
             densities[figure] = density
     shape = _sweep_shape(sizes, length, 1.0)
     return Comparison(
@@ -552,12 +579,21 @@ def attention_parts(
     """The parts of sparse attention at density 1/8, each against dense attention."""
     shape = _sweep_shape(sizes, length, 1 / 8)
     name = f"parts_s{length}_{granularity}"
-    parts = _Sparse(shape, granularity).parts(jnp.bfloat16)
+    parts = _Sparse(shape, granularity, sizes.implementation).parts(jnp.bfloat16)
     return Comparison(
         name=name,
         shape=str(shape),
         baselines=_dense_attention(sizes, length),
         candidates={f"{name}_{part}": method for part, method in parts.items()},
+    )
+
+
+def with_implementation(step: BlockStep, implementation: Implementation | None) -> BlockStep:
+    """A step whose sparse modules run on an implementation."""
+    return replace(
+        step,
+        attention=replace(step.attention, implementation=implementation),
+        ffn=replace(step.ffn, implementation=implementation),
     )
 
 
@@ -570,7 +606,8 @@ def block_comparison(sizes: GPUSizes) -> Comparison:
         method="full",
         dense_attention=sizes.dense_attention,
     )
-    lora, spt = replace(full, method="lora"), replace(full, method="spt")
+    lora = replace(full, method="lora")
+    spt = with_implementation(replace(full, method="spt"), sizes.implementation)
     forms: dict[LoRAForm, str] = {
         "skinny": "two skinny products",
         "skinny_float32": "two skinny float32 products",
@@ -581,8 +618,8 @@ def block_comparison(sizes: GPUSizes) -> Comparison:
         f"lora_{form}": _step_method(f"LoRA, {text}", replace(lora, lora_form=form))
         for form, text in forms.items()
     }
-    token = replace(spt, attention=SparseAttentionConfig(granularity="token"))
-    quarter = replace(spt, ffn=RoutedFFNConfig(active_blocks=1))
+    token = replace(spt, attention=replace(spt.attention, granularity="token"))
+    quarter = replace(spt, ffn=replace(spt.ffn, active_blocks=1))
     return Comparison(
         name="block",
         shape=str(full),
@@ -598,12 +635,36 @@ def block_comparison(sizes: GPUSizes) -> Comparison:
 def gpu_comparisons(sizes: GPUSizes | None = None) -> Iterator[Comparison]:
     """The comparisons that a GPU runs, in bfloat16."""
     sizes = sizes or GPUSizes()
-    yield ffn_comparison("routed_ffn", sizes.ffn, "full", jnp.bfloat16, whole=True)
-    yield ffn_comparison("routed_ffn_frozen", sizes.ffn, "frozen", jnp.bfloat16, whole=True)
-    yield ffn_comparison("routed_ffn_lora", sizes.ffn, "lora", jnp.bfloat16, whole=True)
+    ffn = partial(
+        ffn_comparison,
+        shape=sizes.ffn,
+        dtype=jnp.bfloat16,
+        whole=True,
+        implementation=sizes.implementation,
+    )
+    yield ffn("routed_ffn", mode="full")
+    yield ffn("routed_ffn_frozen", mode="frozen")
+    yield ffn("routed_ffn_lora", mode="lora")
     yield block_comparison(sizes)
     for length in sizes.lengths:
         yield attention_sweep(sizes, length)
     short, long = sizes.parts_lengths
     yield attention_parts(sizes, short, "token")
     yield attention_parts(sizes, long, "tile")
+
+
+def with_triton(sizes: GPUSizes | None = None) -> Iterator[Comparison]:
+    """Those of `gpu_comparisons`, with every candidate a second time on the Triton kernels."""
+    sizes = sizes or GPUSizes()
+    others = gpu_comparisons(replace(sizes, implementation="triton"))
+    for comparison, other in zip(gpu_comparisons(sizes), others, strict=True):
+        more = {
+            f"{name}_triton": replace(method, name=f"{method.name}, triton")
+            for name, method in other.candidates.items()
+        }
+        density = {f"{name}_triton": value for name, value in other.density.items()}
+        yield replace(
+            comparison,
+            candidates=comparison.candidates | more,
+            density=comparison.density | density,
+        )

@@ -13,10 +13,11 @@ from flax import nnx
 
 import spt_jax
 from experiments.blocks import LLAMA_4096, OPT_2048, BlockStep
-from experiments.comparisons import GPUSizes, Method, gpu_comparisons
+from experiments.comparisons import GPUSizes, Method, gpu_comparisons, with_implementation
 from experiments.kernels import step_function
 from pallas_kernels import (
     Activation,
+    Implementation,
     RoutedFFNLoRA,
     RoutedFFNWeights,
     pq_encode,
@@ -57,7 +58,7 @@ class Case:
       kind: what it is there for.
       program: a function and its arguments, or their shapes; called with the described GPU as the
         default device.
-      launches: Mosaic kernels that it must launch, by name; `*` stands for anything.
+      launches: kernels that it must launch, by name; `*` stands for anything.
       figure: name under which its temporaries stand in the figures.
     """
 
@@ -100,6 +101,7 @@ class Attention:
     length: int = 1000
     heads: int = 8
     dtype: Any = jnp.bfloat16
+    implementation: Implementation | None = None
 
     def _masks(self) -> dict[str, Any]:
         if not self.masked:
@@ -128,6 +130,7 @@ class Attention:
             granularity=self.granularity,
             causal=self.causal,
             key_group=self.key_group,
+            implementation=self.implementation,
             **masks,
         )
 
@@ -141,7 +144,8 @@ class Attention:
         q, k = (_spec(self.batch, self.length, n, self.width) for n in self._heads())
 
         def attend(q: Any, k: Any, v: Any, selection: Any, masks: Any) -> jax.Array:
-            return sparse_attention(q, k, v, selection, causal=self.causal, **masks)
+            options: dict[str, Any] = {"causal": self.causal, "implementation": self.implementation}
+            return sparse_attention(q, k, v, selection, **options, **masks)
 
         arguments = (q, q, k, k, selection, self._masks())
         arguments = jax.tree.map(
@@ -167,43 +171,70 @@ ATTENTION_CASES = {
 }
 
 
-def _encode(width: int, codeword_width: int, codewords: int) -> Program:
+#: Beside those, at sizes that the Triton kernels alone take.
+TRITON_ATTENTION_CASES = {
+    "h64_group1": Attention(key_group=1),
+    "h128_group1": Attention(key_group=1, width=128),
+    "h256": Attention(width=256, heads=4, kv_heads=4),
+    "h64_float32": Attention(dtype=jnp.float32),
+    "h128_float32": Attention(width=128, dtype=jnp.float32),
+    "h64_float32_token": Attention(granularity="token", dtype=jnp.float32),
+}
+
+
+def _encode(
+    width: int,
+    codeword_width: int,
+    codewords: int,
+    implementation: Implementation | None,
+    dtype: Any = jnp.bfloat16,
+) -> Program:
     books = (8, width // codeword_width, codewords, codeword_width)
-    return pq_encode, (_spec(2, 1000, 8, width), _spec(*books, dtype=jnp.float32))
+    encode = functools.partial(pq_encode, implementation=implementation)
+    return encode, (_spec(2, 1000, 8, width, dtype=dtype), _spec(*books, dtype=jnp.float32))
 
 
-def _ffn(mode: Literal["full", "frozen", "lora"], *, gated: bool) -> Program:
+def _ffn(
+    mode: Literal["full", "frozen", "lora"],
+    *,
+    gated: bool,
+    implementation: Implementation | None,
+    dtype: Any = jnp.bfloat16,
+) -> Program:
     tokens, width, units, blocks, active, rank = 1000, 512, 512, 4, 2, 16
     names = ("in", "gate") if gated else ("in",)
+    spec = functools.partial(_spec, dtype=dtype)
     weights = RoutedFFNWeights(
-        **{f"w_{name}": _spec(blocks, width, units) for name in names},
-        **({} if gated else {"b_in": _spec(blocks, units), "b_out": _spec(width)}),
-        w_out=_spec(blocks, units, width),
+        **{f"w_{name}": spec(blocks, width, units) for name in names},
+        **({} if gated else {"b_in": spec(blocks, units), "b_out": spec(width)}),
+        w_out=spec(blocks, units, width),
     )
     lora = RoutedFFNLoRA(
-        **{f"a_{name}": _spec(width, rank) for name in names},
-        **{f"b_{name}": _spec(blocks, rank, units) for name in names},
-        a_out=_spec(blocks, units, rank),
-        b_out=_spec(rank, width),
+        **{f"a_{name}": spec(width, rank) for name in names},
+        **{f"b_{name}": spec(blocks, rank, units) for name in names},
+        a_out=spec(blocks, units, rank),
+        b_out=spec(rank, width),
     )
 
     def run(x: Any, coefficients: Any, weights: Any, lora: Any, index: Any) -> jax.Array:
         activation: Activation = "silu" if gated else "gelu"
-        return routed_ffn(x, index, coefficients, weights, lora=lora, activation=activation)
+        options: dict[str, Any] = {"activation": activation, "implementation": implementation}
+        return routed_ffn(x, index, coefficients, weights, lora=lora, **options)
 
-    x = _spec(tokens, width)
+    x = spec(tokens, width)
     trained = {"full": (0, 1, 2), "frozen": (0, 1), "lora": (0, 1, 3)}[mode]
     return _loss_gradient(run, trained), (
         x,
         x,
-        _spec(tokens, active),
+        spec(tokens, active),
         weights,
         lora if mode == "lora" else None,
-        _spec(tokens, active, dtype=jnp.int32),
+        spec(tokens, active, dtype=jnp.int32),
     )
 
 
-def _kernel_cases() -> Iterator[Case]:
+def _kernel_cases(implementation: Implementation | None) -> Iterator[Case]:
+    triton = implementation == "triton"
     for width, codeword_width, codewords in (
         (64, 2, 16),
         (64, 4, 16),
@@ -214,10 +245,11 @@ def _kernel_cases() -> Iterator[Case]:
         yield Case(
             name=f"pq_encode_h{width}_c{codeword_width}_e{codewords}",
             kind="kernel",
-            program=functools.partial(_encode, width, codeword_width, codewords),
+            program=functools.partial(_encode, width, codeword_width, codewords, implementation),
             launches=("pq_encode",),
         )
-    for name, attention in ATTENTION_CASES.items():
+    for name, attention in (ATTENTION_CASES | (TRITON_ATTENTION_CASES if triton else {})).items():
+        attention = replace(attention, implementation=implementation)
         yield Case(
             name=f"pq_select_{name}",
             kind="kernel",
@@ -230,15 +262,20 @@ def _kernel_cases() -> Iterator[Case]:
             program=attention.attend,
             launches=ATTENTION_KERNELS,
         )
-    for gated in (False, True):
-        for mode in ("lora", "frozen", "full"):
-            gradients = () if mode == "frozen" else ("routed_ffn_weight_gradient",)
-            yield Case(
-                name=f"routed_ffn_{mode}{'_gated' if gated else ''}",
-                kind="kernel",
-                program=functools.partial(_ffn, mode, gated=gated),
-                launches=(*FFN_KERNELS, *gradients),
-            )
+    for dtype in (jnp.bfloat16, jnp.float32) if triton else (jnp.bfloat16,):
+        for gated in (False, True):
+            for mode in ("lora", "frozen", "full"):
+                gradients = () if mode == "frozen" else ("routed_ffn_weight_gradient",)
+                suffix = "_gated" if gated else ""
+                suffix += "_float32" if dtype == jnp.float32 else ""
+                yield Case(
+                    name=f"routed_ffn_{mode}{suffix}",
+                    kind="kernel",
+                    program=functools.partial(
+                        _ffn, mode, gated=gated, implementation=implementation, dtype=dtype
+                    ),
+                    launches=(*FFN_KERNELS, *gradients),
+                )
 
 
 def _bert_step() -> Program:
@@ -278,7 +315,13 @@ def _step_program(method: Method) -> Program:
     return step_function(method), (trained, frozen, result)
 
 
-def _block(name: str, step: BlockStep, figure: str | None = None) -> Case:
+def _block(
+    name: str,
+    step: BlockStep,
+    figure: str | None = None,
+    implementation: Implementation | None = None,
+) -> Case:
+    step = with_implementation(step, implementation)
     sparse = step.method == "spt"
     granularity = step.attention.granularity_at(step.length)
     launches = (
@@ -306,23 +349,24 @@ def _block(name: str, step: BlockStep, figure: str | None = None) -> Case:
     )
 
 
-def _block_cases() -> Iterator[Case]:
+def _block_cases(implementation: Implementation | None) -> Iterator[Case]:
+    block = functools.partial(_block, implementation=implementation)
     opt = BlockStep(config=OPT_2048, batch=16, length=512, method="full")
     spt, lora = replace(opt, method="spt"), replace(opt, method="lora")
-    yield _block("opt_block_full", opt, "full_block_temp_bytes")
+    yield block("opt_block_full", opt, "full_block_temp_bytes")
     for form in ("skinny", "factored", "merged"):
         step = replace(lora, lora_form=form)
-        yield _block(f"opt_block_lora_{form}", step, f"lora_{form}_block_temp_bytes")
+        yield block(f"opt_block_lora_{form}", step, f"lora_{form}_block_temp_bytes")
     step = replace(lora, lora_form="skinny_float32")
-    yield _block("opt_block_lora_skinny_float32", step, "lora_block_temp_bytes")
-    yield _block("opt_block_spt", spt, "spt_block_temp_bytes")
+    yield block("opt_block_lora_skinny_float32", step, "lora_block_temp_bytes")
+    yield block("opt_block_spt", spt, "spt_block_temp_bytes")
     token = replace(spt, attention=SparseAttentionConfig(granularity="token"))
-    yield _block("opt_block_spt_token", token, "spt_token_block_temp_bytes")
+    yield block("opt_block_spt_token", token, "spt_token_block_temp_bytes")
     quarter = RoutedFFNConfig(active_blocks=1)
-    yield _block("opt_block_spt_quarter", replace(spt, ffn=quarter), "spt_quarter_block_temp_bytes")
+    yield block("opt_block_spt_quarter", replace(spt, ffn=quarter), "spt_quarter_block_temp_bytes")
     for length in GROWTH_LENGTHS:
         step = BlockStep(config=LLAMA_4096, batch=1, length=length, method="spt")
-        yield _block(GROWTH_CASE.format(length), step)
+        yield block(GROWTH_CASE.format(length), step)
 
 
 def _benchmark_cases(sizes: GPUSizes) -> Iterator[Case]:
@@ -336,19 +380,23 @@ def _benchmark_cases(sizes: GPUSizes) -> Iterator[Case]:
                 name=f"benchmark_{name}",
                 kind="benchmark",
                 program=functools.partial(_step_program, method),
-                launches=method.mosaic,
+                launches=method.kernels,
             )
 
 
 @functools.cache
-def cases(*, all_lengths: bool = False) -> dict[str, Case]:
+def cases(
+    *, all_lengths: bool = False, implementation: Implementation | None = None
+) -> dict[str, Case]:
     """All cases by name.
 
     Args:
       all_lengths: whether benchmarks are compiled at every length and density of their sweep, or
         only at the lowest density of the shortest and the longest.
+      implementation: of the kernels; with "triton" there are cases that no other implementation
+        takes. The training step takes the device's default.
     """
-    sizes = GPUSizes()
+    sizes = GPUSizes(implementation=implementation)
     if not all_lengths:
         ends = (sizes.lengths[0], sizes.lengths[-1])
         sizes = replace(sizes, lengths=ends, densities=sizes.densities[-1:])
@@ -364,5 +412,10 @@ def cases(*, all_lengths: bool = False) -> dict[str, Case]:
             "routed_ffn_weight_gradient",
         ),
     )
-    found = [*_kernel_cases(), steps, *_block_cases(), *_benchmark_cases(sizes)]
+    found = [
+        *_kernel_cases(implementation),
+        steps,
+        *_block_cases(implementation),
+        *_benchmark_cases(sizes),
+    ]
     return {case.name: case for case in found}

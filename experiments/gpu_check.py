@@ -1,13 +1,16 @@
-"""Compiles the GPU kernels, training steps and benchmarks for an H200 that need not be there.
+"""Compiles the GPU kernels, training steps and benchmarks for a GPU that need not be there.
 
     make gpu-check OUT=DIR
+    make gpu-check OUT=DIR GPU=A100
 
-Runs XLA, Mosaic and ptxas on a description of the GPU, for about six minutes on two cores. Fails
-where a program does not compile, a kernel spills more than `--max-spilled-bytes`, or a program
-lacks a kernel that it must launch. Prints registers, spills and shared memory of every kernel, and
-the memory of every program.
+Runs XLA, Mosaic or Triton, and ptxas on a description of the GPU, for about six minutes on two
+cores: an H200 unless another is named, with the kernels that are its default unless
+`--implementation` says otherwise. Fails where a program does not compile, a kernel spills more than
+`--max-spilled-bytes` or takes more shared memory than the GPU has, or a program lacks a kernel that
+it must launch. Prints registers, spills and shared memory of every kernel, and the memory of every
+program.
 
-Writes, last and atomically, `metrics.json` to DIR with these `figures`:
+Writes, last and atomically, `metrics.json` to DIR with these `figures`, whose values are an H200's:
 
 * `{spt,lora,lora_best,full}_block_temp_bytes`: temporaries of the gradient of one OPT-2048 block's
   summed output on 16 sequences of 512 tokens in bfloat16. Dense attention is cuDNN's, LoRA is two
@@ -28,6 +31,7 @@ import logging
 import os
 import queue
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,7 +41,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -48,10 +52,13 @@ from experiments import cli
 
 if TYPE_CHECKING:
     from experiments.gpu_cases import Case
+    from pallas_kernels import Implementation
 
-#: Of one kernel: two accumulators of 64 x 128 beside the masks of token selection do not quite fit
-#: the 240 registers of a thread (`sparse_attention_dkv`, 136 bytes); all but one other spill none.
-MAX_SPILLED_BYTES = 160
+#: Of one kernel. Mosaic: two accumulators of 64 x 128 beside the masks of token selection do not
+#: quite fit the 240 registers of a thread (`sparse_attention_dkv`, 136 bytes); all but one other
+#: spill none. Triton: float32 products at head width 128 (the same kernel, 256 bytes); in half
+#: types none spills over 44.
+MAX_SPILLED_BYTES = {"mosaic": 160, "triton": 256}
 #: The worker's log that an error shows.
 LOG_CHARACTERS = 2000
 
@@ -62,12 +69,16 @@ class Options:
 
     out: Path = Path("runs/gpu-check")
     """Folder for the results."""
+    gpu: Literal["H200", "H100", "A100", "A10", "L4"] = "H200"
+    """The GPU to compile for."""
+    implementation: Literal["mosaic", "triton"] | None = None
+    """Kernels to compile; by default Mosaic's for Hopper and Triton's for other GPUs."""
     only: str = ""
     """Regular expression for the names of the programs to compile; figures need their programs."""
     all_lengths: bool = False
     """Compile the benchmarks at all lengths and densities of their sweep, not at its ends only."""
-    max_spilled_bytes: int = MAX_SPILLED_BYTES
-    """Most bytes of registers that a kernel may spill."""
+    max_spilled_bytes: int | None = None
+    """Most bytes of registers that a kernel may spill; by default 160 of Mosaic, 256 of Triton."""
     processes: int = min(4, os.cpu_count() or 1)
     """Programs compiled at the same time."""
     list: bool = False
@@ -76,7 +87,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """What ptxas and Mosaic say of a kernel, the most of its variants in one program.
+    """What ptxas and Mosaic or Triton say of a kernel, the most of its variants in one program.
 
     Attributes:
       name: the kernel.
@@ -93,11 +104,12 @@ class Kernel:
     compile_ms: float
 
 
-_ENTRY = re.compile(r"Compiling entry function '(\w+?)(?:_mosaic_gpu_kernel)?' for")
+_ENTRY = re.compile(r"Compiling entry function '(\w+?)(?:(?:_mosaic_gpu)?_kernel)?' for")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _COMPILE_TIME = re.compile(r"Compile time = ([\d.]+) ms")
 _SHARED = re.compile(r"smem_scratch_bytes=(\d+)")
+_TRITON_SHARED = re.compile(r"(\w+)_kernel: shared_mem_bytes: (\d+)")
 
 
 def parse_ptxas(text: str, shared_bytes: Mapping[str, int]) -> list[Kernel]:
@@ -111,21 +123,22 @@ def parse_ptxas(text: str, shared_bytes: Mapping[str, int]) -> list[Kernel]:
       ValueError: a kernel's numbers are missing.
     """
     _, *parts = _ENTRY.split(text)
-    kernels: dict[str, Kernel] = {}
+    kernels = []
     for name, part in zip(parts[::2], parts[1::2], strict=True):
         found = [pattern.search(part) for pattern in (_SPILLS, _REGISTERS, _COMPILE_TIME)]
         if None in found:
             raise ValueError(f"{name}: ptxas printed no registers, spills or time: {part[:200]!r}")
         spills, registers, ms = (tuple(map(float, m.groups())) for m in found if m is not None)
-        old = kernels.get(name)
-        kernels[name] = Kernel(
-            name=name,
-            registers=max(int(registers[0]), old.registers if old else 0),
-            spilled_bytes=max(*map(int, spills), old.spilled_bytes if old else 0),
-            shared_bytes=shared_bytes[name],
-            compile_ms=max(ms[0], old.compile_ms if old else 0.0),
+        kernels.append(
+            Kernel(
+                name=name,
+                registers=int(registers[0]),
+                spilled_bytes=int(max(spills)),
+                shared_bytes=shared_bytes[name],
+                compile_ms=ms[0],
+            )
         )
-    return list(kernels.values())
+    return _worst(kernels)
 
 
 def read_shared_bytes(folder: Path) -> dict[str, int]:
@@ -140,6 +153,43 @@ def read_shared_bytes(folder: Path) -> dict[str, int]:
     return shared
 
 
+def assemble_triton(folder: Path, architecture: str) -> list[Kernel]:
+    """Assembles the kernels that jax-triton dumped to a folder, and forgets them.
+
+    Args:
+      folder: Of a folder a kernel.
+      architecture: To assemble for, as ptxas names it.
+    """
+    import triton
+
+    found: list[Kernel] = []
+    for dump in folder.iterdir():
+        (info,), (ptx,) = dump.glob("*.compile_info"), dump.glob("*.ptx")
+        shared = _TRITON_SHARED.search(info.read_text())
+        if shared is None:
+            raise ValueError(f"{info.name} names no shared memory")
+        command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name", architecture, str(ptx)]
+        printed = subprocess.run(
+            [*command, "-o", os.devnull], capture_output=True, text=True, check=True
+        )
+        found += parse_ptxas(printed.stdout + printed.stderr, {shared[1]: int(shared[2])})
+        shutil.rmtree(dump)
+    return _worst(found)
+
+
+def _worst(kernels: Iterable[Kernel]) -> list[Kernel]:
+    """One of each name, with the most of everything."""
+    found: dict[str, Kernel] = {}
+    for kernel in kernels:
+        old = found.get(kernel.name, kernel)
+        most = {
+            field: max(getattr(old, field), getattr(kernel, field))
+            for field in ("registers", "spilled_bytes", "shared_bytes", "compile_ms")
+        }
+        found[kernel.name] = dataclasses.replace(kernel, **most)
+    return list(found.values())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What came of compiling one program.
@@ -149,7 +199,7 @@ class Report:
       seconds: tracing, lowering and compiling.
       temp_bytes: its temporaries.
       peak_bytes: arguments, results and temporaries at their peak.
-      launches: Mosaic kernels that it launches, by name; a loop's body counts once.
+      launches: kernels that it launches, by name; a loop's body counts once.
       kernels: those that no earlier program of the process had compiled.
       error: why it could not be compiled.
     """
@@ -181,7 +231,10 @@ def missing_launches(expected: Iterable[str], launches: Iterable[str]) -> list[s
 
 
 def problems(
-    reports: Iterable[Report], expected: Mapping[str, tuple[str, ...]], max_spilled_bytes: int
+    reports: Iterable[Report],
+    expected: Mapping[str, tuple[str, ...]],
+    max_spilled_bytes: int,
+    max_shared_bytes: int,
 ) -> list[str]:
     """What is wrong, a line each.
 
@@ -189,6 +242,7 @@ def problems(
       reports: of all programs.
       expected: kernels that each must launch.
       max_spilled_bytes: what a kernel may spill.
+      max_shared_bytes: shared memory that a thread block of the GPU can have.
     """
     found = []
     for report in reports:
@@ -203,6 +257,12 @@ def problems(
             f"{max_spilled_bytes} allowed"
             for kernel in report.kernels
             if kernel.spilled_bytes > max_spilled_bytes
+        ]
+        found += [
+            f"{report.name}: {kernel.name} takes {kernel.shared_bytes} bytes of shared memory, "
+            f"more than the {max_shared_bytes} that there are"
+            for kernel in report.kernels
+            if kernel.shared_bytes > max_shared_bytes
         ]
     return found
 
@@ -241,30 +301,35 @@ def figures_of(
     return figures
 
 
-def _work(all_lengths: bool) -> None:
+def _work(gpu: str, implementation: Implementation | None, all_lengths: bool) -> None:
     """Compiles the programs named on standard input, a line each; writes a report for each.
 
     What the compilers print goes to standard error, but for ptxas, whose words are read.
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    from experiments import gpu_cases
-    from experiments.gpu_targets import H200, described_device
-
-    cases = gpu_cases.cases(all_lengths=all_lengths)
-    device = described_device(H200)
-    with tempfile.TemporaryFile("w+") as printed:
+    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryDirectory() as dumps:
         os.dup2(printed.fileno(), 1)
+        os.environ["JAX_TRITON_DUMP_DIR"] = dumps  # read when jax-triton is imported
+        from experiments import gpu_cases
+        from experiments.gpu_targets import GPUS, described_device
+
+        cases = gpu_cases.cases(all_lengths=all_lengths, implementation=implementation)
+        device = described_device(GPUS[gpu])
         for line in sys.stdin:
             printed.truncate(0)
-            report = _compile(cases[line.strip()], device, printed)
+            report = _compile(
+                cases[line.strip()], device, GPUS[gpu].architecture, printed, Path(dumps)
+            )
             answers.write(report.to_json() + "\n")
 
 
-def _compile(case: Case, device: Any, printed: IO[str]) -> Report:
+def _compile(
+    case: Case, device: Any, architecture: str, printed: IO[str], triton_dumps: Path
+) -> Report:
     """Compiles one program; what is printed meanwhile goes to a file."""
     import jax
 
-    from experiments.gpu_targets import mosaic_launches, trace_for
+    from experiments.gpu_targets import kernel_launches, trace_for
 
     start = time.perf_counter()
     try:
@@ -280,14 +345,16 @@ def _compile(case: Case, device: Any, printed: IO[str]) -> Report:
             del os.environ["MOSAIC_GPU_DUMP_PTXAS"]
         ctypes.CDLL(None).fflush(None)
         printed.seek(0)
+        kernels = parse_ptxas(printed.read(), shared_bytes)
+        kernels += assemble_triton(triton_dumps, architecture)
         memory: Any = compiled.memory_analysis()
         return Report(
             name=case.name,
             seconds=time.perf_counter() - start,
             temp_bytes=memory.temp_size_in_bytes,
             peak_bytes=memory.peak_memory_in_bytes,
-            launches=dict(mosaic_launches(compiled.as_text() or "")),
-            kernels=tuple(parse_ptxas(printed.read(), shared_bytes)),
+            launches=dict(kernel_launches(compiled.as_text() or "")),
+            kernels=tuple(kernels),
         )
     except Exception as error:
         text = " ".join(str(error).split())
@@ -297,13 +364,13 @@ def _compile(case: Case, device: Any, printed: IO[str]) -> Report:
 class _Worker:
     """A process that compiles one program after another."""
 
-    def __init__(self, all_lengths: bool) -> None:
+    def __init__(self, *options: Any) -> None:
         self.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
             [
                 sys.executable,
                 "-c",
-                f"from experiments import gpu_check as g; g._work({all_lengths})",
+                f"from experiments import gpu_check as g; g._work(*{options!r})",
             ],
             env={**os.environ, "JAX_PLATFORMS": "cpu"},
             stdin=subprocess.PIPE,
@@ -343,9 +410,9 @@ class _Worker:
 
 
 def compile_all(
-    names: Iterable[str], processes: int, all_lengths: bool, advance: Callable[[str], None]
+    names: Iterable[str], processes: int, advance: Callable[[str], None], *options: Any
 ) -> dict[str, Report]:
-    """Compiles programs in several processes and returns the reports by name."""
+    """Compiles programs in several processes, with `_work`'s options; the reports by name."""
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
     order = list(names)
     for name in order:
@@ -353,7 +420,7 @@ def compile_all(
     reports: dict[str, Report] = {}
 
     def serve() -> None:
-        worker = _Worker(all_lengths)
+        worker = _Worker(*options)
         while True:
             try:
                 name = waiting.get_nowait()
@@ -362,7 +429,7 @@ def compile_all(
             reports[name] = worker.compile(name)
             advance(name)
             if not worker.alive:
-                worker = _Worker(all_lengths)
+                worker = _Worker(*options)
         worker.close()
 
     threads = [threading.Thread(target=serve) for _ in range(min(processes, len(order)))]
@@ -417,13 +484,17 @@ def main() -> None:
     # JAX says that the GPU packages are not enough to run on a GPU
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.CRITICAL)
     from experiments import gpu_cases
+    from experiments.gpu_targets import GPUS
     from spt_jax.training import environment, write_json_atomic
 
-    cases = {
-        name: case
-        for name, case in gpu_cases.cases(all_lengths=options.all_lengths).items()
-        if re.search(options.only, name)
-    }
+    implementation = options.implementation
+    if implementation is None and GPUS[options.gpu].capability < (9, 0):
+        implementation = "triton"
+    max_spilled_bytes = options.max_spilled_bytes
+    if max_spilled_bytes is None:
+        max_spilled_bytes = MAX_SPILLED_BYTES[implementation or "mosaic"]
+    every = gpu_cases.cases(all_lengths=options.all_lengths, implementation=implementation)
+    cases = {name: case for name, case in every.items() if re.search(options.only, name)}
     if not cases:
         raise ValueError(f"--only {options.only!r} matches no program; see --list")
     if options.list:
@@ -436,7 +507,9 @@ def main() -> None:
             progress.set_description(name)
             progress.update()
 
-        reports = compile_all(cases, options.processes, options.all_lengths, advance)
+        reports = compile_all(
+            cases, options.processes, advance, options.gpu, implementation, options.all_lengths
+        )
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(_kernel_table(reports.values()))
     console.print(_program_table(reports.values()))
@@ -467,7 +540,8 @@ def main() -> None:
     wrong = problems(
         reports.values(),
         {name: case.launches for name, case in cases.items()},
-        options.max_spilled_bytes,
+        max_spilled_bytes,
+        GPUS[options.gpu].block_shared_memory_bytes,
     )
     if wrong:
         print("\n".join(wrong), file=sys.stderr)

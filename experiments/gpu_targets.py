@@ -17,7 +17,10 @@ import jax
 from jax.experimental import topologies
 
 # The kernel's name is the last scope but one, before that of the primitive.
-_LAUNCH = re.compile(r'custom_call_target="mosaic_gpu[^\n]*?op_name="[^"\n]*?([^"/\n]+)/[^"/\n]+"')
+_LAUNCH = re.compile(
+    r'custom_call_target="(?:mosaic_gpu|triton_kernel)[^\n]*?'
+    r'op_name="[^"\n]*?([^"/\n]+)/[^"/\n]+"'
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,7 @@ class GPU:
         memory_bytes: device memory.
         memory_bytes_per_s: its bandwidth.
         clock_ghz: boost clock.
+        threads: of a multiprocessor.
     """
 
     name: str
@@ -45,6 +49,13 @@ class GPU:
     memory_bytes: int
     memory_bytes_per_s: int
     clock_ghz: float
+    threads: int = 2048
+
+    @property
+    def architecture(self) -> str:
+        """What ptxas calls it."""
+        major, minor = self.capability
+        return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
 
     def proto(self) -> str:
         """The description as the text of a `GpuTargetConfigProto`."""
@@ -67,7 +78,7 @@ class GPU:
             "registers_per_block_limit": 1 << 16,
             "threads_per_warp": 32,
             "threads_per_block_limit": 1024,
-            "threads_per_core_limit": 2048,
+            "threads_per_core_limit": self.threads,
             "thread_dim_limit_x": 1024,
             "thread_dim_limit_y": 1024,
             "thread_dim_limit_z": 64,
@@ -81,7 +92,9 @@ class GPU:
             "dnn_version": f'"{".".join(map(str, cudnn))}"',
         }
         fields = "\n".join(f"  {key}: {value}" for key, value in info.items())
-        capability = f"major: {major} minor: {minor} feature_extension: ACCELERATED_FEATURES"
+        capability = f"major: {major} minor: {minor}"
+        if major >= 9:
+            capability += " feature_extension: ACCELERATED_FEATURES"
         return f"""
 gpu_device_info {{
 {fields}
@@ -112,7 +125,42 @@ H100 = replace(
     memory_bytes=85_000_000_000,
     memory_bytes_per_s=3_350_000_000_000,
 )
-GPUS = {"H200": H200, "H100": H100}
+A100 = GPU(
+    name="NVIDIA A100-SXM4-80GB",
+    capability=(8, 0),
+    multiprocessors=108,
+    shared_memory_bytes=164 << 10,
+    block_shared_memory_bytes=163 << 10,
+    l2_bytes=40 << 20,
+    memory_bytes=85_000_000_000,
+    memory_bytes_per_s=2_039_000_000_000,
+    clock_ghz=1.41,
+)
+A10 = GPU(
+    name="NVIDIA A10",
+    capability=(8, 6),
+    multiprocessors=72,
+    shared_memory_bytes=100 << 10,
+    block_shared_memory_bytes=99 << 10,
+    l2_bytes=6 << 20,
+    memory_bytes=24_000_000_000,
+    memory_bytes_per_s=600_000_000_000,
+    clock_ghz=1.695,
+    threads=1536,
+)
+L4 = GPU(
+    name="NVIDIA L4",
+    capability=(8, 9),
+    multiprocessors=58,
+    shared_memory_bytes=100 << 10,
+    block_shared_memory_bytes=99 << 10,
+    l2_bytes=48 << 20,
+    memory_bytes=24_000_000_000,
+    memory_bytes_per_s=300_000_000_000,
+    clock_ghz=2.04,
+    threads=1536,
+)
+GPUS = {"H200": H200, "H100": H100, "A100": A100, "A10": A10, "L4": L4}
 
 
 def described_device(gpu: GPU) -> Any:
@@ -141,6 +189,6 @@ def trace_for(device: Any, function: Callable[..., Any], *arguments: Any) -> jax
         return traced.trace(*described)
 
 
-def mosaic_launches(program: str) -> Counter[str]:
-    """Mosaic kernels in the text of a compiled program, by name; a loop's body counts once."""
+def kernel_launches(program: str) -> Counter[str]:
+    """Mosaic and Triton kernels in the text of a program, by name; a loop's body counts once."""
     return Counter(_LAUNCH.findall(program))

@@ -11,9 +11,11 @@ memory, and SPT on four LLaMA layers of 2048 tokens at 3.7 times LoRA in a fifth
 
 On a GPU everything is bfloat16: the routed FFN at LLaMA's sizes against cuBLAS, a training step of
 an OPT block, and causal attention of 256 to 65,536 tokens against cuDNN (and tokamax where it is
-installed). Calls are queued until a measurement lasts 50 ms. Beside each time stands the share of
-the device's limit that it reaches: the longer of operations over peak and bytes over bandwidth,
-over the time, where the bytes are the program's arguments and results. Plan a quarter of an hour.
+installed). With `--triton` every candidate runs a second time on the Triton kernels, which GPUs
+before Hopper take anyway; the names of those figures end in `_triton`. Calls are queued until a
+measurement lasts 50 ms. Beside each time stands the share of the device's limit that it reaches:
+the longer of operations over peak and bytes over bandwidth, over the time, where the bytes are the
+program's arguments and results. Plan a quarter of an hour.
 
 Peak bytes are the temporaries and results of the compiled program, as its allocator lays them out;
 `device_peak_bytes` is the high-water mark of the whole run on the device.
@@ -46,9 +48,9 @@ from tqdm import tqdm
 
 from experiments import cli, comparisons
 from experiments.comparisons import Comparison, Method
-from experiments.gpu_targets import mosaic_launches
+from experiments.gpu_targets import kernel_launches
 from experiments.reports import save_figure, write_csv
-from pallas_kernels import autotune
+from pallas_kernels import autotune, why_not_triton
 from spt_jax.training import environment, write_json_atomic
 from spt_jax.training.loop import device_peak_bytes
 
@@ -70,6 +72,8 @@ class Options:
     """Timed rounds of each comparison."""
     seed: int = 0
     """Seed of the random inputs."""
+    triton: bool = False
+    """On a GPU, also time the Triton kernels, which are the default before Hopper only."""
     autotune: bool = False
     """Measure the kernels' tile sizes first, and keep the fastest for these shapes."""
 
@@ -87,6 +91,10 @@ LIMITS = {
     "NVIDIA H200": Limits(989e12, 4.8e12),
     "NVIDIA H100 80GB HBM3": Limits(989e12, 3.35e12),
     "NVIDIA GH200 480GB": Limits(989e12, 4.0e12),
+    "NVIDIA A100-SXM4-80GB": Limits(312e12, 2.039e12),
+    "NVIDIA A100-SXM4-40GB": Limits(312e12, 1.555e12),
+    "NVIDIA A10": Limits(125e12, 6e11),
+    "NVIDIA L4": Limits(121e12, 3e11),
 }
 #: A measurement lasts at least this long: of one call on a CPU, of queued calls on a GPU.
 MIN_MEASUREMENT_MS = {"cpu": 0.0, "gpu": 50.0}
@@ -111,7 +119,7 @@ class Program:
       operations: of its products, if they were counted.
       moved_bytes: its arguments and results.
       peak_bytes: its temporaries and results.
-      launches: Mosaic kernels that it launches, by name.
+      launches: kernels that it launches, by name.
     """
 
     call: Callable[[], Any]
@@ -197,7 +205,7 @@ def _program(function: Callable[..., Any], arguments: Any, operations: float | N
         operations=operations,
         moved_bytes=memory.argument_size_in_bytes + results,
         peak_bytes=memory.temp_size_in_bytes + results,
-        launches=dict(mosaic_launches(compiled.as_text() or "")),
+        launches=dict(kernel_launches(compiled.as_text() or "")),
     )
 
 
@@ -296,7 +304,7 @@ def measure(
 
     if tune:
         for method in methods.values():
-            if method.mosaic:
+            if method.kernels:
                 _tune(method, key)
     # All are compiled before any runs: compilation would slow the calls that are timed.
     programs = [result for _, result in in_threads(compiled, list(methods.values()))]
@@ -386,7 +394,7 @@ def run(options: Options) -> tuple[dict[str, Any], list[str]]:
     figures: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
-    chosen = list(COMPARISONS[options.device]())
+    chosen = list(comparisons.with_triton() if options.triton else COMPARISONS[options.device]())
     if options.only is not None:
         known = [comparison.name for comparison in chosen]
         names = cli.known_names(options.only, known, what="--only")
@@ -514,7 +522,11 @@ def main() -> None:
     options = tyro.cli(Options, prog="experiments.kernels", description=__doc__)
     if options.rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {options.rounds}")
+    if options.triton and options.device != "gpu":
+        raise ValueError("--triton: the Triton kernels run on a GPU; add --device gpu")
     _require(options.device)
+    if options.triton and (reason := why_not_triton()) is not None:
+        raise ValueError(f"--triton: {reason}")
     options.out.mkdir(parents=True, exist_ok=True)
     figures, failures = run(options)
     with SummaryWriter(str(options.out)) as writer:

@@ -1,6 +1,6 @@
 """Kernels of SPT: product quantization, sparse attention, routed FFN. Arrays in, arrays out."""
 
-from pallas_kernels.dispatch import Implementation, why_not_mosaic
+from pallas_kernels.dispatch import Implementation, why_not_mosaic, why_not_triton
 from pallas_kernels.pq import (
     Selection,
     TileSelection,
@@ -46,4 +46,5 @@ __all__ = [
     "split_blocks",
     "valid_keys",
     "why_not_mosaic",
+    "why_not_triton",
 ]

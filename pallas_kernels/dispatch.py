@@ -1,15 +1,20 @@
 """Chooses the implementation of a kernel, and traces it once for all layers of a model."""
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import jax
 from jax.typing import DTypeLike
 
-from pallas_kernels import mosaic
+from pallas_kernels import devices, mosaic, triton
 
 Implementation = Literal["mosaic", "triton", "xla", "reference"]
+
+
+#: What the kernels of an implementation share, of those that need certain GPUs.
+_FOR_GPUS = {"mosaic": mosaic, "triton": triton}
 
 
 def why_not_mosaic(dtype: DTypeLike = "bfloat16") -> str | None:
@@ -23,22 +28,34 @@ def why_not_mosaic(dtype: DTypeLike = "bfloat16") -> str | None:
     return mosaic.unfit_device() or mosaic.unfit_dtype(jax.ShapeDtypeStruct((), dtype))
 
 
+def why_not_triton(dtype: DTypeLike = "bfloat16") -> str | None:
+    """Why Triton kernels cannot take arrays of a type on the default device; None if they can.
+
+    They are what `implementation=None` takes on GPUs of compute capability 8.
+
+    Args:
+      dtype: Type of the arrays.
+    """
+    return triton.unfit_device() or triton.unfit_dtype(jax.ShapeDtypeStruct((), dtype))
+
+
 def resolve(
     op: str,
     implementation: str | None,
     backends: Mapping[str, Callable[..., Any]],
-    unfit: Callable[[], str | None] = lambda: None,
+    unfit: Mapping[str, Callable[[], str | None]] | None = None,
 ) -> Callable[..., Any]:
     """Returns the function that runs an op.
 
     A named implementation is that implementation or an error, never another one. Without a name it
-    is `mosaic` where device and arguments fit, else `xla`.
+    is `mosaic` on a Hopper GPU and `triton` on one of compute capability 8, where the arguments
+    fit, else `xla`; that a GPU before Hopper gets `xla` is logged once for each reason.
 
     Args:
       op: Name of the op, for error messages.
       implementation: Name of an implementation, or None for the best supported one.
       backends: The implementations that the op has, by name.
-      unfit: Says why `mosaic` cannot take the arguments; None if it can.
+      unfit: Says of `mosaic` and `triton` why they cannot take the arguments; None if they can.
 
     Returns:
       An entry of `backends`.
@@ -53,22 +70,51 @@ def resolve(
             f"{op}: unknown implementation {implementation!r}; choose one of "
             f"{', '.join(choices)}, or None for the best supported one."
         )
-    if implementation in ("mosaic", None) and "mosaic" in backends:
-        reason = mosaic.unfit_device() or unfit()
-        if implementation is None:
-            implementation = "mosaic" if reason is None else "xla"
-        elif reason is not None:
+    unfit = unfit or {}
+
+    def reason_against(name: str) -> str | None:
+        return _FOR_GPUS[name].unfit_device() or unfit.get(name, lambda: None)()
+
+    if implementation is None:
+        implementation = _best(op, backends, reason_against)
+    elif implementation in _FOR_GPUS and implementation in backends:
+        reason = reason_against(implementation)
+        if reason is not None:
             raise NotImplementedError(
-                f"{op}: implementation 'mosaic' cannot run: {reason}. Take 'xla', or None for the "
-                "best supported one."
+                f"{op}: implementation {implementation!r} cannot run: {reason}. Take 'xla', or "
+                "None for the best supported one."
             )
-    implementation = implementation or "xla"
     if implementation not in backends:
         raise NotImplementedError(
             f"{op}: implementation {implementation!r} is not available; available: "
             f"{', '.join(backends)}."
         )
     return backends[implementation]
+
+
+def _best(
+    op: str,
+    backends: Mapping[str, Callable[..., Any]],
+    reason_against: Callable[[str], str | None],
+) -> str:
+    """The name of the best implementation for the default device."""
+    if "mosaic" in backends and reason_against("mosaic") is None:
+        return "mosaic"
+    capability = devices.compute_capability()
+    if "triton" in backends and capability is not None and capability < (9, 0):
+        reason = reason_against("triton")
+        if reason is None:
+            return "triton"
+        _log_xla(reason)
+    return "xla"
+
+
+@functools.cache
+def _log_xla(reason: str) -> None:
+    """Says why a GPU before Hopper gets `xla`, once."""
+    logging.getLogger(__name__).warning(
+        "kernels run as implementation 'xla', more slowly than 'triton' would: %s", reason
+    )
 
 
 def call(op: str, run: Callable[..., Any], arrays: Mapping[str, Any], **options: Any) -> Any:

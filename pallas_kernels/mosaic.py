@@ -16,6 +16,8 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from pallas_kernels import devices
+
 LOG2_E = 1.4426950408889634
 WARPGROUP_ROWS = 64  # of one wgmma instruction
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -47,18 +49,12 @@ def unfit_device() -> str | None:
     """Why Mosaic kernels cannot run on the default device; None if they can."""
     if interpreting():
         return None
-    device: Any = jax.config.jax_default_device
-    if device is None or isinstance(device, str):
-        device = jax.devices(device)[0]
-    capability = getattr(device, "compute_capability", None)
-    if capability is not None and str(capability).startswith("9."):
+    capability = devices.compute_capability()
+    if capability is not None and capability[0] == 9:
         return None
-    found = device.device_kind
-    if capability is not None:
-        found = f"{found}, of compute capability {capability}"
     return (
         "it needs a GPU of compute capability 9 (Hopper: H100, H200, GH200), since its kernels "
-        f"use Hopper's wgmma and TMA instructions; the device is {found}"
+        f"use Hopper's wgmma and TMA instructions; the device is {devices.describe()}"
     )
 
 

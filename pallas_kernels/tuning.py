@@ -21,6 +21,8 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.devices import default_device
+
 Key = tuple[str, str]  # A kernel and its shapes.
 
 _forced: contextvars.ContextVar[dict[Key, Any]] = contextvars.ContextVar("forced")
@@ -134,14 +136,7 @@ def _time_ms(
 
 def _entry(key: Key) -> str:
     """The name of a choice in the file."""
-    return " | ".join((_device_kind(), jax.__version__, *key))
-
-
-def _device_kind() -> str:
-    device: Any = jax.config.jax_default_device
-    if device is None or isinstance(device, str):
-        device = jax.devices(device)[0]
-    return device.device_kind
+    return " | ".join((default_device().device_kind, jax.__version__, *key))
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

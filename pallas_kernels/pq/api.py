@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int8, UInt8
 
+from pallas_kernels import triton
 from pallas_kernels.dispatch import Implementation, call, resolve
 from pallas_kernels.pq import mosaic, reference, xla
 from pallas_kernels.pq.types import Selection
@@ -15,8 +17,43 @@ from pallas_kernels.pq.types import Selection
 Granularity = Literal["token", "tile"]
 Rule = Literal["inner_product", "match_count"]
 
-_ENCODE = {"mosaic": mosaic.encode, "xla": xla.encode, "reference": reference.encode}
-_SELECT = {"mosaic": mosaic.select, "xla": xla.select, "reference": reference.select}
+MAX_TRITON_ROW = 256  # codeword elements of a token that the kernels take
+MAX_TRITON_GROUPS = 2**16  # key groups of a tile, whose scores a program holds
+
+
+def _triton_encode(**arguments: Any) -> Array:
+    from pallas_kernels.pq.triton import encode  # not everyone has Triton
+
+    return encode(**arguments)
+
+
+def _triton_select(**arguments: Any) -> Selection:
+    from pallas_kernels.pq.triton import select
+
+    return select(**arguments)
+
+
+def _triton_select_unfit(codewords: Array, length: int, key_group: int) -> str | None:
+    width, groups = codewords.shape[1] * codewords.shape[3], -(-length // key_group)
+    if width > MAX_TRITON_ROW:
+        return f"it takes at most {MAX_TRITON_ROW} codeword elements a token, and got {width}"
+    if groups > MAX_TRITON_GROUPS:
+        return f"it takes at most {MAX_TRITON_GROUPS} key groups, and got {groups}"
+    return None
+
+
+_ENCODE: dict[str, Callable[..., Array]] = {
+    "mosaic": mosaic.encode,
+    "triton": _triton_encode,
+    "xla": xla.encode,
+    "reference": reference.encode,
+}
+_SELECT: dict[str, Callable[..., Selection]] = {
+    "mosaic": mosaic.select,
+    "triton": _triton_select,
+    "xla": xla.select,
+    "reference": reference.select,
+}
 
 MAX_SCORE = 2**13 - 1  # of one query and one key
 DEFAULT_SCORE_UNIT = 2.0**-8
@@ -66,7 +103,11 @@ def pq_encode(
     if not 1 <= num_codewords <= 256:
         raise ValueError(f"pq_encode: codes are uint8, so E must be 1..256, got {num_codewords}.")
     codebooks = codebooks.astype(x.dtype)
-    run = resolve("pq_encode", implementation, _ENCODE, lambda: mosaic.encode_unfit(x, codebooks))
+    why_not = {
+        "mosaic": lambda: mosaic.encode_unfit(x, codebooks),
+        "triton": lambda: triton.unfit_dtype(x),
+    }
+    run = resolve("pq_encode", implementation, _ENCODE, why_not)
     x, codebooks = jax.lax.stop_gradient((x, codebooks))
     return call("pq_encode", run, {"x": x, "codebooks": codebooks})
 
@@ -254,12 +295,12 @@ def pq_select(
             f"pq_select: score_unit must have one element for each of the {kv_heads} key heads, "
             f"got shape {score_unit.shape}."
         )
-    run = resolve(
-        "pq_select",
-        implementation,
-        _SELECT,
-        lambda: mosaic.select_unfit(query_codewords, granularity=granularity, key_group=key_group),
-    )
+    groups_of = key_group if granularity == "tile" else key_codes.shape[1]
+    why_not = {
+        "mosaic": lambda: mosaic.select_unfit(query_codewords, granularity, key_group),
+        "triton": lambda: _triton_select_unfit(query_codewords, key_codes.shape[1], groups_of),
+    }
+    run = resolve("pq_select", implementation, _SELECT, why_not)
     arrays = {
         "query_codes": query_codes,
         "key_codes": key_codes,

@@ -16,21 +16,16 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Int8, Int32, Num, UInt8
+from jaxtyping import Array, Float, Int8, Int32, UInt8
 
 from pallas_kernels import mosaic as m
 from pallas_kernels import tuning
+from pallas_kernels.pq import selection
 from pallas_kernels.pq.reference import (
     TILE_SCORES,
     bits_of_power,
-    exponent_step,
-    mean_rows,
-    sub_tile,
-    tile_groups,
-    tile_list_length,
-    tile_score,
 )
-from pallas_kernels.pq.types import Selection, TileSelection, TokenSelection
+from pallas_kernels.pq.selection import WORD, row_width
 
 ROWS = m.WARPGROUP_ROWS
 SMS = 132  # multiprocessors of an H100 or H200
@@ -38,8 +33,6 @@ SHARED_BYTES = 227_000  # of a thread block, beside barriers and what it writes
 MAX_REGISTERS = {1: 240, 2: 232, 3: 152}  # of a computing thread, by their warpgroups
 SLICE = 8  # columns of an accumulator that lie alike in every thread
 COPY_BYTES = 16  # the least that a bulk copy moves of a row
-CHUNK_BYTES = 2**26  # what the codeword rows and scores of some heads may take at once
-WORD = 32  # keys whose visibility a word holds
 MAX_ROW_WIDTH = 256  # elements of a token's row of codewords
 KEY_GROUPS = (8, 16, 32, 64, 128)
 SCORE_LIMIT = 2**13  # above the magnitude of any score of one query and one key
@@ -321,34 +314,6 @@ def encode(
     )(flat, books, norms)
     codes = codes.reshape(-1, blocks, copies * COPY_BYTES)[:tokens, :, :used].reshape(tokens, -1)
     return codes[:, : heads * spaces].reshape(batch, length, heads, spaces)
-
-
-def row_width(codewords: Int8[Array, "K M E W"]) -> int:
-    """Elements of a token's row of codewords, padded for the tensor core."""
-    return -(-codewords.shape[1] * codewords.shape[3] // 32) * 32
-
-
-def codeword_rows(
-    codes: UInt8[Array, "B S N M"], codewords: Int8[Array, "K M E W"], dtype: Any
-) -> Num[Array, "B S N V"]:
-    """The codewords of every token and head, side by side, zero-padded to `row_width`.
-
-    Integers up to 256 are exact in bfloat16 and float16, so the inner product of a query's row and
-    a key's is their score, exactly, when accumulated in float32.
-
-    Args:
-      codes: Codes of the tokens.
-      codewords: As `scoring_codewords` returns them; head n reads row n // (N // K).
-      dtype: Type of the rows.
-    """
-    batch, length, heads, spaces = codes.shape
-    kv_heads, _, num_codewords, width = codewords.shape
-    head = jnp.arange(heads, dtype=jnp.int32)[:, None] // (heads // kv_heads)
-    first = (head * spaces + jnp.arange(spaces, dtype=jnp.int32)) * num_codewords
-    table = codewords.reshape(-1, width).astype(dtype)
-    rows = table.at[first + codes.astype(jnp.int32)].get(mode="promise_in_bounds")
-    rows = rows.reshape(batch, length, heads, -1)
-    return jnp.pad(rows, ((0, 0),) * 3 + ((0, row_width(codewords) - rows.shape[-1]),))
 
 
 def _produce(items: Any, stages: int, free: Any, copy: Callable[[Any, Any], None]) -> None:
@@ -820,6 +785,9 @@ def _tile_thresholds(
 
     A tile that sees no group has score 0 and distance -1.
     """
+    pad = (0, 0), (0, 0), (0, -scores.shape[2] % ROWS), (0, -scores.shape[3] % 64)
+    wanted = scores.shape[2]
+    scores = jnp.pad(scores, pad, constant_values=-jnp.inf)
     batch, heads, tiles, groups = scores.shape
     config = config or tile_threshold_config(groups)
 
@@ -844,7 +812,7 @@ def _tile_thresholds(
         thread_name=m.axis("wg"),
         kernel_name="pq_tile_threshold",
     )(scores.reshape(-1, groups))
-    level, radius = (a.reshape(batch, heads, tiles) for a in found)
+    level, radius = (a.reshape(batch, heads, tiles)[..., :wanted] for a in found)
     return level, radius
 
 
@@ -1015,107 +983,7 @@ def _token_thresholds(
     return level[..., :length], radius[..., :length]
 
 
-def _seen_words(
-    length: int,
-    block: int,
-    key_group: int,
-    causal: bool,
-    key_mask: Bool[Array, "B S"] | None,
-    segment_ids: Int[Array, "B S"] | None,
-) -> Int32[Array, "u B U G"] | None:
-    """Whether any of `block` queries sees a key, a bit a key; None where positions alone decide."""
-    if key_mask is None and segment_ids is None:
-        return None
-    tiles, groups = -(-length // block), -(-length // key_group)
-    query = jnp.arange(tiles * block, dtype=jnp.int32).reshape(tiles, block, 1, 1)
-    key = jnp.arange(groups * key_group, dtype=jnp.int32).reshape(groups, key_group)
-    if segment_ids is None:
-        query = jnp.minimum(query[:, -1:], length - 1)
-    valid = (key < length) & (query < length)
-    if causal:
-        valid = valid & (key <= query)
-    valid = valid[None]
-    if segment_ids is not None:
-        ids = [
-            jnp.pad(segment_ids, ((0, 0), (0, n * size - length))).reshape(-1, n, size)
-            for n, size in ((tiles, block), (groups, key_group))
-        ]
-        valid = valid & (ids[0][:, :, :, None, None] == ids[1][:, None, None])
-    if key_mask is not None:
-        shown = jnp.pad(key_mask, ((0, 0), (0, groups * key_group - length)))
-        valid = valid & shown.reshape(-1, 1, 1, groups, key_group)
-    bits = jnp.where(valid, jnp.left_shift(1, jnp.arange(key_group, dtype=jnp.int32) % WORD), 0)
-    words = [
-        lax.reduce(bits[..., first : first + WORD], jnp.int32(0), lax.bitwise_or, (2, 4))
-        for first in range(0, key_group, WORD)
-    ]
-    return jnp.stack(words)
-
-
-def _select_tiles(
-    query_codes: UInt8[Array, "B S N M"],
-    key_codes: UInt8[Array, "B S K M"],
-    query_codewords: Int8[Array, "K M E W"],
-    key_codewords: Int8[Array, "K M E W"],
-    score_unit: Float[Array, "K"],
-    seen: Int32[Array, "u B U G"] | None,
-    key_mask: Bool[Array, "B S"] | None,
-    *,
-    size: int,
-    block_q: int,
-    key_group: int,
-    causal: bool,
-    packed: bool,
-) -> tuple[Int32[Array, "B N Q P"], Int32[Array, "B N Q"]]:
-    """Lists of key groups and their lengths."""
-    length, tiles = key_codes.shape[1], -(-key_codes.shape[1] // block_q)
-    block, padded = sub_tile(block_q), tiles * block_q
-    rows = codeword_rows(query_codes, query_codewords, jnp.bfloat16)
-    counted = jnp.ones((1, length), bool) if key_mask is None else key_mask
-    means, counted = mean_rows(jnp.moveaxis(rows, 2, 1), counted[:, None], block, padded)
-    weights = _tile_scores(
-        means.astype(jnp.bfloat16),
-        codeword_rows(key_codes, key_codewords, jnp.bfloat16),
-        exponent_step(score_unit),
-        seen,
-        block=block,
-        key_group=key_group,
-        causal=causal,
-    )
-    real = jnp.arange(0, padded, block)[:, None] < length
-    weights = jnp.where(real, weights[:, :, : padded // block], 0)
-    weights = weights.reshape(*weights.shape[:2], tiles, -1, weights.shape[-1])
-    scores = tile_score(weights, counted.reshape(*counted.shape[:2], tiles, -1))
-    if packed:
-        own = jnp.asarray(tile_groups(length, block_q, key_group)[0])
-        own = jnp.pad(own, ((0, 0), (0, scores.shape[-1] - own.shape[1])))
-        scores = jnp.where(own & (scores > -jnp.inf), TILE_SCORES - 1, scores)
-    pad = (0, 0), (0, 0), (0, -tiles % ROWS), (0, -scores.shape[-1] % 64)
-    level, radius = _tile_thresholds(
-        jnp.pad(scores, pad, constant_values=-jnp.inf),
-        count=size,
-        block_q=block_q,
-        key_group=key_group,
-    )
-    level, radius = (a[:, :, :tiles, None] for a in (level, radius))
-    group = jnp.arange(scores.shape[-1], dtype=jnp.int32)
-    origin = jnp.arange(tiles, dtype=jnp.int32)[:, None] * block_q // key_group
-    distance = 2 * jnp.abs(group - origin) - (group < origin)
-    near = (scores == level) & (distance <= radius)
-    rank = jnp.cumsum(((scores > level) & (scores > -jnp.inf)) | near, -1, dtype=jnp.int32)
-    counts = rank[..., -1]
-    nth = jnp.minimum(jnp.arange(1, size + 1, dtype=jnp.int32), counts[..., None])
-    groups = jnp.zeros_like(nth)  # binary search for the first group of a rank
-    for step in (2**i for i in reversed(range(rank.shape[-1].bit_length()))):
-        ahead = jnp.minimum(groups + step, rank.shape[-1])
-        lower = jnp.take_along_axis(rank, ahead - 1, -1, mode="promise_in_bounds") < nth
-        groups = jnp.where(lower, ahead, groups)
-    return groups, counts
-
-
-def select_unfit(
-    codewords: Int8[Array, "K M E W"], *, granularity: str, key_group: int
-) -> str | None:
+def select_unfit(codewords: Int8[Array, "K M E W"], granularity: str, key_group: int) -> str | None:
     """Why `select` cannot take the arguments; None if it can."""
     width = row_width(codewords)
     if width > MAX_ROW_WIDTH:
@@ -1127,101 +995,13 @@ def select_unfit(
     return None
 
 
-def _chunks(
-    query_codes: UInt8[Array, "B S N M"],
-    key_codes: UInt8[Array, "B S K M"],
-    codewords: Int8[Array, "K M E W"],
-    tiles: int,
-    groups: int,
-    sub_tiles: int,
-) -> tuple[int, int]:
-    """Sequences and key heads whose groups are chosen at once; several of only one of them."""
-    batch, length, heads, _ = query_codes.shape
-    kv_heads = key_codes.shape[2]
-    rows = 3 * -(-tiles // ROWS) + 2 * -(-sub_tiles // ROWS)
-    scores = 4 * rows * ROWS * -(-groups // ROWS) * ROWS
-    each = 2 * length * row_width(codewords) + heads // kv_heads * scores
-    most = max(1, CHUNK_BYTES // each)
-    head_chunk = max(n for n in range(1, min(most, kv_heads) + 1) if kv_heads % n == 0)
-    most = most // kv_heads if head_chunk == kv_heads else 1
-    return max(n for n in range(1, min(most, batch) + 1) if batch % n == 0), head_chunk
-
-
-def select(
-    query_codes: UInt8[Array, "B S N M"],
-    key_codes: UInt8[Array, "B S K M"],
-    query_codewords: Int8[Array, "K M E W"],
-    key_codewords: Int8[Array, "K M E W"],
-    *,
-    num_keys: int,
-    granularity: str,
-    score_unit: Float[Array, "K"],
-    causal: bool,
-    key_mask: Bool[Array, "B S"] | None,
-    segment_ids: Int[Array, "B S"] | None,
-    block_q: int,
-    key_group: int,
-) -> Selection:
-    """As `pq_select`."""
-    batch, length = query_codes.shape[:2]
-    if granularity == "token":
-        tags = None
-        if key_mask is not None or segment_ids is not None:
-            own = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids
-            own = own.astype(jnp.int32)
-            hidden = own.max(1, keepdims=True) + 1
-            tags = own, own if key_mask is None else jnp.where(key_mask, own, hidden)
-        threshold, radius = _token_thresholds(
-            codeword_rows(query_codes, query_codewords, jnp.bfloat16),
-            codeword_rows(key_codes, key_codewords, jnp.bfloat16),
-            tags,
-            count=num_keys,
-            causal=causal,
-        )
-        return TokenSelection(
-            query_codes=query_codes,
-            key_codes=key_codes,
-            query_codewords=query_codewords,
-            key_codewords=key_codewords,
-            threshold=threshold,
-            tie_radius=radius,
-        )
-    overlaps, _ = tile_groups(length, block_q, key_group)
-    packed, block = segment_ids is not None, sub_tile(block_q)
-    size = tile_list_length(overlaps, num_keys, key_group, causal=causal, segments=packed)
-    seen = _seen_words(length, block, key_group, causal, key_mask, segment_ids)
-    tiles, groups = overlaps.shape
-    batch_chunk, head_chunk = _chunks(
-        query_codes, key_codes, query_codewords, tiles, groups, tiles * (block_q // block)
-    )
-    kv_heads, rows = key_codes.shape[2], query_codes.shape[2] // key_codes.shape[2]
-    steps = kv_heads // head_chunk
-
-    def run(index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        sequence, head = index // steps * batch_chunk, index % steps * head_chunk
-
-        def part(a: jax.Array, axis: int = 0) -> jax.Array:
-            return lax.dynamic_slice_in_dim(a, sequence, batch_chunk, axis)
-
-        def heads(a: jax.Array, axis: int, each: int = 1) -> jax.Array:
-            return lax.dynamic_slice_in_dim(a, head * each, head_chunk * each, axis)
-
-        return _select_tiles(
-            heads(part(query_codes), 2, rows),
-            heads(part(key_codes), 2),
-            heads(query_codewords, 0),
-            heads(key_codewords, 0),
-            heads(score_unit, 0),
-            None if seen is None else part(seen, 1),
-            None if key_mask is None else part(key_mask),
-            size=size,
-            block_q=block_q,
-            key_group=key_group,
-            causal=causal,
-            packed=packed,
-        )
-
-    chunks = batch // batch_chunk * steps
-    found = lax.map(run, jnp.arange(chunks, dtype=jnp.int32)) if chunks > 1 else run(jnp.int32(0))
-    lists, counts = (a.reshape(batch, kv_heads * rows, tiles, -1) for a in found)
-    return TileSelection(groups=lists, counts=counts[..., 0], block_q=block_q, key_group=key_group)
+#: As `pq_select`.
+select = functools.partial(
+    selection.select,
+    selection.Kernels(
+        dtype=jnp.bfloat16,
+        tile_scores=_tile_scores,
+        tile_thresholds=_tile_thresholds,
+        token_thresholds=_token_thresholds,
+    ),
+)

@@ -1,13 +1,15 @@
 """Public functions of the routed FFN: check their arguments and choose an implementation."""
 
 import functools
-from typing import get_args
+from collections.abc import Callable
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import triton
 from pallas_kernels.dispatch import Implementation, call, resolve
 from pallas_kernels.routed_ffn.decode import routed_ffn_decode_xla
 from pallas_kernels.routed_ffn.mosaic import routed_ffn_mosaic, unfit
@@ -23,8 +25,16 @@ from pallas_kernels.routed_ffn.types import (
 )
 from pallas_kernels.routed_ffn.xla import routed_ffn_xla
 
-_BACKENDS = {
+
+def _routed_ffn_triton(**arguments: Any) -> Array:
+    from pallas_kernels.routed_ffn.triton import routed_ffn_triton  # not everyone has Triton
+
+    return routed_ffn_triton(**arguments)
+
+
+_BACKENDS: dict[str, Callable[..., Array]] = {
     "mosaic": routed_ffn_mosaic,
+    "triton": _routed_ffn_triton,
     "xla": routed_ffn_xla,
     "reference": routed_ffn_reference,
 }
@@ -48,7 +58,7 @@ def routed_ffn(
     `FFN_g(x) = (act(x w_gate[g] + b_gate[g]) * (x w_in[g] + b_in[g])) w_out[g]`.
 
     No token is ever dropped, however uneven the choice of blocks. Products accumulate in float32.
-    With `mosaic` and `xla`, forward and backward multiply the active blocks only, and arrays that
+    With all but `reference`, forward and backward multiply the active blocks only, and arrays that
     want no gradient cost none; what is kept for the backward pass grows as `T * A * Fb`.
     Differentiable once, in reverse mode.
 
@@ -80,7 +90,11 @@ def routed_ffn(
       Sparsification", arXiv 2312.10365, section 4.2.
     """
     _check(x, block_index, coefficients, weights, lora, activation)
-    run = resolve("routed_ffn", implementation, _BACKENDS, lambda: unfit(x, weights))
+    why_not = {
+        "mosaic": lambda: unfit(x, weights),
+        "triton": lambda: triton.unfit_dtype(x, weights.w_in),
+    }
+    run = resolve("routed_ffn", implementation, _BACKENDS, why_not)
     arrays = {
         "x": x,
         "block_index": block_index,
@@ -135,10 +149,10 @@ def routed_ffn_decode(
     split = jax.eval_shape(functools.partial(split_blocks, num_blocks=num_blocks), weights, lora)
     cast = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, x.dtype), split)
     _check(x, block_index, coefficients, cast[0], cast[1], activation)
-    if implementation == "mosaic":
+    if implementation in ("mosaic", "triton"):
         raise NotImplementedError(
             "routed_ffn_decode: a few tokens are bound by memory, which leaves a kernel of "
-            "implementation 'mosaic' nothing to gain. Take 'xla', or None."
+            f"implementation {implementation!r} nothing to gain. Take 'xla', or None."
         )
     run = resolve("routed_ffn_decode", implementation, _DECODE)
     return run(x, block_index, coefficients, weights, lora, activation, num_blocks)

@@ -38,7 +38,6 @@ from pallas_kernels.routed_ffn.plan import Plan
 from pallas_kernels.routed_ffn.types import (
     Activation,
     RoutedFFNWeights,
-    activation_function,
 )
 
 CHUNK = 64  # Columns that an epilogue handles at a time; sizes are multiples of it.
@@ -940,25 +939,6 @@ def _forward(
     return plans.tokens_of_rows(ys, plan, p.get("b_out")), (plan, hidden, columns, ha)
 
 
-def _inner(
-    activation: Activation,
-    hidden: Sequence[Array],
-    coefficients: Float[Array, "S R"],
-    part: int = 0,
-    parts: int = 1,
-) -> Float[Array, "R SFb"]:
-    """What `routed_ffn_up` made of the products that it saved, or a part of every block's units."""
-    slots, rows = coefficients.shape
-    width = hidden[0].shape[1] // slots // parts
-    columns = slice(part * width, (part + 1) * width)
-    *linear, pre = (h.reshape(rows, slots, -1)[..., columns].astype(jnp.float32) for h in hidden)
-    inner = activation_function(activation)(pre)
-    for h in linear:
-        inner *= h
-    inner *= coefficients.T[:, :, None]
-    return inner.reshape(rows, -1).astype(hidden[0].dtype)
-
-
 def _backward(
     activation: Activation,
     wanted: frozenset[str],
@@ -1015,14 +995,14 @@ def _backward(
 
     # The memory of `inner` is free again before the gradients of `hidden` are made.
     if "w_out" in wanted:
-        inner = _inner(activation, hidden, coefficients)
+        inner = plans.inner_of_rows(activation, hidden, coefficients)
         grads["w_out"] = weight_gradient(inner, plans.rows_of_tokens(dy, plan), units, width)
         hidden, dy, grads = lax.optimization_barrier((hidden, dy, grads))
     if "lora_a_out" in wanted:
         parts = 2 if units % (2 * CHUNK) == 0 else 1
         found = []
         for part in range(parts):
-            inner = _inner(activation, hidden, coefficients, part, parts)
+            inner = plans.inner_of_rows(activation, hidden, coefficients, part, parts)
             found.append(weight_gradient(inner, dyb, units // parts, dyb.shape[1]))
             hidden, dy, found = lax.optimization_barrier((hidden, dy, found))
         rank = p["lora_a_out"].shape[-1]

@@ -1,4 +1,4 @@
-"""Order in which the Mosaic kernels of the routed FFN compute rows.
+"""Order in which the GPU kernels of the routed FFN compute rows.
 
 Tokens are sorted into groups, and each group's rows are padded to whole row tiles, so that all rows
 of a tile share their blocks. A group is a combination of active blocks, or, where there are too
@@ -7,11 +7,14 @@ many combinations for the tokens, a single block; then a token has a row for eac
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
+
+from pallas_kernels.routed_ffn.types import Activation, activation_function
 
 _MAX_ROWS = 128  # Of a tile.
 
@@ -137,3 +140,25 @@ def choices_of_rows(rows: Float[Array, "S R"], plan: Plan) -> Float[Array, "T A"
     """The inverse of `rows_of_choices`."""
     rank = jnp.broadcast_to(plan.rank, plan.position.shape)
     return _look_up(rows, plan.position, rank)
+
+
+def inner_of_rows(
+    activation: Activation,
+    hidden: Sequence[Array],
+    coefficients: Float[Array, "S R"],
+    part: int = 0,
+    parts: int = 1,
+) -> Float[Array, "R SFb"]:
+    """What the hidden units pass on, from their saved products: linear ones first, then activated.
+
+    Of every block's units a part can be taken alone.
+    """
+    slots, rows = coefficients.shape
+    width = hidden[0].shape[1] // slots // parts
+    columns = slice(part * width, (part + 1) * width)
+    *linear, pre = (h.reshape(rows, slots, -1)[..., columns].astype(jnp.float32) for h in hidden)
+    inner = activation_function(activation)(pre)
+    for h in linear:
+        inner *= h
+    inner *= coefficients.T[:, :, None]
+    return inner.reshape(rows, -1).astype(hidden[0].dtype)

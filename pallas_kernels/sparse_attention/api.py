@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 from jaxtyping import Array, Bool, Float, Int, Int8, UInt8
 
+from pallas_kernels import triton
 from pallas_kernels.dispatch import Implementation, call, resolve
 from pallas_kernels.pq.types import Selection, TileSelection
 from pallas_kernels.sparse_attention import decode, mosaic, reference, xla
 
-_BACKENDS = {"mosaic": mosaic.attention, "xla": xla.attention, "reference": reference.attention}
+
+def _triton_attention(*args: Any, **kwargs: Any) -> Array:
+    from pallas_kernels.sparse_attention import triton  # not everyone has Triton
+
+    return triton.attention(*args, **kwargs)
+
+
+def _triton_unfit(q: Array, k: Array, v: Array) -> str | None:
+    if q.shape[3] > MAX_TRITON_WIDTH:
+        return f"it takes heads of width {MAX_TRITON_WIDTH} at most, and got {q.shape[3]}"
+    return triton.unfit_dtype(q, k, v)
+
+
+_BACKENDS: dict[str, Callable[..., Array]] = {
+    "mosaic": mosaic.attention,
+    "triton": _triton_attention,
+    "xla": xla.attention,
+    "reference": reference.attention,
+}
+MAX_TRITON_WIDTH = 256  # of a head
 _DECODE = {"xla": decode.decode, "reference": reference.decode}
 
 
@@ -71,7 +93,10 @@ def sparse_attention(
             f"sparse_attention: the selection was made for [B, N, ...] = {found}, but queries "
             f"{q.shape} need {expected}."
         )
-    unfit = functools.partial(mosaic.unfit, q, k, v, selection)
+    why_not = {
+        "mosaic": functools.partial(mosaic.unfit, q, k, v, selection),
+        "triton": functools.partial(_triton_unfit, q, k, v),
+    }
     arrays = {
         "q": q,
         "k": k,
@@ -82,7 +107,7 @@ def sparse_attention(
     }
     return call(
         "sparse_attention",
-        resolve("sparse_attention", implementation, _BACKENDS, unfit),
+        resolve("sparse_attention", implementation, _BACKENDS, why_not),
         arrays,
         scale=float(width**-0.5 if scale is None else scale),
         causal=causal,
@@ -154,10 +179,10 @@ def sparse_decode(
             )
     if num_keys < 1:
         raise ValueError(f"sparse_decode: num_keys must be at least 1, got {num_keys}.")
-    if implementation == "mosaic":
+    if implementation in ("mosaic", "triton"):
         raise NotImplementedError(
             "sparse_decode: one query a sequence is bound by memory, which leaves a kernel of "
-            "implementation 'mosaic' nothing to gain. Take 'xla', or None."
+            f"implementation {implementation!r} nothing to gain. Take 'xla', or None."
         )
     return resolve("sparse_decode", implementation, _DECODE)(
         q,

@@ -25,7 +25,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import mosaic, tuning
-from pallas_kernels.pq.mosaic import codeword_rows, row_width
+from pallas_kernels.pq.selection import codeword_rows, row_width
 from pallas_kernels.pq.types import Selection, TileSelection, TokenSelection
 
 ROWS = mosaic.WARPGROUP_ROWS

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from experiments import cli, gpu_cases, gpu_check
-from experiments.gpu_targets import H200, mosaic_launches
+from experiments.gpu_targets import A10, A100, H200, L4, kernel_launches
 
 PTXAS = """
 ptxas info    : 0 bytes gmem
@@ -54,6 +54,32 @@ def test_the_worst_variant_of_a_kernel_counts():
     assert (kernel.registers, kernel.spilled_bytes, kernel.compile_ms) == (120, 24, 300.5)
 
 
+def test_triton_kernels_go_by_the_names_of_their_launches():
+    text = _printed().replace("sparse_attention_dq_mosaic_gpu_kernel", "pq_encode_kernel")
+    assert [k.name for k in gpu_check.parse_ptxas(text, {"pq_encode": 1})] == ["pq_encode"]
+    line = (
+        "  %triton_kernel_call.0 = u8[8]{0} custom-call(%a), custom_call_target="
+        '"triton_kernel_call_ffi", operand_layout_constraints={}, metadata={op_name='
+        '"jit(_select)/jit(pq_encode)/pq_encode/triton_kernel_call"}'
+    )
+    assert kernel_launches(line) == {"pq_encode": 1}
+
+
+def test_triton_kernels_are_assembled(tmp_path):
+    pytest.importorskip("triton")
+    dump = tmp_path / "1234"
+    dump.mkdir()
+    (dump / "pq_encode_kernel.compile_info").write_text("pq_encode_kernel: shared_mem_bytes: 4736")
+    (dump / "pq_encode_kernel.ptx").write_text(
+        ".version 8.4\n.target sm_80\n.address_size 64\n"
+        ".visible .entry pq_encode_kernel() { ret; }\n"
+    )
+    (kernel,) = gpu_check.assemble_triton(tmp_path, "sm_80")
+    assert (kernel.name, kernel.spilled_bytes, kernel.shared_bytes) == ("pq_encode", 0, 4736)
+    assert kernel.registers > 0
+    assert gpu_check.assemble_triton(tmp_path, "sm_80") == []
+
+
 def test_a_missing_number_is_an_error():
     text = _printed().replace("spill stores", "something else")
     with pytest.raises(ValueError, match="sparse_attention_dq: ptxas printed no"):
@@ -83,7 +109,7 @@ def test_launches_are_counted_in_the_program():
     text += (
         '  %x = f32[] custom-call(%a), custom_call_target="__cublas", metadata={op_name="a/b"}\n'
     )
-    assert mosaic_launches(text) == {"sparse_attention_dq": 2, "pq_encode": 1}
+    assert kernel_launches(text) == {"sparse_attention_dq": 2, "pq_encode": 1}
 
 
 def test_what_is_wrong_is_named():
@@ -94,13 +120,17 @@ def test_what_is_wrong_is_named():
         gpu_check.Report(name="broken", error="ValueError: no"),
     ]
     expected = {"good": ("a", "b*"), "spilling": ("a",), "silent": ("a",), "broken": ("a",)}
-    found = gpu_check.problems(reports, expected, 0)
+    found = gpu_check.problems(reports, expected, 0, 1024)
     assert found == [
         "spilling: a spills 16 bytes, more than the 0 allowed",
         "silent: launches no a; its kernels: none",
         "broken: ValueError: no",
     ]
-    assert gpu_check.problems(reports[:2], expected, 16) == []
+    assert gpu_check.problems(reports[:2], expected, 16, 1024) == []
+    assert gpu_check.problems(reports[:1], expected, 0, 1000) == [
+        f"good: {name} takes 1024 bytes of shared memory, more than the 1000 that there are"
+        for name in "ab"
+    ]
 
 
 def test_growth_is_the_worst_ratio_of_bytes_a_token():
@@ -155,6 +185,20 @@ def test_cases():
     assert (gpu_cases.GROWTH_LENGTHS[0], gpu_cases.GROWTH_LENGTHS[-1]) == (2048, 65536)
 
 
+def test_triton_has_cases_of_its_own():
+    shared, own = gpu_cases.cases(), gpu_cases.cases(implementation="triton")
+    assert shared.keys() < own.keys()
+    assert "sparse_attention_h64_group1" in own.keys() - shared.keys()
+    assert all(shared[name].launches == own[name].launches for name in shared)
+
+
+def test_descriptions_before_hopper():
+    for gpu, architecture in ((A100, "sm_80"), (A10, "sm_86"), (L4, "sm_89"), (H200, "sm_90a")):
+        assert gpu.architecture == architecture
+        assert ("ACCELERATED" in gpu.proto()) == (gpu is H200)
+    assert A10.block_shared_memory_bytes == L4.block_shared_memory_bytes == 101376
+
+
 def test_the_description_of_the_gpu():
     proto = H200.proto()
     assert "cuda_compute_capability { major: 9 minor: 0" in proto
@@ -167,7 +211,7 @@ def compiled(monkeypatch):
     """Replaces the compilers by one that gives every program what it asks for."""
     cases = gpu_cases.cases()
 
-    def compile_all(names, processes, all_lengths, advance):
+    def compile_all(names, processes, advance, gpu, implementation, all_lengths):
         return {
             name: _report(name, cases[name].launches, temp_bytes=1000, peak_bytes=2000)
             for name in names

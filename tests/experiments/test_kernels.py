@@ -123,7 +123,7 @@ def test_methods_of_a_gpu():
         names |= set(comparison.candidates)
         assert set(comparison.density) <= set(comparison.candidates)
         for name, method in methods.items():
-            assert bool(method.mosaic) == (name in comparison.candidates)
+            assert bool(method.kernels) == (name in comparison.candidates)
     assert {
         "routed_ffn_half",
         "block_spt",
@@ -132,6 +132,25 @@ def test_methods_of_a_gpu():
         "parts_s8192_tile_select",
     } <= names
     assert "sparse_attention_s512_token_d8" not in names  # the library takes tiles there
+
+
+def test_triton_runs_beside_the_others():
+    plain, both = (list(f()) for f in (comparisons.gpu_comparisons, comparisons.with_triton))
+    for one, two in zip(plain, both, strict=True):
+        assert two.baselines.keys() == one.baselines.keys()
+        added = two.candidates.keys() - one.candidates.keys()
+        assert added == {f"{name}_triton" for name in one.candidates}
+        assert {name for name in two.density if name in added} == {
+            f"{name}_triton" for name in one.density
+        }
+
+
+def test_triton_needs_a_gpu(tmp_path, monkeypatch, capsys):
+    arguments = ["kernels", "--triton", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit):
+        cli.run(kernels.main)
+    assert "add --device gpu" in capsys.readouterr().err
 
 
 def _method(name, function, **options):

@@ -1,9 +1,12 @@
 """The dispatcher never runs anything but what was asked for."""
 
+import logging
+from unittest import mock
+
 import jax
 import pytest
 
-from pallas_kernels import why_not_mosaic
+from pallas_kernels import devices, dispatch, triton, why_not_mosaic, why_not_triton
 from pallas_kernels.dispatch import call, resolve
 from pallas_kernels.mosaic import interpreted
 
@@ -40,8 +43,81 @@ def test_says_why_not_mosaic():
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="tells of a CPU")
-def test_says_that_the_device_has_no_mosaic():
+def test_says_that_the_device_has_no_kernels(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "the device is cpu" in why_not_mosaic()
+    assert "8.0 or later" in why_not_triton()
+    assert "the device is cpu" in why_not_triton()
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Stands for a GPU of some compute capability, on a machine with or without the packages."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    dispatch._log_xla.cache_clear()
+
+    def stand_for(capability, packages=None):
+        monkeypatch.setattr(devices, "compute_capability", lambda: capability)
+        monkeypatch.setattr(triton, "unfit_packages", lambda *names: packages)
+
+    return stand_for
+
+
+GPU_BACKENDS = {"mosaic": min, "triton": sum, **BACKENDS}
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((8, 0), sum), ((8, 6), sum), ((8, 9), sum), ((7, 5), len), ((9, 0), min), (None, len)],
+)
+def test_the_best_for_a_gpu(gpu, capability, expected):
+    gpu(capability)
+    assert resolve("op", None, GPU_BACKENDS) is expected
+    fits = resolve("op", None, GPU_BACKENDS, {"mosaic": lambda: "no", "triton": lambda: "no"})
+    assert fits is len
+
+
+@pytest.mark.parametrize(
+    ("capability", "packages", "reason"),
+    [((7, 5), None, "of compute capability 7.5"), ((8, 0), "it needs triton", "it needs triton")],
+)
+def test_says_once_that_an_older_gpu_gets_xla(gpu, caplog, capability, packages, reason):
+    gpu(capability, packages)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert resolve("op", None, GPU_BACKENDS) is len
+            assert resolve("another", None, GPU_BACKENDS) is len
+    (record,) = caplog.records
+    assert reason in record.getMessage()
+    with pytest.raises(NotImplementedError, match=f"op: .*'triton' cannot run: .*{reason}"):
+        resolve("op", "triton", GPU_BACKENDS)
+
+
+def test_newer_gpus_run_triton_if_asked(gpu):
+    gpu((9, 0))
+    assert resolve("op", "triton", GPU_BACKENDS) is sum
+    assert why_not_triton() is None
+    assert "got int32" in why_not_triton("int32")
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (None, "needs triton 3.7 or later, before 3.10, which is not installed: pip install"),
+        ("3.6.0", "and found 3.6.0: pip install 'jax-triton>=0.4.1,<0.5' 'triton>=3.7,<3.10'"),
+        ("3.10.0", "and found 3.10.0"),
+        ("3.9.0", None),
+        ("3.7", None),
+    ],
+)
+def test_says_which_packages_to_install(version, message):
+    triton.unfit_packages.cache_clear()
+    error = triton.importlib.metadata.PackageNotFoundError
+    found = {"return_value": version} if version else {"side_effect": error}
+    with mock.patch.object(triton.importlib.metadata, "version", **found):
+        reason = triton.unfit_packages("triton")
+    triton.unfit_packages.cache_clear()
+    assert reason is message or message in reason
 
 
 def test_layers_share_a_trace():

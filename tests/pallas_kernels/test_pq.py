@@ -334,8 +334,6 @@ def test_errors_name_the_value():
         pick(granularity="tile", key_group=0)
     with pytest.raises(ValueError, match=r"each of the 1 key heads, got shape \(2,\)"):
         pick(granularity="tile", score_unit=jnp.ones(2))
-    with pytest.raises(NotImplementedError, match="'triton' is not available"):
-        pick(implementation="triton")
     with pytest.raises(ValueError, match="3 heads are not a multiple of the 2"):
         pq_encode(jnp.zeros((1, 4, 3, 6)), books)
     with pytest.raises(ValueError, match="do not cover the head width 8"):

@@ -13,7 +13,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 from pallas_kernels import mosaic as m
 from pallas_kernels import pq_encode, pq_select, scoring_codewords
-from pallas_kernels.pq import mosaic, reference
+from pallas_kernels.pq import mosaic, reference, selection
 
 
 def interpret(function, *args):
@@ -183,7 +183,7 @@ def test_rings_shorter_than_the_row_and_heads_in_chunks():
     with (
         mock.patch.object(mosaic, "token_threshold_config", return_value=config),
         mock.patch.object(mosaic, "tile_threshold_config", return_value=config),
-        mock.patch.object(mosaic, "CHUNK_BYTES", 1),
+        mock.patch.object(selection, "CHUNK_BYTES", 1),
     ):
         for granularity, each in (
             ("token", dataclasses.replace(case, heads=1, kv_heads=1)),
@@ -227,7 +227,7 @@ def test_every_kernel_is_launched_once():
 
 def test_codeword_rows_are_the_codewords_side_by_side():
     (codes, _, codewords, _), _, _ = inputs(Select(5, heads=4, kv_heads=2))
-    rows = np.asarray(mosaic.codeword_rows(codes, codewords, jnp.bfloat16), np.float32)
+    rows = np.asarray(selection.codeword_rows(codes, codewords, jnp.bfloat16), np.float32)
     assert rows.shape == (1, 5, 4, 32)
     expected = np.moveaxis(reference.decode(codes, codewords), 1, 2)
     np.testing.assert_array_equal(rows[..., :6], expected)

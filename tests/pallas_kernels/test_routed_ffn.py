@@ -378,11 +378,6 @@ def test_errors(name):
         routed_ffn(**call)
 
 
-def test_missing_backend():
-    with pytest.raises(NotImplementedError, match="routed_ffn: implementation 'triton'"):
-        routed_ffn(**wrong(implementation="triton"))
-
-
 def test_tolerance_grows_with_the_reduction():
     assert tolerance("float32", 100) == 10 * tolerance("float32")
     with pytest.raises(AssertionError, match="apart"):

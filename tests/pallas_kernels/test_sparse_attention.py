@@ -282,5 +282,3 @@ def test_errors_name_the_value():
     for selection in (token, tile):
         with pytest.raises(ValueError, match="the selection was made for"):
             sparse_attention(q[:, :9], k[:, :9], v[:, :9], selection)
-    with pytest.raises(NotImplementedError, match="'triton' is not available"):
-        sparse_attention(q, k, v, token, implementation="triton")
