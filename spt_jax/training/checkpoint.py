@@ -1,7 +1,8 @@
 """Checkpoints of what trains, written by Orbax in the background.
 
 A checkpoint holds two items: `state`, the arrays, and `record`, a JSON object with the progress of
-the run, the identity of the run (base weights, data, configuration) and a digest of the arrays.
+the run, the identity of the run (base weights, data, configuration) and a digest of the arrays and
+of the progress.
 Kept are the last two and the best one.
 """
 
@@ -24,9 +25,12 @@ _KEPT = 2
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _T = TypeVar("_T")
 
-# Orbax narrates each save at levels up to WARNING
+# Orbax narrates each save at levels up to WARNING, and logs the tracebacks of errors that it raises
 logging.getLogger("absl").addFilter(
-    lambda record: "orbax" not in record.pathname or record.levelno >= logging.ERROR
+    lambda record: (
+        "orbax" not in record.pathname
+        or (record.levelno >= logging.ERROR and not record.exc_info)
+    )
 )
 
 
@@ -131,7 +135,7 @@ class Checkpoints:
         record = {
             "identity": self._identity,
             "progress": progress,
-            "digest": weights_fingerprint(arrays),
+            "digest": _digest(arrays, progress),
         }
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)
@@ -198,8 +202,8 @@ class Checkpoints:
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
         )["state"]
         arrays = {name: np.asarray(array) for name, array in arrays.items()}
-        if weights_fingerprint(arrays) != record["digest"]:
-            raise ValueError("its arrays differ from the digest written with them")
+        if _digest(arrays, record["progress"]) != record["digest"]:
+            raise ValueError("its arrays or progress differ from the digest written with them")
         leaves = [
             jax.random.wrap_key_data(arrays[name], impl=jax.random.key_impl(x))
             if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
@@ -255,6 +259,11 @@ class _LastAndBest(ocp.checkpoint_managers.PreservationPolicy):
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         last = {info.step for info in checkpoints[-_KEPT:]}
         return [info.step in last or info.step == self._owner._best for info in checkpoints]
+
+
+def _digest(arrays: Mapping[str, np.ndarray], progress: Mapping[str, Any]) -> str:
+    text = json.dumps(progress, sort_keys=True).encode()
+    return weights_fingerprint({"arrays": arrays, "progress": np.frombuffer(text, np.uint8)})
 
 
 def _named(tree: Any) -> dict[str, Any]:
