@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
+
+import tyro
 
 from spt_jax.training import CheckpointError, Interrupted, NonFiniteLoss
 
 #: Set to anything to see the traceback of an error that is reported in one line.
 TRACEBACK_VARIABLE = "SPT_JAX_TRACEBACK"
+
+_T = TypeVar("_T")
+
+
+def parse(options: type[_T], module: str, description: str | None) -> _T:
+    """The options of the command line.
+
+    Args:
+        options: their dataclass.
+        module: such as "experiments.glue".
+        description: what --help shows above them.
+
+    Raises:
+        ValueError: an option is unknown, lacks its value, or has a wrong one.
+    """
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            return tyro.cli(options, prog=module, description=description)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+    # a box, in ASCII off a terminal: title, rule, what is wrong, another rule or an empty line
+    lines = [line.strip(" |│╭╮╰╯+") for line in shown.getvalue().splitlines()]
+    parts = re.split(r"\n[-─]{5,}\n", "\n".join(line for line in lines))
+    what = " ".join(parts[min(1, len(parts) - 1)].strip().split("\n\n")[0].split())
+    raise ValueError(f"{what.rstrip('.')}; python -m {module} --help lists the options")
 
 
 def distinct_names(text: str) -> tuple[str, ...]:
@@ -52,6 +84,7 @@ def run(main: Callable[[], None]) -> None:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("spt_jax").setLevel(logging.INFO)
+    sys.unraisablehook = _unraisable
     try:
         main()
     except Interrupted as error:
@@ -62,6 +95,12 @@ def run(main: Callable[[], None]) -> None:
         _exit(error, 2)
     except KeyboardInterrupt as error:
         _exit(error, 130)
+
+
+def _unraisable(unraisable: Any) -> None:
+    """Keep silent on what comes too late for Orbax, which gave up a checkpoint on a full disk."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _exit(error: BaseException, code: int) -> None:

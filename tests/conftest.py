@@ -51,6 +51,8 @@ def _unmet(config: pytest.Config) -> dict[str, str]:
         reasons["data"] = "no --data-dir"
     if not config.getoption("--slow"):
         reasons["slow"] = "no --slow"
+    if not config.getoption("--full"):
+        reasons["full"] = "no --full"
     return reasons
 
 

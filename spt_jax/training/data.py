@@ -112,6 +112,7 @@ def tokenize(
     multiple_of: int = 16,
     pad_to_max_length: bool = False,
     pad_id: int | None = None,
+    vocab_size: int | None = None,
 ) -> Examples:
     """Tokenize a split in one call.
 
@@ -126,10 +127,11 @@ def tokenize(
             example, or `max_length` if that is smaller.
         pad_to_max_length: take `max_length` as the sequence length whatever the examples.
         pad_id: id that fills rows up where the tokenizer has no padding token.
+        vocab_size: token ids must be below it.
 
     Raises:
-        ValueError: no example, columns of different lengths, or `max_length` above the
-            positions of the model.
+        ValueError: no example, columns of different lengths, `max_length` above the positions of
+            the model, or ids outside its vocabulary.
     """
     if max_length < 1 or multiple_of < 1:
         raise ValueError(
@@ -174,6 +176,11 @@ def tokenize(
     token_type_ids = np.zeros(inside.shape, np.int32)
     input_ids[inside] = np.concatenate([encoding.ids for encoding in encodings])
     token_type_ids[inside] = np.concatenate([encoding.type_ids for encoding in encodings])
+    if vocab_size is not None and (highest := int(input_ids.max())) >= vocab_size:
+        raise ValueError(
+            f"{name}: token id {highest} is outside the model's vocabulary of {vocab_size}; use "
+            "the tokenizer that belongs to the model"
+        )
     columns = {
         "input_ids": input_ids,
         "attention_mask": inside.astype(np.int32),

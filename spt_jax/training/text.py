@@ -326,6 +326,10 @@ def _record(line: str, where: str) -> dict[str, Any]:
         raise ValueError(
             f"{where} is not JSON: {error.msg} at column {error.colno}; write one object a line"
         ) from None
+    except RecursionError:
+        raise ValueError(
+            f"{where} is not JSON that can be read: nested too deeply; write one object a line"
+        ) from None
     if not isinstance(record, dict):
         raise ValueError(f"{where}: an object is needed, got {line.strip()[:40]}")
     if ("text" in record) == ("messages" in record):

@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ from tests.spt_jax.training.test_checkpoint import raw, reopen, state_of, write
 
 pytestmark = pytest.mark.timeout(3000)
 
-KILLS = {"random": (2, 14), "write": (1, 6)}  # in short, in full
+KILLS = {"random": (1, 14), "write": (1, 6)}  # in short, in full
 
 
 @pytest.fixture(scope="module")
@@ -147,27 +148,33 @@ def test_sigkill_amid_a_write(straight, full, tmp_path, capsys, record):
 def test_sigterm(straight, full, seed, tmp_path, capsys, record):
     expected, seconds = straight
     rng = random.Random(seed)
-    count = 3 if full else 1
-    for number in range(count):
+    stopped = []
+    for number in range(9 if full else 3):
         run = expected.elsewhere(tmp_path / f"run-{number}")
-        delay = rng.uniform(0, 0.7 * seconds)
+        delay = rng.uniform(0, 0.5 * seconds)
 
         def act(process: Process, delay: float = delay) -> None:
             time.sleep(delay)
             process.send(signal.SIGTERM)
 
         code, errors = strike(run, act)
+        if f"evaluation at step {STEPS}" in errors and code != 128 + signal.SIGTERM:
+            continue  # the signal came too late
         assert code == 128 + signal.SIGTERM, (errors, f"seed {seed}, after {delay:.3f} s")
         said = message(errors)
         step = max(run.completed())
         assert f"stopped by SIGTERM at step {step} of {STEPS}" in said  # no step is lost
         resume(run, capsys, expected)
+        stopped.append(step)
+        if len(stopped) == (3 if full else 1):
+            break
+    assert stopped, "runs end before they can be stopped"
     record(
         "faults",
         fault=f"SIGTERM at random moments (seed {seed})",
-        times=count,
-        ended=f"exit code {code}",
-        resumed="from the step at which the signal came; no step is lost",
+        times=len(stopped),
+        ended=f"exit code {128 + signal.SIGTERM}",
+        resumed=f"from the step at which it came ({', '.join(map(str, stopped))}): none is lost",
         message=shown(said, run),
     )
 
@@ -272,6 +279,7 @@ def full_for(process: Process) -> None:
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
 
 
+@pytest.mark.full
 def test_file_size_limit(straight, tmp_path, capsys, record):
     expected, _ = straight
     run = expected.elsewhere(tmp_path / "run")
@@ -335,8 +343,18 @@ def test_vanishing_data(straight, tmp_path, capsys, record):
     expected, _ = straight
     shutil.copytree(expected.data, tmp_path / "data")
     run = Run(expected.model, tmp_path / "data", tmp_path / "run", expected.environment)
-    code, errors = strike(run, lambda _: run.data.rename(tmp_path / "gone"))
+
+    def vanish() -> None:
+        while not run.completed():
+            time.sleep(1e-3)
+        run.data.rename(tmp_path / "gone")
+
+    watch = threading.Thread(target=vanish, daemon=True)
+    watch.start()
+    code, errors = run.finish(capsys)
+    watch.join()
     assert code == 0, errors  # all of it was read before the first step
+    assert not run.data.exists()
     assert run.outcome() == expected.outcome()
     (run.out / "metrics.json").unlink()
     shutil.rmtree(run.checkpoints / str(STEPS))
@@ -348,29 +366,10 @@ def test_vanishing_data(straight, tmp_path, capsys, record):
     resume(run, capsys, expected)
     record(
         "faults",
-        fault="data directory gone in mid-run, and at the resumption",
-        times=2,
+        fault="data directory gone in mid-run, and still at a resumption",
+        times=1,
         ended=f"not at all; at the resumption exit code {code}",
         resumed="from the newest checkpoint, once the data was back",
-        message=shown(said, run),
-    )
-
-
-def test_vanishing_results(straight, tmp_path, capsys, record):
-    expected, _ = straight
-    run = expected.elsewhere(tmp_path / "run")
-    code, errors = strike(run, lambda _: run.out.rename(tmp_path / "moved"))
-    assert code == 2, errors
-    said = message(errors)
-    moved = expected.elsewhere(tmp_path / "moved")
-    shutil.rmtree(run.out, ignore_errors=True)
-    resume(moved, capsys, expected)
-    record(
-        "faults",
-        fault="folder of the results moved away in mid-run",
-        times=1,
-        ended=f"exit code {code}",
-        resumed="from the newest checkpoint, in the folder's new place",
         message=shown(said, run),
     )
 
