@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -17,6 +18,17 @@ from spt_jax.training import CheckpointError, Interrupted, NonFiniteLoss
 
 #: Set to anything to see the traceback of an error that is reported in one line.
 TRACEBACK_VARIABLE = "SPT_JAX_TRACEBACK"
+
+#: What errors of the operating system say of a file.
+_REMEDIES = {
+    errno.ENOENT: "does not exist; check the path",
+    errno.EEXIST: "is a file; choose another directory",
+    errno.ENOTDIR: "lies below a file; choose another directory",
+    errno.EISDIR: "is a directory; give a file",
+    errno.EACCES: "is not accessible; choose another, or change its permissions",
+    errno.EROFS: "cannot be written, its disk is read-only; choose another directory",
+    errno.ENOSPC: "cannot be written, its disk is full; make room, then go on with --resume",
+}
 
 _T = TypeVar("_T")
 
@@ -97,6 +109,13 @@ def run(main: Callable[[], None]) -> None:
         _exit(error, 130)
 
 
+def _said(error: BaseException) -> str:
+    """What an error says; of one of the operating system's, the file and a remedy."""
+    if isinstance(error, OSError) and error.filename is not None and error.errno in _REMEDIES:
+        return f"{error.filename} {_REMEDIES[error.errno]}"
+    return str(error)
+
+
 def _unraisable(unraisable: Any) -> None:
     """Keep silent on what comes too late for Orbax, which gave up a checkpoint on a full disk."""
     if str(unraisable.exc_value) != "Event loop is closed":
@@ -106,6 +125,6 @@ def _unraisable(unraisable: Any) -> None:
 def _exit(error: BaseException, code: int) -> None:
     if os.environ.get(TRACEBACK_VARIABLE):
         raise error
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = " ".join(_said(error).split()) or type(error).__name__
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from spt_jax.training.data import check_labels
+from spt_jax.training.data import check_labels, decode_text
 
 _DOWNLOAD_HOST = "https://dl.fbaipublicfiles.com/"
 _VALIDATION = MappingProxyType({"": "validation"})
@@ -130,6 +130,9 @@ def read_split(task: GlueTask, split: str, data_dir: str | os.PathLike[str] | No
     for column in (*task.columns, "label"):
         if column not in examples[0]:
             raise ValueError(f"{name}: no column {column!r}; it has {', '.join(examples[0])}")
+    for index, example in enumerate(examples):
+        if None in example.values():  # what TFDS makes of a record without bytes
+            raise ValueError(f"{name}: example {index} has no content; {remedy}")
     labels = check_labels(
         [example["label"] for example in examples],
         name=name,
@@ -137,19 +140,10 @@ def read_split(task: GlueTask, split: str, data_dir: str | os.PathLike[str] | No
         score_range=task.score_range,
     )
     texts = [
-        [_decoded(x[column], f"{name}: {column} of example {i}") for i, x in enumerate(examples)]
+        [decode_text(x[column], f"{name}: {column} of example {i}") for i, x in enumerate(examples)]
         for column in task.columns
     ]
     return Split(name, texts, labels)
-
-
-def _decoded(text: bytes, where: str) -> str:
-    try:
-        return text.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where} is not UTF-8 at byte {error.start}; convert the texts and prepare it again"
-        ) from None
 
 
 def _builder(task: GlueTask, data_dir: str | os.PathLike[str] | None) -> Any:

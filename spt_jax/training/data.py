@@ -101,6 +101,26 @@ def check_labels(
     return array.astype(np.float32 if num_labels is None else np.int32)
 
 
+def decode_text(text: bytes | None, where: str) -> str:
+    """The text of a data set's feature.
+
+    Args:
+        text: its bytes; None where a damaged file has none.
+        where: what messages call it.
+
+    Raises:
+        ValueError: there is no text, or it is not UTF-8.
+    """
+    if text is None:
+        raise ValueError(f"{where} has no content: a file is damaged; prepare the data set again")
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where} is not UTF-8 at byte {error.start}; convert it and prepare the data set again"
+        ) from None
+
+
 def tokenize(
     texts: Sequence[Sequence[str]],
     labels: np.ndarray,

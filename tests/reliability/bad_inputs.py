@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import itertools
 import json
 import os
 import resource
@@ -18,17 +17,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 import spt_jax
-from experiments import cli, glue, mmlu, profile, wikitext
+from experiments import cli, glue, mmlu, wikitext
 from experiments.glue_tasks import TASKS, GlueTask
 from pallas_kernels import (
     RoutedFFNWeights,
@@ -545,7 +541,7 @@ OPTIONS = {
         ("active_blocks must lie in 1..num_blocks, got 5 of 4",),
     ),
     "blocks that do not divide the FFN": (
-        option(num_blocks=7),
+        option(num_blocks=7, method="spt"),
         ("48 hidden units do not split into num_blocks=7",),
     ),
     "length above the model's positions": (
@@ -554,7 +550,7 @@ OPTIONS = {
     ),
     "results in a file": (
         lambda folder: ((folder / "file").write_text(""), command(glue, folder, out=folder / "file")),
-        ("file",),
+        ("/file", "is a file", "choose another directory"),
     ),
     "text from two places": (
         option(wikitext, text_file="a", dataset="b"),
@@ -564,7 +560,7 @@ OPTIONS = {
         option(resume=True, overwrite=True),
         ("--resume", "--overwrite", "not both"),
     ),
-    "no such text file": (option(wikitext, text_file="nowhere.txt"), ("nowhere.txt",)),
+    "no such text file": (option(wikitext, text_file="nowhere.txt"), ("nowhere.txt does not exist", "check the path")),
     "encoder for a causal language model": (
         option(wikitext, model=GOLDEN / "bert"),
         ("bert encoder, not a causal language model",),
@@ -581,7 +577,7 @@ OPTIONS = {
         ),
         ("'alchemy'", "holds astronomy"),
     ),
-    "unknown model to profile": (option(profile, model="nowhere/"), ("nowhere/",)),
+    "required option missing": (option(mmlu, data_dir="x"), ("--model", "--help")),
 }
 
 
@@ -787,7 +783,7 @@ def attempt(case: BadInput, folder: Path) -> dict[str, Any]:
     errors = io.StringIO()
     folder.mkdir(parents=True)
     clear_peak()
-    began = time.monotonic()
+    began, cpu_began = time.monotonic(), time.process_time()
     code = 0
     with limits(), contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
         try:
@@ -797,8 +793,14 @@ def attempt(case: BadInput, folder: Path) -> dict[str, Any]:
         except BaseException as error:
             errors.write(f"Traceback: {type(error).__name__}: {error}")
             code = 1
-    seconds = time.monotonic() - began
-    found = {"code": code, "errors": errors.getvalue(), "s": seconds, "bytes": peak_bytes()}
+    found = {
+        "code": code,
+        "errors": errors.getvalue(),
+        "s": time.monotonic() - began,
+        "cpu_s": time.process_time() - cpu_began,
+        "bytes": peak_bytes(),
+        "folder": str(folder.parent),
+    }
     shutil.rmtree(folder, ignore_errors=True)
     return {"area": case.area, "kind": case.kind} | found
 
