@@ -46,7 +46,7 @@ test: $(STAMP)
 
 test-faults: REPORT ?= docs/results/reliability.md
 test-faults: $(STAMP)
-	$(PYTHON) -m pytest tests/reliability --full --report $(REPORT) $(PYTEST_ARGS)
+	$(PYTHON) -m pytest tests/reliability -n auto --dist loadfile --full --report $(REPORT) $(PYTEST_ARGS)
 
 # On a GPU, PYTHON=... names an interpreter that has the packages and JAX for the GPU.
 test-gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(STAMP))

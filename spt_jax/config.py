@@ -335,7 +335,9 @@ class TrainConfig:
             ("epochs", self.epochs, MOST_EPOCHS),
             ("seed", self.seed, MOST_SEED),
         ):
-            _require(value is None or not value > most, f"{name} must be at most {most}, got {value}")
+            _require(
+                value is None or not value > most, f"{name} must be at most {most}, got {value}"
+            )
         _require(
             self.batch_size % self.accumulation == 0,
             f"accumulation must divide batch_size: {self.batch_size} examples do not cut into "

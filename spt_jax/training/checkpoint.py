@@ -28,8 +28,7 @@ _T = TypeVar("_T")
 # Orbax narrates each save at levels up to WARNING, and logs the tracebacks of errors that it raises
 logging.getLogger("absl").addFilter(
     lambda record: (
-        "orbax" not in record.pathname
-        or (record.levelno >= logging.ERROR and not record.exc_info)
+        "orbax" not in record.pathname or (record.levelno >= logging.ERROR and not record.exc_info)
     )
 )
 

@@ -216,7 +216,10 @@ CHECKPOINTS = {
     "shard missing": (with_index(in_map("model-9.safetensors")), ("model-9", "does not exist")),
     "index nested 200,000 deep": (with_index(lambda *_: NESTED), ("is no index", "weight_map")),
     "config.json missing": (
-        lambda folder: ((edited(folder / "model") / "config.json").unlink(), load(folder / "model")),
+        lambda folder: (
+            (edited(folder / "model") / "config.json").unlink(),
+            load(folder / "model"),
+        ),
         ("has no config.json", "give the directory"),
     ),
     "config.json that is no JSON": (with_config(text="{"), ("not valid JSON",)),
@@ -549,7 +552,10 @@ OPTIONS = {
         ("max_length 65", "64 positions", "choose at most 64"),
     ),
     "results in a file": (
-        lambda folder: ((folder / "file").write_text(""), command(glue, folder, out=folder / "file")),
+        lambda folder: (
+            (folder / "file").write_text(""),
+            command(glue, folder, out=folder / "file"),
+        ),
         ("/file", "is a file", "choose another directory"),
     ),
     "text from two places": (
@@ -560,7 +566,10 @@ OPTIONS = {
         option(resume=True, overwrite=True),
         ("--resume", "--overwrite", "not both"),
     ),
-    "no such text file": (option(wikitext, text_file="nowhere.txt"), ("nowhere.txt does not exist", "check the path")),
+    "no such text file": (
+        option(wikitext, text_file="nowhere.txt"),
+        ("nowhere.txt does not exist", "check the path"),
+    ),
     "encoder for a causal language model": (
         option(wikitext, model=GOLDEN / "bert"),
         ("bert encoder, not a causal language model",),
@@ -641,7 +650,9 @@ ARGUMENTS = {
         ("needs input_ids; it has ['ids']",),
     ),
     "adapted to padding alone": (
-        adapted(batch={"input_ids": np.ones((4, 16), np.int32), "attention_mask": np.zeros((4, 16))}),
+        adapted(
+            batch={"input_ids": np.ones((4, 16), np.int32), "attention_mask": np.zeros((4, 16))}
+        ),
         ("calibration batch has 0 tokens", "give a larger batch"),
     ),
     "adapted to tokens out of the vocabulary": (
@@ -744,7 +755,7 @@ CASES = [
 MODEL = Path()
 
 
-def TOKENIZER() -> Any:  # noqa: N802
+def TOKENIZER() -> Any:
     return spt_jax.load_tokenizer(MODEL)
 
 

@@ -33,18 +33,18 @@ TABLES = {
     "faults": Table(
         "Faults",
         ("fault", "times", "ended", "resumed", "message"),
-        "Each strikes `experiments.glue`, which fine-tunes a tiny encoder with SPT for 48 steps and "
-        "writes a checkpoint every 6. Every run was then resumed, and ended in the figures and, bit "
-        "for bit, the parameters and optimizer state of a run that nothing struck: nothing up to "
-        "the last whole checkpoint was lost. OUT is the folder of the results, DATA that of the "
-        "data.",
+        "Each strikes `experiments.glue`, which fine-tunes a tiny encoder with SPT for 48 steps "
+        "and writes a checkpoint every 6. Every run was then resumed, and ended in the figures "
+        "and, bit for bit, the parameters and optimizer state of a run that nothing struck: "
+        "nothing up to the last whole checkpoint was lost. OUT is the folder of the results, DATA "
+        "that of the data.",
     ),
     "bad_input": Table(
         "Bad input",
         ("area", "kind", "message", "s", "MB"),
-        "Tried one after the other in one process. Each ends in exit code 2 and one line, within 10 "
-        "seconds and 2 GB: `s` is the time, `MB` the most memory that the process held meanwhile, "
-        "JAX's own included.",
+        "Tried one after the other in one process. Each ends in exit code 2 and one line, within "
+        "10 seconds and 2 GB: `s` is the time, `MB` the most memory that the process held "
+        "meanwhile, JAX's own included.",
     ),
     "commands": Table(
         "Bad input at the command line",
@@ -54,17 +54,18 @@ TABLES = {
     "properties": Table(
         "Properties of the ops",
         ("op", "examples", "compared", "programs", "types", "failures"),
-        "Random shapes, types and options are drawn once and compiled (`programs`); hypothesis then "
-        "draws masks, segments and values for them (`examples`, all different). In every example "
-        "output and gradients are finite, and zero on masked rows; where values are neither tiny nor "
-        "large (`compared`) they equal the float32 reference within the tolerance of their type, "
-        "and selections and codes bit for bit.",
+        "Random shapes, types and options are drawn once and compiled (`programs`); hypothesis "
+        "then draws masks, segments and values for them (`examples`, all different). In every "
+        "example output and gradients are finite, and zero on masked rows; where values are "
+        "neither tiny nor large (`compared`) they equal the float32 reference within the "
+        "tolerance of their type. Selections equal it bit for bit, and codes where distances are "
+        "exact; elsewhere a code's distance is the least within rounding.",
     ),
     "memory": Table(
         "Memory of a long run",
         ("steps", "checkpoints", "resident", "growth", "arrays", "objects"),
-        "Growth from the second quarter of the run to the last: of resident memory, of JAX's arrays, "
-        "and of Python's objects.",
+        "Growth from the second quarter of the run to the last: of resident memory, of JAX's "
+        "arrays, and of Python's objects.",
     ),
 }
 

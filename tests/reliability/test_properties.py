@@ -1,5 +1,5 @@
-"""The four ops on random shapes, masks, types and values: finite, equal to the reference, zero where
-nothing is seen, and their gradients too.
+"""The four ops on random shapes, masks, types and values: finite, equal to the reference, zero on
+masked rows, and their gradients too.
 
 Compiling a program takes a thousand times as long as running it. So shapes, types and options come
 from a list of programs, drawn at random once, and hypothesis draws a program, masks and values.
@@ -312,9 +312,7 @@ def test_pq_select(full, record):
         assert not np.asarray(gradient).any()
         valid = program.valid(masks)[:, None]
         kept = np.asarray(kept) & valid
-        np.testing.assert_array_equal(
-            kept.any(-1), np.broadcast_to(valid.any(-1), kept.shape[:-1])
-        )
+        np.testing.assert_array_equal(kept.any(-1), np.broadcast_to(valid.any(-1), kept.shape[:-1]))
         if isinstance(found, TokenSelection):
             most = np.minimum(program.num_keys, valid.sum(-1))
             np.testing.assert_array_equal(kept.sum(-1), np.broadcast_to(most, kept.shape[:-1]))
@@ -494,9 +492,7 @@ def test_routed_ffn(full, record):
         _finite(found)
         y, (dx, *_) = found
         bias = 0 if arguments[2].b_out is None else arguments[2].b_out
-        np.testing.assert_array_equal(
-            np.asarray(y - bias, np.float32)[hidden], 0
-        )
+        np.testing.assert_array_equal(np.asarray(y - bias, np.float32)[hidden], 0)
         assert not np.asarray(dx, np.float32)[hidden].any()
         if draw.values not in NOT_COMPARED:
             terms = max(program.tokens, program.width, program.blocks * program.units)
