@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 import tyro
 
@@ -30,10 +30,8 @@ _REMEDIES = {
     errno.ENOSPC: "cannot be written, its disk is full; make room, then go on with --resume",
 }
 
-_T = TypeVar("_T")
 
-
-def parse(options: type[_T], module: str, description: str | None) -> _T:
+def parse[T](options: type[T], module: str, description: str | None) -> T:
     """The options of the command line.
 
     Args:
@@ -51,10 +49,10 @@ def parse(options: type[_T], module: str, description: str | None) -> _T:
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-    # a box, in ASCII off a terminal: title, rule, what is wrong, another rule or an empty line
-    lines = [line.strip(" |│╭╮╰╯+") for line in shown.getvalue().splitlines()]
-    parts = re.split(r"\n[-─]{5,}\n", "\n".join(line for line in lines))
-    what = " ".join(parts[min(1, len(parts) - 1)].strip().split("\n\n")[0].split())
+    # a title, a rule, what is wrong, and then another rule or an empty line
+    text = "\n".join(line.strip(" |") for line in shown.getvalue().splitlines()).strip()
+    parts = re.split(r"\n-{5,}\n", text)
+    what = " ".join(parts[min(1, len(parts) - 1)].split("\n\n")[0].split())
     raise ValueError(f"{what.rstrip('.')}; python -m {module} --help lists the options")
 
 

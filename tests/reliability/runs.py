@@ -1,4 +1,4 @@
-"""A small run of `experiments.glue`, to be struck by faults as a process and resumed in this one."""
+"""A small run of `experiments.glue`, struck by faults as a process and resumed in this one."""
 
 from __future__ import annotations
 
