@@ -49,9 +49,11 @@ def parse[T](options: type[T], module: str, description: str | None) -> T:
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-    # a title, a rule, what is wrong, and then another rule or an empty line
-    text = "\n".join(line.strip(" |") for line in shown.getvalue().splitlines()).strip()
-    parts = re.split(r"\n-{5,}\n", text)
+    # a title with a rule, what is wrong, and another rule or an empty line; on a terminal in colour
+    # and in a frame
+    plain = re.sub(r"\x1b\[[\d;]*m", "", shown.getvalue())
+    text = "\n".join(line.strip(" |│╭╮╰╯") for line in plain.splitlines())
+    parts = [part.strip() for part in re.split(r"^.*[-─]{5,}$", text, flags=re.MULTILINE)]
     what = " ".join(parts[min(1, len(parts) - 1)].split("\n\n")[0].split())
     raise ValueError(f"{what.rstrip('.')}; python -m {module} --help lists the options")
 
