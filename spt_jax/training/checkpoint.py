@@ -135,7 +135,7 @@ class Checkpoints:
             "identity": self._identity,
             "progress": progress,
             "digest": weights_fingerprint(arrays),
-            "progress_digest": _json_digest(progress),
+            "record_digest": _json_digest([self._identity, progress]),
         }
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)
@@ -197,9 +197,9 @@ class Checkpoints:
         record = self._manager.restore(
             step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
         )["record"]
-        digest = record.get("progress_digest")  # checkpoints had none at first
-        if digest is not None and digest != _json_digest(record["progress"]):
-            raise ValueError("its progress differs from the digest written with it")
+        digest = record.get("record_digest")  # checkpoints had none at first
+        if digest is not None and digest != _json_digest([record["identity"], record["progress"]]):
+            raise ValueError("its record differs from the digest written with it")
         self._check_identity(step, record["identity"])
         arrays = self._manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes))

@@ -776,11 +776,11 @@ def limits() -> Iterator[None]:
     mapped = 1024 * int(text.partition("VmSize:")[2].split()[0])
 
     def ring(*_: object) -> None:
-        raise TimeoutError(f"over {3 * LIMIT_S} s")
+        raise TimeoutError(f"over {12 * LIMIT_S} s")
 
     before = resource.getrlimit(resource.RLIMIT_AS)
     signal.signal(signal.SIGALRM, ring)
-    signal.alarm(3 * LIMIT_S)
+    signal.alarm(12 * LIMIT_S)
     resource.setrlimit(resource.RLIMIT_AS, (mapped + LIMIT_BYTES, before[1]))
     try:
         yield

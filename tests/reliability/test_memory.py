@@ -85,7 +85,7 @@ def test_memory_does_not_grow(keeping, full, tmp_path, record):
         if message.startswith("step "):
             samples.append(sample())
             if keeping:
-                kept.append((jax.numpy.ones(1000), np.ones(1 << 17), [[] for _ in range(1000)]))
+                kept.append((jax.numpy.ones(1000), np.ones(1 << 19), [[] for _ in range(1000)]))
 
     run(steps, tmp_path, log)
     assert len(samples) == steps // EVERY
