@@ -1,5 +1,6 @@
 # make glue       fine-tune a pretrained encoder with SPT and with LoRA; ends in a table
 # make test       the test suite
+# make test-faults  faults, bad input and properties in full; writes docs/results/reliability.md
 # make docs       build the documentation, strictly, into build/site
 # make notebooks  run the notebooks offline on small inputs, and keep their outputs
 # make gpu-check  compile the GPU kernels for an H200, or GPU=A100, A10 or L4, that need not be there;
@@ -26,7 +27,7 @@ PYTEST_ARGS ?=
 GPU_PACKAGES := jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm \
     nvidia-cudnn-cu13 jax-triton triton
 
-.PHONY: setup glue test test-gpu bench-gpu gpu-check gpu-check-setup notebooks docs lint clean
+.PHONY: setup glue test test-faults test-gpu bench-gpu gpu-check gpu-check-setup notebooks docs lint clean
 
 setup: $(STAMP)
 
@@ -43,6 +44,10 @@ glue: $(STAMP)
 
 test: $(STAMP)
 	$(PYTHON) -m pytest -n auto --dist loadfile $(if $(DATA_DIR),--data-dir=$(DATA_DIR)) $(PYTEST_ARGS)
+
+test-faults: REPORT ?= docs/results/reliability.md
+test-faults: $(STAMP)
+	$(PYTHON) -m pytest tests/reliability -n auto --dist loadfile --full --report $(REPORT) $(PYTEST_ARGS)
 
 # On a GPU, PYTHON=... names an interpreter that has the packages and JAX for the GPU.
 test-gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(STAMP))

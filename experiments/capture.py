@@ -31,7 +31,6 @@ from typing import Any, Literal
 import jax
 import matplotlib
 import numpy as np
-import tyro
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
@@ -419,7 +418,7 @@ def plot_ffn(path: Path, found: FFNErrors) -> None:
 
 def main() -> None:
     """Run the experiment."""
-    options = tyro.cli(Options, prog="experiments.capture", description=__doc__)
+    options = cli.parse(Options, "experiments.capture", __doc__)
     options.check()
     options.out.mkdir(parents=True, exist_ok=True)  # fails now, not at the end of a long run
     config = read_config(find_files(options.model, files=("config.json",)))

@@ -2,16 +2,60 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
+
+import tyro
 
 from spt_jax.training import CheckpointError, Interrupted, NonFiniteLoss
 
 #: Set to anything to see the traceback of an error that is reported in one line.
 TRACEBACK_VARIABLE = "SPT_JAX_TRACEBACK"
+
+#: What errors of the operating system say of a file.
+_REMEDIES = {
+    errno.ENOENT: "does not exist; check the path",
+    errno.EEXIST: "is a file; choose another directory",
+    errno.ENOTDIR: "lies below a file; choose another directory",
+    errno.EISDIR: "is a directory; give a file",
+    errno.EACCES: "is not accessible; choose another, or change its permissions",
+    errno.EROFS: "cannot be written, its disk is read-only; choose another directory",
+    errno.ENOSPC: "cannot be written, its disk is full; make room, then go on with --resume",
+}
+
+
+def parse[T](options: type[T], module: str, description: str | None) -> T:
+    """The options of the command line.
+
+    Args:
+        options: their dataclass.
+        module: such as "experiments.glue".
+        description: what --help shows above them.
+
+    Raises:
+        ValueError: an option is unknown, lacks its value, or has a wrong one.
+    """
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            return tyro.cli(options, prog=module, description=description)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+    # a title with a rule, what is wrong, and another rule or an empty line; on a terminal in colour
+    # and in a frame
+    plain = re.sub(r"\x1b\[[\d;]*m", "", shown.getvalue())
+    text = "\n".join(line.strip(" |│╭╮╰╯") for line in plain.splitlines())
+    parts = [part.strip() for part in re.split(r"^.*[-─]{5,}$", text, flags=re.MULTILINE)]
+    what = " ".join(parts[min(1, len(parts) - 1)].split("\n\n")[0].split())
+    raise ValueError(f"{what.rstrip('.')}; python -m {module} --help lists the options")
 
 
 def distinct_names(text: str) -> tuple[str, ...]:
@@ -52,6 +96,7 @@ def run(main: Callable[[], None]) -> None:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     logging.getLogger("spt_jax").setLevel(logging.INFO)
+    sys.unraisablehook = _unraisable
     try:
         main()
     except Interrupted as error:
@@ -64,9 +109,22 @@ def run(main: Callable[[], None]) -> None:
         _exit(error, 130)
 
 
+def _said(error: BaseException) -> str:
+    """What an error says; of one of the operating system's, the file and a remedy."""
+    if isinstance(error, OSError) and error.filename is not None and error.errno in _REMEDIES:
+        return f"{error.filename} {_REMEDIES[error.errno]}"
+    return str(error)
+
+
+def _unraisable(unraisable: Any) -> None:
+    """Keep silent on what comes too late for Orbax, which gave up a checkpoint on a full disk."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def _exit(error: BaseException, code: int) -> None:
     if os.environ.get(TRACEBACK_VARIABLE):
         raise error
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = " ".join(_said(error).split()) or type(error).__name__
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)

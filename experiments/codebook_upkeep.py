@@ -29,7 +29,6 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-import tyro
 from flax import nnx
 from jaxtyping import Array, Bool, Float, UInt8
 from rich.console import Console
@@ -309,7 +308,7 @@ def plot(path: Path, found: Mapping[int, Shares]) -> None:
 
 def main() -> None:
     """Run the experiment."""
-    options = tyro.cli(Options, prog="experiments.codebook_upkeep", description=__doc__)
+    options = cli.parse(Options, "experiments.codebook_upkeep", __doc__)
     options.check()
     options.out.mkdir(parents=True, exist_ok=True)
     task = glue.named_task(options.task)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
@@ -116,6 +115,7 @@ def load_data(task: GlueTask, options: Inputs, tokenizer: Tokenizer, config: Mod
             max_positions=config.max_length,
             pad_to_max_length=options.pad_to_max_length,
             pad_id=config.padding_id,
+            vocab_size=config.vocab_size,
         )
         if isinstance(config, EncoderConfig) and config.num_token_types > 1:
             return examples
@@ -227,7 +227,7 @@ def summarize(
 
 def main() -> None:
     """Run the experiment."""
-    options = tyro.cli(Options, prog="experiments.glue", description=__doc__)
+    options = cli.parse(Options, "experiments.glue", __doc__)
     console = Console(width=None if sys.stdout.isatty() else 120)
     methods = options.methods
     options.check()

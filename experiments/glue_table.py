@@ -29,7 +29,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -513,7 +512,7 @@ def _distinct_texts(texts: Iterable[str]) -> str:
 
 def main() -> None:
     """Run the experiment."""
-    options = tyro.cli(Options, prog="experiments.glue_table", description=__doc__)
+    options = cli.parse(Options, "experiments.glue_table", __doc__)
     console = Console(width=None if sys.stdout.isatty() else 160)
     options.check()
     cells: Finished = read_cells(options)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from spt_jax.training.data import check_labels
+from spt_jax.training.data import check_labels, decode_text
 
 _DOWNLOAD_HOST = "https://dl.fbaipublicfiles.com/"
 _VALIDATION = MappingProxyType({"": "validation"})
@@ -116,23 +116,33 @@ def read_split(task: GlueTask, split: str, data_dir: str | os.PathLike[str] | No
         OSError: the task is neither there nor can be downloaded.
     """
     name = f"glue/{task.name} {split}"
+    builder = _builder(task, data_dir)
+    remedy = f"if its files are damaged, remove {builder.data_dir} and prepare it again"
+    if (found := builder.info.splits.get(split)) is not None and not found.num_examples:
+        raise ValueError(f"{name} is empty: there is no example in it")
     try:
-        rows = _builder(task, data_dir).as_data_source(split=split)
-    except (ValueError, KeyError, IndexError) as error:
-        raise ValueError(f"cannot read {name}: {_first_line(error)}") from error
-    examples = rows.__getitems__(range(len(rows))) if len(rows) else []
+        rows = builder.as_data_source(split=split)
+        examples = rows.__getitems__(range(len(rows))) if len(rows) else []
+    except (ValueError, KeyError, IndexError, TypeError, RuntimeError, OSError) as error:
+        raise ValueError(f"cannot read {name}: {_first_line(error)}; {remedy}") from error
     if not examples:
         raise ValueError(f"{name} is empty: there is no example in it")
     for column in (*task.columns, "label"):
         if column not in examples[0]:
             raise ValueError(f"{name}: no column {column!r}; it has {', '.join(examples[0])}")
+    for index, example in enumerate(examples):
+        if None in example.values():  # what TFDS makes of a record without bytes
+            raise ValueError(f"{name}: example {index} has no content; {remedy}")
     labels = check_labels(
         [example["label"] for example in examples],
         name=name,
         num_labels=task.num_labels,
         score_range=task.score_range,
     )
-    texts = [[example[column].decode() for example in examples] for column in task.columns]
+    texts = [
+        [decode_text(x[column], f"{name}: {column} of example {i}") for i, x in enumerate(examples)]
+        for column in task.columns
+    ]
     return Split(name, texts, labels)
 
 
@@ -144,7 +154,13 @@ def _builder(task: GlueTask, data_dir: str | os.PathLike[str] | None) -> Any:
     folder = root / "glue" / task.name
     versions = sorted(folder.glob("*/dataset_info.json"))
     if versions:
-        return tfds.builder_from_directory(versions[-1].parent)
+        try:
+            return tfds.builder_from_directory(versions[-1].parent)
+        except Exception as error:  # whatever TFDS meets in its files
+            raise ValueError(
+                f"cannot read glue/{task.name}: {versions[-1]} or features.json is damaged "
+                f"({_first_line(error)}); remove {versions[-1].parent} and prepare it again"
+            ) from error
     try:
         _ping(_DOWNLOAD_HOST)
         import tensorflow_datasets.text.glue  # registers the builder

@@ -43,7 +43,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -479,7 +478,7 @@ def _program_table(reports: Iterable[Report]) -> Table:
 
 def main() -> None:
     """Compile the programs, print what they take, and judge it."""
-    options = tyro.cli(Options, prog="experiments.gpu_check", description=__doc__)
+    options = cli.parse(Options, "experiments.gpu_check", __doc__)
     os.environ["JAX_PLATFORMS"] = "cpu"
     # JAX says that the GPU packages are not enough to run on a GPU
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.CRITICAL)

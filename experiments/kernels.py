@@ -40,7 +40,6 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.table import Table
 from tensorboardX import SummaryWriter
@@ -519,7 +518,7 @@ def _require(device: str) -> None:
 
 def main() -> None:
     """Run the comparisons of a device."""
-    options = tyro.cli(Options, prog="experiments.kernels", description=__doc__)
+    options = cli.parse(Options, "experiments.kernels", __doc__)
     if options.rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {options.rounds}")
     if options.triton and options.device != "gpu":

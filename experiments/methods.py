@@ -201,6 +201,8 @@ class MethodOptions(Recipe):
 
     def check(self) -> None:
         """Raise a ValueError for any mistake in the options, before anything is read."""
+        if self.resume and self.overwrite:
+            raise ValueError("give --resume or --overwrite, not both")
         for method in self.methods:
             self.spt_config(method)
             self.train_config(method)

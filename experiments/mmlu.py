@@ -24,7 +24,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from flax import nnx
 from jaxtyping import Array, Float, Int
 from rich.console import Console
@@ -426,7 +425,7 @@ def _check_tokens(prompts: Sequence[Prompt], vocab_size: int) -> None:
 
 def main() -> None:
     """Run the experiment."""
-    options = tyro.cli(Options, prog="experiments.mmlu", description=__doc__)
+    options = cli.parse(Options, "experiments.mmlu", __doc__)
     console = Console(width=None if sys.stdout.isatty() else 120)
     data = {subject: read_subject(options, subject) for subject in find_subjects(options)}
     tokenizer = spt_jax.load_tokenizer(options.model)

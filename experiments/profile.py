@@ -39,7 +39,6 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-import tyro
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -728,7 +727,7 @@ def exit_on_failures(rows: Sequence[Mapping[str, Any]], what: str) -> None:
 
 def main() -> None:
     """Run the experiment."""
-    options = tyro.cli(Options, prog="experiments.profile", description=__doc__)
+    options = cli.parse(Options, "experiments.profile", __doc__)
     options.check()
     target = None
     if options.target is not None:

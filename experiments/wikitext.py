@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from flax import nnx
 from rich.console import Console
 from tokenizers import Tokenizer
@@ -348,7 +347,7 @@ def run(options: Options, console: Console) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     """Run the experiment."""
-    options = tyro.cli(Options, prog="experiments.wikitext", description=__doc__)
+    options = cli.parse(Options, "experiments.wikitext", __doc__)
     options.check()
     options.out.mkdir(parents=True, exist_ok=True)  # fails now, not at the end of a long run
     run(options, Console(width=None if sys.stdout.isatty() else 120))

@@ -80,7 +80,7 @@ class ChatTemplate:
         path = directory / "tokenizer_config.json"
         try:
             config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
         if not isinstance(config, dict):
             raise ValueError(f"{path} is no JSON object")

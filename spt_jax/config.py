@@ -32,6 +32,14 @@ Schedule = Literal["linear", "cosine", "constant"]
 Trainable = Literal["adapter", "all"]
 
 
+#: Bounds that no use comes near, so that a slip of the keyboard is named and not allocated.
+MOST_RANK = 65_536
+MOST_EXAMPLES_A_STEP = 2**20
+MOST_STEPS = 2**31 - 1  # an int32 counts them
+MOST_EPOCHS = 1e6
+MOST_SEED = 2**32 - 1  # what shuffles examples takes 32 bits
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
@@ -59,6 +67,7 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, f"LoRA rank must be at least 1, got {self.rank}")
+        _require(self.rank <= MOST_RANK, f"LoRA rank must be at most {MOST_RANK}, got {self.rank}")
         _require(0 <= self.dropout < 1, f"LoRA dropout must lie in [0, 1), got {self.dropout}")
         unknown = set(self.targets) - {"attention", "ffn", "embeddings"}
         _require(
@@ -354,6 +363,16 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+        for name, value, most in (
+            ("batch_size", self.batch_size, MOST_EXAMPLES_A_STEP),
+            ("eval_batch_size", self.eval_batch_size, MOST_EXAMPLES_A_STEP),
+            ("steps", self.steps, MOST_STEPS),
+            ("epochs", self.epochs, MOST_EPOCHS),
+            ("seed", self.seed, MOST_SEED),
+        ):
+            _require(
+                value is None or not value > most, f"{name} must be at most {most}, got {value}"
+            )
         _require(
             self.batch_size % self.accumulation == 0,
             f"accumulation must divide batch_size: {self.batch_size} examples do not cut into "

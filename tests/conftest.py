@@ -8,6 +8,7 @@ import jaxtyping
 import pytest
 
 import tests.typechecker  # noqa: F401  the hook below looks it up by name
+from tests.reliability import report
 
 # Shapes and dtypes in the signatures are checked at every call made by a test. Configurations check
 # themselves, and their tests need them to.
@@ -34,6 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--data-dir", type=Path, help="TFDS data directory holding GLUE; runs the data tests"
     )
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes")
+    parser.addoption("--full", action="store_true", help="run tests/reliability in full")
+    parser.addoption("--fault-seed", type=int, default=0, help="seed of the moments of faults")
+    parser.addoption("--report", type=Path, help="page that gets the tables of tests/reliability")
 
 
 def _unmet(config: pytest.Config) -> dict[str, str]:
@@ -47,6 +51,8 @@ def _unmet(config: pytest.Config) -> dict[str, str]:
         reasons["data"] = "no --data-dir"
     if not config.getoption("--slow"):
         reasons["slow"] = "no --slow"
+    if not config.getoption("--full"):
+        reasons["full"] = "no --full"
     return reasons
 
 
@@ -60,6 +66,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for marker, reason in _unmet(terminalreporter.config).items():
         terminalreporter.write_line(f"tests marked {marker} were deselected: {reason}")
+    report.summarize(terminalreporter)
 
 
 @pytest.fixture

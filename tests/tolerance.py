@@ -23,7 +23,9 @@ def tolerance(dtype, reduction: int = 1, sums: int = 1) -> float:
     return unit * math.sqrt(reduction)
 
 
-def assert_close(actual, expected, reduction: int = 1, *, sums: int = 1, dtype=None) -> None:
+def assert_close(
+    actual, expected, reduction: int = 1, *, sums: int = 1, dtype=None, least: float = 0
+) -> None:
     """Asserts that arrays differ by less than the tolerance times the root mean square expected.
 
     Args:
@@ -32,6 +34,7 @@ def assert_close(actual, expected, reduction: int = 1, *, sums: int = 1, dtype=N
       reduction: Terms of the longest sum behind an element.
       sums: Sums behind it, one after the other, between which values are rounded to the type.
       dtype: Type whose tolerance applies; by default that of `actual`.
+      least: Magnitude of what is summed, which stands for the root mean square where sums cancel.
     """
     dtype = actual.dtype if dtype is None else dtype
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
@@ -39,7 +42,7 @@ def assert_close(actual, expected, reduction: int = 1, *, sums: int = 1, dtype=N
     if not actual.size:
         return
     error = np.abs(actual - expected)
-    scale = np.sqrt(np.mean(expected**2))
+    scale = max(least, np.sqrt(np.mean(expected**2)))
     # An element may be several times the root mean square, so it is also allowed its own share.
     limit = tolerance(dtype, reduction, sums) * (scale + np.abs(expected))
     assert np.isfinite(actual).all(), "result is not finite"

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tyro
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -181,7 +180,7 @@ def figures_of(todo: Sequence[Peer], found: Sequence[Measurement]) -> dict[str, 
 
 def main() -> None:
     """Run the experiment."""
-    options = tyro.cli(Options, prog="experiments.peers", description=peers.__doc__)
+    options = cli.parse(Options, "experiments.peers", peers.__doc__)
     options.check()
     require_packages()
     jax.config.update("jax_platforms", "cpu")  # leaves a GPU's memory to torch

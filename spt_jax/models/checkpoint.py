@@ -132,7 +132,7 @@ def _read_index(directory: Path) -> dict[Path, set[str]]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         entries = list(weight_map.items())
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path} is no index: it needs a JSON object with a weight_map") from None
     shards: dict[Path, set[str]] = {}
     for tensor, name in entries:

@@ -26,7 +26,7 @@ def read_config(directory: Path) -> ModelConfig:
         raise ValueError(f"{directory} has no config.json; give the directory of a saved model")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds a JSON {type(raw).__name__}, not an object")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,9 @@ ACTIVATION_NAMES: dict[str, Activation] = {
 }
 #: Ours -> the name that is written.
 HUGGING_FACE_ACTIVATIONS = {ours: name for name, ours in reversed(ACTIVATION_NAMES.items())}
+
+#: Layers at most; a hundred times those of the deepest models.
+MOST_LAYERS = 10_000
 
 REQUIRED: Any = object()
 Field = tuple[str, Any]  # name in config.json, default
@@ -52,8 +56,8 @@ def is_integer(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a JSON number."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is a JSON number, and finite."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_activation(value: object) -> bool:

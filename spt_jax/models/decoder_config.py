@@ -12,6 +12,7 @@ from spt_jax.layers.rotary import RotaryConfig, RotaryKind
 from spt_jax.models.config_fields import (
     ACTIVATION_NAMES,
     HUGGING_FACE_ACTIVATIONS,
+    MOST_LAYERS,
     REQUIRED,
     Field,
     check,
@@ -229,6 +230,7 @@ def parse_decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
     for ours in (*_SIZES, "num_positions", "embedding_width"):
         if ours in fields and values[ours] is not None:
             demand(ours, is_integer(values[ours]) and values[ours] > 0, "a positive integer")
+    demand("num_layers", values["num_layers"] <= MOST_LAYERS, f"at most {MOST_LAYERS}")
     for ours in _FLAGS:
         if ours in fields:
             demand(ours, isinstance(values[ours], bool), "true or false")

@@ -10,6 +10,7 @@ from pallas_kernels import Activation
 from spt_jax.models.config_fields import (
     ACTIVATION_NAMES,
     HUGGING_FACE_ACTIVATIONS,
+    MOST_LAYERS,
     REQUIRED,
     Field,
     check,
@@ -142,6 +143,7 @@ def parse_encoder_config(raw: Mapping[str, Any]) -> EncoderConfig:
 
     for ours in _SIZES:
         demand(ours, is_integer(values[ours]) and values[ours] > 0, "a positive integer")
+    demand("num_layers", values["num_layers"] <= MOST_LAYERS, f"at most {MOST_LAYERS}")
     for ours in _RATES:
         demand(ours, is_number(values[ours]) and 0 <= values[ours] < 1, "a number in [0, 1)")
     if "num_token_types" in fields:

@@ -27,6 +27,8 @@ Task = Literal["backbone", "sequence-classification", "causal-lm"]
 #: A sharding for all parameters, or one for each by its path in the model and its shape.
 Shardings = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 DTYPES = ("float32", "bfloat16", "float16")
+#: Outputs of a classification head at most.
+MOST_LABELS = 10_000_000
 
 #: Buffers that older checkpoints carry, and names that they give LayerNorm's weights.
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids", "rotary_emb.inv_freq")
@@ -100,6 +102,8 @@ def load_pretrained(
         raise ValueError(f"unknown task {task!r}; choose from {', '.join(get_args(Task))}")
     if num_labels < 1:
         raise ValueError(f"num_labels must be at least 1, got {num_labels}")
+    if num_labels > MOST_LABELS:
+        raise ValueError(f"num_labels must be at most {MOST_LABELS}, got {num_labels}")
     compute = checked_dtype("dtype", dtype)
     stored = compute if param_dtype is None else checked_dtype("param_dtype", param_dtype)
     directory = find_files(
@@ -111,10 +115,15 @@ def load_pretrained(
             f"{source} is a {config.model_type} encoder, which sees the tokens to come: it has no "
             "causal-lm; choose backbone or sequence-classification"
         )
+    checkpoint = open_checkpoint(directory)
+    if config.num_layers > len(checkpoint.names):  # before so many are built
+        raise ValueError(
+            f"{directory} does not fit its config.json: num_hidden_layers is {config.num_layers}, "
+            f"and there are {len(checkpoint.names)} tensors in all"
+        )
     model = nnx.eval_shape(lambda: _build(config, task, dtype=compute, param_dtype=stored))
     if task == "sequence-classification":
         model.add_classifier(num_labels, rngs=rngs or nnx.Rngs(0))
-    checkpoint = open_checkpoint(directory)
     _fill(model, checkpoint, directory, sharding)
     return model
 

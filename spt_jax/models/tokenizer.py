@@ -51,7 +51,9 @@ def load_tokenizer(
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the bindings raise Exception itself
-        raise ValueError(f"{path} is not a valid tokenizer: {error}") from None
+        raise ValueError(
+            f"{path} is not a valid tokenizer ({error}); download or save it again"
+        ) from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

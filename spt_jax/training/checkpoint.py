@@ -1,7 +1,8 @@
 """Checkpoints of what trains, written by Orbax in the background.
 
 A checkpoint holds two items: `state`, the arrays, and `record`, a JSON object with the progress of
-the run, the identity of the run (base weights, data, configuration) and a digest of the arrays.
+the run, the identity of the run (base weights, data, configuration) and digests of the arrays
+and of the progress.
 Kept are the last two and the best one.
 """
 
@@ -24,9 +25,11 @@ _KEPT = 2
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _T = TypeVar("_T")
 
-# Orbax narrates each save at levels up to WARNING
+# Orbax narrates each save at levels up to WARNING, and logs the tracebacks of errors that it raises
 logging.getLogger("absl").addFilter(
-    lambda record: "orbax" not in record.pathname or record.levelno >= logging.ERROR
+    lambda record: (
+        "orbax" not in record.pathname or (record.levelno >= logging.ERROR and not record.exc_info)
+    )
 )
 
 
@@ -132,6 +135,7 @@ class Checkpoints:
             "identity": self._identity,
             "progress": progress,
             "digest": weights_fingerprint(arrays),
+            "record_digest": _json_digest([self._identity, progress]),
         }
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record)
@@ -193,6 +197,9 @@ class Checkpoints:
         record = self._manager.restore(
             step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
         )["record"]
+        digest = record.get("record_digest")  # checkpoints had none at first
+        if digest is not None and digest != _json_digest([record["identity"], record["progress"]]):
+            raise ValueError("its record differs from the digest written with it")
         self._check_identity(step, record["identity"])
         arrays = self._manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
@@ -258,6 +265,11 @@ class _LastAndBest(ocp.checkpoint_managers.PreservationPolicy):
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         last = {info.step for info in checkpoints[-_KEPT:]}
         return [info.step in last or info.step == self._owner._best for info in checkpoints]
+
+
+def _json_digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _named(tree: Any) -> dict[str, Any]:

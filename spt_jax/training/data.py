@@ -101,6 +101,26 @@ def check_labels(
     return array.astype(np.float32 if num_labels is None else np.int32)
 
 
+def decode_text(text: bytes | None, where: str) -> str:
+    """The text of a data set's feature.
+
+    Args:
+        text: its bytes; None where a damaged file has none.
+        where: what messages call it.
+
+    Raises:
+        ValueError: there is no text, or it is not UTF-8.
+    """
+    if text is None:
+        raise ValueError(f"{where} has no content: a file is damaged; prepare the data set again")
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where} is not UTF-8 at byte {error.start}; convert it and prepare the data set again"
+        ) from None
+
+
 def tokenize(
     texts: Sequence[Sequence[str]],
     labels: np.ndarray,
@@ -112,6 +132,7 @@ def tokenize(
     multiple_of: int = 16,
     pad_to_max_length: bool = False,
     pad_id: int | None = None,
+    vocab_size: int | None = None,
 ) -> Examples:
     """Tokenize a split in one call.
 
@@ -126,10 +147,11 @@ def tokenize(
             example, or `max_length` if that is smaller.
         pad_to_max_length: take `max_length` as the sequence length whatever the examples.
         pad_id: id that fills rows up where the tokenizer has no padding token.
+        vocab_size: token ids must be below it.
 
     Raises:
-        ValueError: no example, columns of different lengths, or `max_length` above the
-            positions of the model.
+        ValueError: no example, columns of different lengths, `max_length` above the positions of
+            the model, or ids outside its vocabulary.
     """
     if max_length < 1 or multiple_of < 1:
         raise ValueError(
@@ -174,6 +196,11 @@ def tokenize(
     token_type_ids = np.zeros(inside.shape, np.int32)
     input_ids[inside] = np.concatenate([encoding.ids for encoding in encodings])
     token_type_ids[inside] = np.concatenate([encoding.type_ids for encoding in encodings])
+    if vocab_size is not None and (highest := int(input_ids.max())) >= vocab_size:
+        raise ValueError(
+            f"{name}: token id {highest} is outside the model's vocabulary of {vocab_size}; use "
+            "the tokenizer that belongs to the model"
+        )
     columns = {
         "input_ids": input_ids,
         "attention_mask": inside.astype(np.int32),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import signal as signals
+import socket
 import statistics
+import struct
 import sys
 import threading
 import time
@@ -12,13 +14,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
 from spt_jax.config import TrainConfig
@@ -386,6 +391,54 @@ class _Progress:
             self.strikes += 1
 
 
+class _Board:
+    """TensorBoard events. Where they cannot be written, it says so and training goes on.
+
+    Written by the caller itself: the queue of tensorboardX's own writer blocks once a full disk has
+    ended the thread that empties it.
+    """
+
+    def __init__(self, directory: Path, purge_step: int, log: Callable[[str], None]) -> None:
+        self._directory, self._log = directory, log
+        self._file: FileIO | None = None
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
+        with self._telling():
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = (directory / name).open("xb", buffering=0)
+        self._write(Event(file_version="brain.Event:2"))
+        self._write(Event(session_log=SessionLog(status=SessionLog.START), step=purge_step))
+
+    def add_scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
+        entries = [Summary.Value(tag=f"{group}/{n}", simple_value=x) for n, x in values.items()]
+        self._write(Event(summary=Summary(value=entries), step=step))
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, event: Event) -> None:
+        """Append a TFRecord: length, checksum, bytes, checksum."""
+        event.wall_time = time.time()
+        content = event.SerializeToString()
+        length = struct.pack("<Q", len(content))
+        checksums = (struct.pack("<I", masked_crc32c(x)) for x in (length, content))
+        with self._telling():
+            if self._file is not None:
+                self._file.write(length + next(checksums) + content + next(checksums))
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.close()
+            self._file = None
+            self._log(
+                f"cannot write TensorBoard events under {self._directory}: {error}; training goes "
+                "on without them"
+            )
+
+
 class _Reporter:
     """Progress bar or log lines, and TensorBoard events."""
 
@@ -400,7 +453,7 @@ class _Reporter:
     ) -> None:
         shown = sys.stderr.isatty() if progress_bar is None else progress_bar
         self._bar = tqdm(total=total, initial=start, disable=not shown, unit="step")
-        self._board = SummaryWriter(str(out_dir / "tensorboard"), purge_step=start + 1)
+        self._board = _Board(out_dir / "tensorboard", start + 1, log)
         self._log = log
         self._every = 0 if shown else config.log_every or max(1, total // 10)
         self._total = total
@@ -417,8 +470,7 @@ class _Reporter:
         speed = sum(progress.tokens[-20:]) / sum(progress.step_ms[-20:]) * 1e3
         self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {speed:.0f} tokens/s", refresh=False)
         self._bar.update()
-        for name, value in {**values, "step_ms": ms, "tokens_per_s": speed}.items():
-            self._board.add_scalar(f"train/{name}", value, step)
+        self._board.add_scalars("train", {**values, "step_ms": ms, "tokens_per_s": speed}, step)
         if self._every and (step % self._every == 0 or step == self._total):
             left_s = round((self._total - step) * ms / 1e3)
             self._log(
@@ -427,8 +479,7 @@ class _Reporter:
             )
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._board.add_scalar(f"evaluation/{name}", value, step)
+        self._board.add_scalars("evaluation", values, step)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         self._log(f"evaluation at step {step}: {shown}")
 

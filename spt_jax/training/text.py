@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
 
-from spt_jax.training.data import Examples
+from spt_jax.training.data import Examples, decode_text
 
 _HEADING = re.compile(r" = (?!= ).*[^ =] = ?")  # and not " = = Section = = "
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -133,8 +133,16 @@ def read_tfds_text(
         raise ValueError(
             f"{described}: no feature {feature!r}; it has {', '.join(builder.info.features)}"
         )
-    examples = rows.__getitems__(range(len(rows))) if len(rows) else []
-    texts = [example[feature].decode() for example in examples]
+    try:
+        examples = rows.__getitems__(range(len(rows))) if len(rows) else []
+    except (RuntimeError, IndexError) as error:
+        raise OSError(
+            f"cannot read {described}: {error}; remove {folders[-1]} and prepare it again"
+        ) from error
+    texts = [
+        decode_text(example[feature], f"{described}: {feature} of example {index}")
+        for index, example in enumerate(examples)
+    ]
     if any(map(_HEADING.match, texts)):
         documents = _split_articles("\n".join(text.removesuffix("\n") for text in texts))
     else:
@@ -325,6 +333,10 @@ def _record(line: str, where: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{where} is not JSON: {error.msg} at column {error.colno}; write one object a line"
+        ) from None
+    except RecursionError:
+        raise ValueError(
+            f"{where} is not JSON that can be read: nested too deeply; write one object a line"
         ) from None
     if not isinstance(record, dict):
         raise ValueError(f"{where}: an object is needed, got {line.strip()[:40]}")
