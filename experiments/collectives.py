@@ -8,7 +8,6 @@ devices as the mesh has, runs nothing, and prints a table of collectives with th
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections import defaultdict
@@ -16,9 +15,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import tyro
+import jax
 from rich.console import Console
 from rich.table import Table
+
+from experiments import cli, profile
+from spt_jax.sharding import parse_mesh
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
 _ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
@@ -109,19 +111,13 @@ class Options:
 
 def main() -> None:
     """Run the experiment."""
-    options = tyro.cli(Options, prog="experiments.collectives", description=__doc__)
-    from spt_jax.sharding import parse_mesh
-
+    options = cli.parse(Options, "experiments.collectives", __doc__)
     sizes = parse_mesh(options.mesh)
     if -1 in (sizes.data, sizes.fsdp, sizes.tensor):
         raise ValueError(f"--mesh needs every size, got {options.mesh}")
     number = sizes.data * sizes.fsdp * sizes.tensor
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={number}"
-    )
-    from experiments import profile  # JAX starts with the variables above
-
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", number)
     console = Console(width=None if sys.stdout.isatty() else 120)
     works = profile.workloads(
         profile.Options(
@@ -140,6 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from experiments import cli
-
     cli.run(main)

@@ -9,13 +9,10 @@ more, or the error.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +28,8 @@ from spt_jax.sharding import Devices
 from spt_jax.training import Examples, cross_entropy, next_token, start, supervised, train
 from spt_jax.training.loop import compiled_peak_bytes
 from spt_jax.training.step import partition
+
+jax.config.update("jax_num_cpu_devices", 8)
 
 HEADS, LENGTH, EXAMPLES, STEPS = 8, 24, 64, 20
 SIZES = {"width": 32, "heads": HEADS, "hidden": 128, "layers": 1, "vocabulary": 61}
