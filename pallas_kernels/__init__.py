@@ -1,6 +1,11 @@
 """Kernels of SPT: product quantization, sparse attention, routed FFN. Arrays in, arrays out."""
 
-from pallas_kernels.dispatch import Implementation, why_not_mosaic, why_not_triton
+from pallas_kernels.dispatch import (
+    Implementation,
+    best_implementation,
+    why_not_mosaic,
+    why_not_triton,
+)
 from pallas_kernels.pq import (
     Selection,
     TileSelection,
@@ -34,6 +39,7 @@ __all__ = [
     "TokenSelection",
     "activation_function",
     "autotune",
+    "best_implementation",
     "kept_keys",
     "pq_encode",
     "pq_select",

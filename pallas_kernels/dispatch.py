@@ -39,6 +39,23 @@ def why_not_triton(dtype: DTypeLike = "bfloat16") -> str | None:
     return triton.unfit_device() or triton.unfit_dtype(jax.ShapeDtypeStruct((), dtype))
 
 
+def best_implementation(dtype: DTypeLike = "bfloat16") -> str:
+    """What `implementation=None` takes on the default device, where a kernel fits the shapes.
+
+    Args:
+      dtype: Type of the arrays.
+
+    Returns:
+      "mosaic", "triton" or "xla".
+    """
+    array = jax.ShapeDtypeStruct((), dtype)
+    return _best(
+        "kernels",
+        dict.fromkeys((*_FOR_GPUS, "xla"), len),
+        lambda name: _FOR_GPUS[name].unfit_device() or _FOR_GPUS[name].unfit_dtype(array),
+    )
+
+
 def resolve(
     op: str,
     implementation: str | None,

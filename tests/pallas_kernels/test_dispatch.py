@@ -6,7 +6,14 @@ from unittest import mock
 import jax
 import pytest
 
-from pallas_kernels import devices, dispatch, triton, why_not_mosaic, why_not_triton
+from pallas_kernels import (
+    best_implementation,
+    devices,
+    dispatch,
+    triton,
+    why_not_mosaic,
+    why_not_triton,
+)
 from pallas_kernels.dispatch import call, resolve
 from pallas_kernels.mosaic import interpreted
 
@@ -73,6 +80,8 @@ GPU_BACKENDS = {"mosaic": min, "triton": sum, **BACKENDS}
 def test_the_best_for_a_gpu(gpu, capability, expected):
     gpu(capability)
     assert resolve("op", None, GPU_BACKENDS) is expected
+    assert GPU_BACKENDS[best_implementation("float16")] is expected
+    assert GPU_BACKENDS[best_implementation("int32")] is len
     fits = resolve("op", None, GPU_BACKENDS, {"mosaic": lambda: "no", "triton": lambda: "no"})
     assert fits is len
 

@@ -436,10 +436,6 @@ DATA = {
     ),
     "text file not UTF-8": (lines(b"caf\xe9", read_text), ("not UTF-8 at byte 3", "convert it")),
     "text file empty": (lines(" \n", read_text), ("is empty",)),
-    "text file with one line of 10 MB and no white space": (
-        lines("x" * 10_000_000, lambda path: rows_of(read_text(path))),
-        ("document 0 has 3 tokens", "at least 4"),
-    ),
     "JSON lines: 10 MB that are no JSON": (
         lines("x" * 10_000_000, read_jsonl),
         ("line 1 is not JSON", "write one object a line"),
