@@ -27,7 +27,8 @@ PYTEST_ARGS ?=
 GPU_PACKAGES := jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm \
     nvidia-cudnn-cu13 jax-triton triton
 
-.PHONY: setup glue test test-faults test-gpu bench-gpu gpu-check gpu-check-setup notebooks docs lint clean
+.PHONY: setup glue test test-faults test-gpu bench-gpu gpu-check gpu-check-setup notebooks docs \
+    lint clean
 
 setup: $(STAMP)
 
@@ -47,7 +48,8 @@ test: $(STAMP)
 
 test-faults: REPORT ?= docs/results/reliability.md
 test-faults: $(STAMP)
-	$(PYTHON) -m pytest tests/reliability -n auto --dist loadfile --full --report $(REPORT) $(PYTEST_ARGS)
+	$(PYTHON) -m pytest tests/reliability tests/spt_jax/test_sharding.py -n auto --dist loadfile \
+	    --full --report $(REPORT) $(PYTEST_ARGS)
 
 # On a GPU, PYTHON=... names an interpreter that has the packages and JAX for the GPU.
 test-gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(STAMP))

@@ -226,8 +226,8 @@ def parameter_sharding(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedShar
 
     Example:
         >>> mesh = make_mesh(MeshConfig())
-        >>> parameter_sharding(mesh)("layers.0.ffn.up.kernel", (64, 256)).spec
-        PartitionSpec('fsdp', 'tensor')
+        >>> tuple(parameter_sharding(mesh)("layers.0.ffn.up.kernel", (64, 256)).spec)
+        ('fsdp', 'tensor')
     """
 
     def place(path: str, shape: tuple[int, ...]) -> NamedSharding:

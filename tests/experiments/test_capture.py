@@ -102,7 +102,7 @@ def test_rows_to_measure_are_not_those_that_calibrate():
     [
         ("short", [], "the text has 1 tokens, and 4 rows of 64 need 256"),
         ("", [], "holds no text"),
-        (None, [], "No such file"),
+        (None, [], "does not exist"),
         ("short", ["--length", 65], "--length 65 is above the 64 positions"),
         ("short", ["--rows", 0], "--rows must be at least 1"),
     ],

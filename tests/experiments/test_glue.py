@@ -11,7 +11,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from experiments import cli, glue
 from spt_jax.models.hub import package_directory
@@ -206,6 +208,19 @@ def test_a_mistake_is_named_in_one_line(
     assert "Traceback" not in errors
 
 
+def fit_tokenizer(directory):
+    """Give the model of a directory as many words as MiniLM's tokenizer has."""
+    config = json.loads((directory / "config.json").read_text())
+    config["vocab_size"] = 30522
+    (directory / "config.json").write_text(json.dumps(config))
+    if (weights := directory / "model.safetensors").exists():
+        tensors = load_file(weights)
+        (name,) = (name for name in tensors if name.endswith("word_embeddings.weight"))
+        tensors[name] = np.resize(tensors[name], (30522, tensors[name].shape[1]))
+        save_file(tensors, weights)
+    return directory
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -218,7 +233,7 @@ def test_a_mistake_is_named_in_one_line(
 def test_a_bad_checkpoint_is_named_in_one_line(
     make, message, tiny_model, tmp_path, monkeypatch, capsys
 ):
-    directory = make(tmp_path / "model")
+    directory = fit_tokenizer(make(tmp_path / "model"))
     shutil.copy(tiny_model / "tokenizer.json", directory)
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, "--model", directory, "--out", tmp_path / "out")

@@ -53,7 +53,11 @@ def holding(monkeypatch):
             return [self[i] for i in indices]
 
     def hold(*rows):
-        builder = SimpleNamespace(as_data_source=lambda split: Rows(rows))
+        builder = SimpleNamespace(
+            as_data_source=lambda split: Rows(rows),
+            data_dir="cola/1.0.0",
+            info=SimpleNamespace(splits={}),
+        )
         monkeypatch.setattr(glue_tasks, "_builder", lambda task, data_dir: builder)
 
     return hold

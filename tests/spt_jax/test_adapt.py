@@ -58,6 +58,7 @@ def test_the_permutation_is_one_and_regroups_the_same_units():
     for before, after in zip(dense.layers, model.layers, strict=True):
         order = after.ffn.permutation[...]
         assert sorted(order.tolist()) == list(range(HIDDEN))
+        order = order.reshape(4, -1)
         for name in ("up", "gate"):
             np.testing.assert_array_equal(
                 getattr(before.ffn, name).kernel[...][:, order],

@@ -529,7 +529,7 @@ def test_a_tied_embedding_is_not_replaced(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c, t: c.update(format_version=2), "format_version 2, and this spt-jax reads 1"),
+        (lambda c, t: c.update(format_version=1), "format_version 1, and this spt-jax reads 2"),
         (lambda c, t: c.update(more=1), r"unknown fields \['more'\]"),
         (
             lambda c, t: c["sparse_attention"]["layers.0.attention"].update(speed=1),

@@ -10,7 +10,7 @@ from flax import nnx
 
 import spt_jax
 from spt_jax import RoutedFFNConfig, SparseAttentionConfig, SPTConfig
-from tests.spt_jax.toy import HEADS, HIDDEN, ToyModel, toy_batch
+from tests.spt_jax.toy import HEADS, HIDDEN, WIDTH, ToyModel, toy_batch
 
 SPARSE = SparseAttentionConfig(min_keys=8, num_codewords=8, codeword_width=4)
 
@@ -64,8 +64,11 @@ def test_the_active_blocks_are_what_the_ffn_computes():
     embedded = model.embedding(batch["input_ids"])
     x = embedded + block.attention(embedded, key_mask=batch["attention_mask"] > 0)[0]
     coefficients = jnp.repeat(2 * probabilities * active, HIDDEN // 4, axis=-1)
-    hidden = jax.nn.gelu(block.ffn.up(x), approximate=False) * coefficients
-    expected = block.ffn.down(hidden) + (1.0 - active) @ block.ffn.absent_output[...]
+    up, down = block.ffn.up, block.ffn.down
+    hidden = x @ up.kernel[...].reshape(WIDTH, HIDDEN) + up.bias[...].reshape(HIDDEN)
+    hidden = jax.nn.gelu(hidden, approximate=False) * coefficients
+    expected = hidden @ down.kernel[...].reshape(HIDDEN, WIDTH) + down.bias[...]
+    expected += (1.0 - active) @ block.ffn.absent_output[...]
     found, _ = block.ffn(x)
     np.testing.assert_allclose(found, expected, atol=1e-4 * float(jnp.abs(expected).max()))
 

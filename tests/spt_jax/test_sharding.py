@@ -62,7 +62,7 @@ def test_training_on_eight_devices_is_training_on_one():
     _compare("bert", "spt", [(2, 2, 2)], accumulation=2)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("method", ["full", "lora", "spt"])
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -71,7 +71,7 @@ def test_training_on_every_mesh_is_training_on_one_device(family, method, accumu
     _compare(family, method, MESHES, accumulation)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_checkpoint_is_resumed_on_another_mesh():
     case = {"what": "trained", "family": "bert", "method": "full"}
     sizes = [(1, 4, 2), (4, 1, 2), (2, 2, 2)]
