@@ -15,7 +15,7 @@ Writes, last and atomically, `metrics.json` to DIR with these `figures`, whose v
 * `{spt,lora,lora_best,full}_block_temp_bytes`: temporaries of the gradient of one OPT-2048 block's
   summed output on 16 sequences of 512 tokens in bfloat16. Dense attention is cuDNN's, LoRA is two
   skinny float32 products as in PEFT (742 MB), and the best of its forms, with bfloat16 products
-  (473 MB); SPT takes 443 MB, full fine-tuning 470 MB;
+  (473 MB); SPT takes 455 MB, full fine-tuning 470 MB;
 * `spt_block_temp_bytes_by_length`: those of SPT on one sequence in a LLaMA-4096 block, and
   `spt_block_growth`, the largest ratio of its bytes a token at a length and at half of it: 1.02;
 * `max_spilled_bytes`, of any kernel.
