@@ -277,13 +277,13 @@ class BlockStep:
         )
 
     def _routed(self, ffn: FeedForward, rngs: nnx.Rngs) -> RoutedFFN:
-        router = width, blocks = self.config.width, self.ffn.num_blocks
+        width, blocks = self.config.width, self.ffn.num_blocks
         rank = self.ffn.effective_absent_rank
         return RoutedFFN(
             ffn,
             permutation=jnp.arange(self.config.hidden),
-            router_kernel=jax.random.normal(rngs.params(), router) * width**-0.5,
-            router_bias=jnp.zeros(router[1]),
+            router_kernel=jax.random.normal(rngs.params(), (width, blocks)) * width**-0.5,
+            router_bias=jnp.zeros(blocks),
             absent_output=jnp.zeros((blocks, width)),
             absent_a=jnp.zeros((width, blocks, rank)) if rank else None,
             absent_b=jnp.zeros((blocks, rank, width)) if rank else None,

@@ -8,9 +8,10 @@ devices as the mesh has, runs nothing, and prints a table of collectives with th
 
 from __future__ import annotations
 
+import math
 import re
 import sys
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -47,10 +48,7 @@ class Collective(NamedTuple):
     @property
     def size_bytes(self) -> int:
         """Bytes of the array."""
-        size = _BYTES[self.dtype]
-        for length in self.shape:
-            size *= length
-        return size
+        return _BYTES[self.dtype] * math.prod(self.shape)
 
 
 def collectives(program: str) -> list[Collective]:
@@ -76,15 +74,11 @@ def collectives(program: str) -> list[Collective]:
 
 def table(title: str, found: Iterable[Collective]) -> Table:
     """One row for each kind and shape."""
-    groups: dict[Collective, int] = defaultdict(int)
-    for collective in found:
-        groups[collective] += 1
     rows = Table(title=title)
     for header in ("collective", "array", "number", "MB"):
         rows.add_column(header, justify="left" if header in ("collective", "array") else "right")
-    for collective, number in sorted(
-        groups.items(), key=lambda item: -item[0].size_bytes * item[1]
-    ):
+    groups = Counter(found).items()
+    for collective, number in sorted(groups, key=lambda item: -item[0].size_bytes * item[1]):
         shape = ",".join(map(str, collective.shape))
         megabytes = collective.size_bytes * number / 1e6
         rows.add_row(

@@ -26,6 +26,7 @@ from spt_jax.layers import (
     RoutedFFN,
     SparseAttention,
 )
+from spt_jax.models.tokenizer import check_token_ids
 
 
 def adapt[Model: nnx.Module](
@@ -122,13 +123,8 @@ def _check(
         )
     if "input_ids" not in batch:
         raise ValueError(f"calibration_batch needs input_ids; it has {sorted(batch)}")
-    vocab_size = getattr(getattr(modules[()], "config", None), "vocab_size", np.inf)
-    ids = np.asarray(batch["input_ids"])
-    if (wrong := (ids < 0) | (ids >= vocab_size)).any():
-        raise ValueError(
-            f"calibration_batch has token id {ids[wrong][0]}, outside the model's vocabulary of "
-            f"{vocab_size}; use the tokenizer that belongs to the model"
-        )
+    vocab_size = getattr(getattr(modules[()], "config", None), "vocab_size", None)
+    check_token_ids(np.asarray(batch["input_ids"]), vocab_size, "calibration_batch")
     if config.ffn is not None:
         for module in modules.values():
             if isinstance(module, FeedForward) and module.up.out_features % config.ffn.num_blocks:

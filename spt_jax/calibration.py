@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -355,7 +354,7 @@ def _fit_absent(
     first `rank` principal directions; subspace iteration finds those without forming `W`.
 
     Returns:
-        `a`, `b`, whose norms are equal, and the constants.
+        `a`, `b`, whose rows are orthonormal, and the constants.
     """
     tokens, width = x.shape
     blocks, inner = absent.shape[1], min(rank, width)
@@ -386,10 +385,7 @@ def _fit_absent(
         first, second = solve(cross @ directions), directions.T
         constant = mean_out - mean_in @ first @ second
         predicted = predicted + mask * (x @ first @ second + constant)
-        size = jnp.linalg.norm(first)
-        balance = jnp.where(size > 0, jnp.sqrt(math.sqrt(inner) / jnp.where(size > 0, size, 1)), 1)
-        a = a.at[block].set(balance * first)
-        b = b.at[block].set(second / balance)
+        a, b = a.at[block].set(first), b.at[block].set(second)
         return (a, b, constants.at[block].set(constant), predicted), None
 
     with jax.default_matmul_precision("float32"):

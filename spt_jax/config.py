@@ -263,11 +263,6 @@ class MeshConfig:
             f"only one mesh axis can take the devices that remain, got -1 for {sizes}",
         )
 
-    @property
-    def batch(self) -> int | None:
-        """Devices that share a batch; None where that is left to the number of devices."""
-        return None if -1 in (self.data, self.fsdp) else self.data * self.fsdp
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:

@@ -82,10 +82,10 @@ class Devices:
         self._entered = contextlib.ExitStack()
 
     def places(self, tree: Any) -> Any:
-        """Where each array of a pytree lies that has parameters' paths in its own; None likewise.
+        """Where each array of a pytree lies whose paths end in those of parameters.
 
         A model's state is such a tree, and so are an optimizer's moments. What is no parameter lies
-        whole on every device.
+        whole on every device. None without a mesh.
         """
         if self.mesh is None:
             return None
@@ -98,7 +98,7 @@ class Devices:
         return jax.tree_util.tree_map_with_path(find, tree)
 
     def put[Tree](self, tree: Tree) -> Tree:
-        """The arrays of such a tree, each in its place."""
+        """The arrays of a tree as `places` takes, each in its place."""
         return tree if self.mesh is None else jax.device_put(tree, self.places(tree))
 
     def batch(self, batch: Any) -> Any:

@@ -159,18 +159,19 @@ class SparseAttention(nnx.Module):
         a mesh, each device attends from its sequences and heads, and samples its own tokens for
         the codebook loss.
         """
+        capacity, arrays = capacity or q.shape[1], (q, k, v, key_mask, segment_ids)
+        if sharding.current() is None:
+            return self._attend(*arrays, capacity=capacity)
         graphdef, state = nnx.split(self)
 
         def run(state: nnx.State, *arrays: Any) -> tuple[jax.Array, AuxLosses]:
-            out, aux = nnx.merge(graphdef, state)._attend(*arrays, capacity=capacity or q.shape[1])
+            out, aux = nnx.merge(graphdef, state)._attend(*arrays, capacity=capacity)
             return out, {name: sharding.sum_over(loss, sharding.AXES) for name, loss in aux.items()}
 
         batch, heads = P(sharding.BATCH), P(sharding.BATCH, None, sharding.TENSOR)
         of_state = jax.tree.map(lambda _: P(sharding.TENSOR), state)
-        arguments = state, q, k, v, key_mask, segment_ids
-        return sharding.locally(run, (of_state, heads, heads, heads, batch, batch), (heads, P()))(
-            *arguments
-        )
+        specs = of_state, heads, heads, heads, batch, batch
+        return sharding.locally(run, specs, (heads, P()))(state, *arrays)
 
     def _attend(
         self,

@@ -4,9 +4,26 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from spt_jax.models.hub import TOKENIZER_FILES, find_files
+
+
+def check_token_ids(ids: np.ndarray, vocab_size: int | None, name: str) -> None:
+    """Raise a ValueError unless all token ids lie in the model's vocabulary.
+
+    Args:
+        ids: integers of any shape.
+        vocab_size: ids must be below it; None for any that are not negative.
+        name: what the message calls them.
+    """
+    high = np.inf if vocab_size is None else vocab_size
+    if (wrong := (ids < 0) | (ids >= high)).any():
+        raise ValueError(
+            f"{name}: token id {ids[wrong][0]} is outside the model's vocabulary of {vocab_size}; "
+            "use the tokenizer that belongs to the model"
+        )
 
 
 def load_tokenizer(

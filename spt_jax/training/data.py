@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Num
 from tokenizers import Tokenizer
 
+from spt_jax.models.tokenizer import check_token_ids
+
 _PAD_TOKENS = ("[PAD]", "<pad>")
 #: Batches whose examples are sorted by length together.
 GROUPED_BATCHES = 16
@@ -196,11 +198,7 @@ def tokenize(
     token_type_ids = np.zeros(inside.shape, np.int32)
     input_ids[inside] = np.concatenate([encoding.ids for encoding in encodings])
     token_type_ids[inside] = np.concatenate([encoding.type_ids for encoding in encodings])
-    if vocab_size is not None and (highest := int(input_ids.max())) >= vocab_size:
-        raise ValueError(
-            f"{name}: token id {highest} is outside the model's vocabulary of {vocab_size}; use "
-            "the tokenizer that belongs to the model"
-        )
+    check_token_ids(input_ids, vocab_size, name)
     columns = {
         "input_ids": input_ids,
         "attention_mask": inside.astype(np.int32),

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
 
+from spt_jax.models.tokenizer import check_token_ids
 from spt_jax.training.data import Examples, decode_text
 
 _HEADING = re.compile(r" = (?!= ).*[^ =] = ?")  # and not " = = Section = = "
@@ -393,12 +394,7 @@ def _joined(
     for index, document in enumerate(documents):
         _check_length(document, index, name)
     ids = np.concatenate([document.ids for document in documents])
-    high = np.inf if vocab_size is None else vocab_size
-    if (wrong := (ids < 0) | (ids >= high)).any():
-        raise ValueError(
-            f"{name}: token id {ids[wrong.argmax()]} is outside the model's vocabulary of "
-            f"{vocab_size}; use the tokenizer that belongs to the model"
-        )
+    check_token_ids(ids, vocab_size, name)
     predicted = np.concatenate([document.predicted for document in documents])
     return ids, predicted, np.array([len(document) for document in documents])
 
