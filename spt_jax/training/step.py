@@ -136,11 +136,16 @@ def start(
 
 
 def write_back(model: nnx.Module, params: Mapping[str, jax.Array]) -> None:
-    """Put trained parameters into `model`, in float32."""
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    """Put trained parameters into `model`, in float32.
+
+    They go where the model's own were, but stay on the mesh where the model's weights lie on one.
+    """
+    flat = list(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    on_mesh = any(len(v.get_value().sharding.device_set) > 1 for _, v in flat)
     for path, variable in flat:
         if (name := ".".join(map(str, path))) in params:
-            variable[...] = jax.device_put(params[name], variable.get_value().sharding)
+            place = None if on_mesh else variable.get_value().sharding
+            variable[...] = jax.device_put(params[name], place)
 
 
 def train_step(

@@ -24,13 +24,14 @@ from experiments.blocks import bert_config, llama_config
 from experiments.collectives import collectives
 from spt_jax.layers import Linear
 from spt_jax.models import Decoder, Encoder
-from spt_jax.sharding import Devices
+from spt_jax.sharding import Devices, make_mesh, parameter_sharding
 from spt_jax.training import Examples, cross_entropy, next_token, start, supervised, train
 from spt_jax.training.loop import compiled_peak_bytes
 from spt_jax.training.step import partition
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 HEADS, LENGTH, EXAMPLES, STEPS = 8, 24, 64, 20
 SIZES = {"width": 32, "heads": HEADS, "hidden": 128, "layers": 1, "vocabulary": 61}
 SPT = spt_jax.SPTConfig(
@@ -124,6 +125,26 @@ def trained(case: dict) -> dict:
     }
 
 
+def loaded(case: dict) -> dict:
+    """A checkpoint that is loaded onto the mesh, or onto one device; outputs after training."""
+    config = train_config(case)
+    sharding = None if config.mesh is None else parameter_sharding(make_mesh(config.mesh))
+    model = spt_jax.load_pretrained(
+        GOLDEN / "bert", task="sequence-classification", num_labels=3, sharding=sharding
+    )
+    columns = {name: x[:, :20] for name, x in examples().columns.items() if x.ndim == 2}
+    data = Examples(columns | {"label": examples().columns["label"]}, "tiny")
+    spt_jax.adapt(model, SPT, calibration_batch=columns)
+    objective = supervised(cross_entropy)
+    with tempfile.TemporaryDirectory() as folder:
+        train(model, data, config, folder, objective=objective, log=lambda message: None)
+    outputs = model(jnp.asarray(columns["input_ids"][:4]))
+    return {
+        "devices": len(model.layers[0].ffn.up.kernel[...].sharding.device_set),
+        "outputs": np.asarray(outputs, np.float64).ravel().tolist(),
+    }
+
+
 def compiled(case: dict) -> dict:
     """Collectives of a training step, and the shapes of the parameters."""
     model = build(case["family"], case["method"])
@@ -152,7 +173,8 @@ def main() -> None:
     results = []
     for case in json.load(sys.stdin):
         try:
-            results.append({"trained": trained, "compiled": compiled}[case["what"]](case))
+            what = {"trained": trained, "compiled": compiled, "loaded": loaded}[case["what"]]
+            results.append(what(case))
         except ValueError as error:
             results.append({"error": str(error)})
         print(case, file=sys.stderr, flush=True)

@@ -62,6 +62,14 @@ def test_training_on_eight_devices_is_training_on_one():
     _compare("bert", "spt", [(2, 2, 2)], accumulation=2)
 
 
+def test_a_model_loaded_onto_a_mesh_is_trained_and_used_there():
+    case = {"what": "loaded", "family": "bert", "method": "spt"}
+    alone, sharded = _run([case | {"mesh": None}, case | {"mesh": _mesh((1, 4, 2))}])
+    assert (alone["devices"], sharded["devices"]) == (1, 8)
+    scale = np.abs(alone["outputs"]).max()
+    np.testing.assert_allclose(sharded["outputs"], alone["outputs"], atol=2e-2 * scale)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("method", ["full", "lora", "spt"])
