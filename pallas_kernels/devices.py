@@ -26,8 +26,6 @@ def describe() -> str:
     """Kind and, of a CUDA GPU, compute capability of the default device, for messages."""
     capability = compute_capability()
     kind = default_device().device_kind
-    return kind if capability is None else f"{kind}, of compute capability {_dotted(capability)}"
-
-
-def _dotted(capability: tuple[int, int]) -> str:
-    return ".".join(map(str, capability))
+    if capability is None:
+        return kind
+    return f"{kind}, of compute capability {capability[0]}.{capability[1]}"

@@ -8,11 +8,12 @@ run in its interpreter, on the CPU; it has to be set before anything imports Tri
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import inspect
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -101,6 +102,15 @@ def xla_precision(dtype: Any) -> jax.lax.Precision | None:
     """The same for products that XLA computes, of matrices of a type."""
     exact = jnp.dtype(dtype) == jnp.float32 and precision() == "ieee"
     return jax.lax.Precision.HIGHEST if exact else None
+
+
+def imported(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module that needs Triton, which is imported when the function is called."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    return run
 
 
 def power_of_two(n: int, least: int = LEAST_DOT) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +21,6 @@ MAX_TRITON_ROW = 256  # codeword elements of a token that the kernels take
 MAX_TRITON_GROUPS = 2**16  # key groups of a tile, whose scores a program holds
 
 
-def _triton_encode(**arguments: Any) -> Array:
-    from pallas_kernels.pq.triton import encode  # not everyone has Triton
-
-    return encode(**arguments)
-
-
-def _triton_select(**arguments: Any) -> Selection:
-    from pallas_kernels.pq.triton import select
-
-    return select(**arguments)
-
-
 def _triton_select_unfit(codewords: Array, length: int, key_group: int) -> str | None:
     width, groups = codewords.shape[1] * codewords.shape[3], -(-length // key_group)
     if width > MAX_TRITON_ROW:
@@ -44,13 +32,13 @@ def _triton_select_unfit(codewords: Array, length: int, key_group: int) -> str |
 
 _ENCODE: dict[str, Callable[..., Array]] = {
     "mosaic": mosaic.encode,
-    "triton": _triton_encode,
+    "triton": triton.imported("pallas_kernels.pq.triton", "encode"),
     "xla": xla.encode,
     "reference": reference.encode,
 }
 _SELECT: dict[str, Callable[..., Selection]] = {
     "mosaic": mosaic.select,
-    "triton": _triton_select,
+    "triton": triton.imported("pallas_kernels.pq.triton", "select"),
     "xla": xla.select,
     "reference": reference.select,
 }

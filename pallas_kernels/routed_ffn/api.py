@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,16 +25,9 @@ from pallas_kernels.routed_ffn.types import (
 )
 from pallas_kernels.routed_ffn.xla import routed_ffn_xla
 
-
-def _routed_ffn_triton(**arguments: Any) -> Array:
-    from pallas_kernels.routed_ffn.triton import routed_ffn_triton  # not everyone has Triton
-
-    return routed_ffn_triton(**arguments)
-
-
 _BACKENDS: dict[str, Callable[..., Array]] = {
     "mosaic": routed_ffn_mosaic,
-    "triton": _routed_ffn_triton,
+    "triton": triton.imported("pallas_kernels.routed_ffn.triton", "routed_ffn_triton"),
     "xla": routed_ffn_xla,
     "reference": routed_ffn_reference,
 }

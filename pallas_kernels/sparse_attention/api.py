@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 from jaxtyping import Array, Bool, Float, Int, Int8, UInt8
 
@@ -12,12 +11,6 @@ from pallas_kernels import triton
 from pallas_kernels.dispatch import Implementation, call, resolve
 from pallas_kernels.pq.types import Selection, TileSelection
 from pallas_kernels.sparse_attention import decode, mosaic, reference, xla
-
-
-def _triton_attention(*args: Any, **kwargs: Any) -> Array:
-    from pallas_kernels.sparse_attention import triton  # not everyone has Triton
-
-    return triton.attention(*args, **kwargs)
 
 
 def _triton_unfit(q: Array, k: Array, v: Array) -> str | None:
@@ -28,7 +21,7 @@ def _triton_unfit(q: Array, k: Array, v: Array) -> str | None:
 
 _BACKENDS: dict[str, Callable[..., Array]] = {
     "mosaic": mosaic.attention,
-    "triton": _triton_attention,
+    "triton": triton.imported("pallas_kernels.sparse_attention.triton", "attention"),
     "xla": xla.attention,
     "reference": reference.attention,
 }
