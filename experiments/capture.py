@@ -32,7 +32,6 @@ import jax
 import matplotlib
 import numpy as np
 from flax import nnx
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
@@ -438,7 +437,7 @@ def main() -> None:
     )
     jax.clear_caches()
     ffn = measure_ffn(options, ids, model=model)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = cli.console(140)
     tables = [*attention_tables(attention), ffn_table(ffn)]
     for table in tables:
         console.print(table)

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import tyro
+from rich.console import Console
 
+from spt_jax.processes import ProcessLost, is_first
 from spt_jax.training import CheckpointError, Interrupted, NonFiniteLoss
 
 #: Set to anything to see the traceback of an error that is reported in one line.
@@ -87,6 +89,15 @@ def known_names(text: str, known: Iterable[str], *, what: str, where: str = "") 
     return names
 
 
+def console(width: int = 120) -> Console:
+    """Where tables go: standard output, of the first process.
+
+    Args:
+        width: characters of a line where it is no terminal.
+    """
+    return Console(width=None if sys.stdout.isatty() else width, quiet=not is_first())
+
+
 def run(main: Callable[[], None]) -> None:
     """Call `main`, as a program.
 
@@ -103,6 +114,9 @@ def run(main: Callable[[], None]) -> None:
         _exit(error, 128 + error.signal)
     except NonFiniteLoss as error:
         _exit(error, 1)
+    except ProcessLost as error:
+        _say(error)
+        os._exit(1)  # JAX would wait for the lost process, and abort
     except (ValueError, NotImplementedError, OSError, CheckpointError) as error:
         _exit(error, 2)
     except KeyboardInterrupt as error:
@@ -123,8 +137,12 @@ def _unraisable(unraisable: Any) -> None:
 
 
 def _exit(error: BaseException, code: int) -> None:
+    _say(error)
+    sys.exit(code)
+
+
+def _say(error: BaseException) -> None:
     if os.environ.get(TRACEBACK_VARIABLE):
         raise error
     message = " ".join(_said(error).split()) or type(error).__name__
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
+    print(f"error: {message}", file=sys.stderr, flush=True)

@@ -31,7 +31,6 @@ import matplotlib
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, UInt8
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
@@ -321,7 +320,7 @@ def main() -> None:
         shown = ", ".join(f"{name} {share:.4f}" for name, share in shares.items())
         tqdm.write(f"step {step}: {shown}", file=sys.stderr)
     table = results_table(found, losses)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    cli.console().print(table)
     if options.report is not None:
         conditions = how(
             "experiments.codebook_upkeep",

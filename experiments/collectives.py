@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
 from experiments import cli, profile
@@ -112,7 +110,7 @@ def main() -> None:
     number = sizes.data * sizes.fsdp * sizes.tensor
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", number)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = cli.console()
     works = profile.workloads(
         profile.Options(
             block=options.block,

@@ -10,7 +10,6 @@ events and, last, metrics.json with every number of the table. A stopped run goe
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from experiments.methods import Method, MethodOptions, results_table, speed_note
 from spt_jax.models.config import ModelConfig, read_config
 from spt_jax.models.encoder_config import EncoderConfig
 from spt_jax.models.hub import find_files
+from spt_jax.processes import first_goes_first
 from spt_jax.training import (
     Examples,
     Objective,
@@ -122,6 +122,8 @@ def load_data(task: GlueTask, options: Inputs, tokenizer: Tokenizer, config: Mod
         columns = {n: column for n, column in examples.columns.items() if n != "token_type_ids"}
         return replace(examples, columns=columns)
 
+    with first_goes_first():  # it may download
+        read("train")
     return Data(tokens("train"), {name: tokens(s) for name, s in task.validation.items()})
 
 
@@ -228,9 +230,9 @@ def summarize(
 def main() -> None:
     """Run the experiment."""
     options = cli.parse(Options, "experiments.glue", __doc__)
-    console = Console(width=None if sys.stdout.isatty() else 120)
     methods = options.methods
-    options.check()
+    options.start()
+    console = cli.console()
     options.out.mkdir(parents=True, exist_ok=True)  # fails now, not at the end of a long run
     tokenizer = spt_jax.load_tokenizer(options.model)
     if options.task != "all":

@@ -22,7 +22,6 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -513,7 +512,7 @@ def _distinct_texts(texts: Iterable[str]) -> str:
 def main() -> None:
     """Run the experiment."""
     options = cli.parse(Options, "experiments.glue_table", __doc__)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = cli.console(160)
     options.check()
     cells: Finished = read_cells(options)
 

@@ -43,7 +43,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
@@ -509,7 +508,7 @@ def main() -> None:
         reports = compile_all(
             cases, options.processes, advance, options.gpu, implementation, options.all_lengths
         )
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = cli.console(140)
     console.print(_kernel_table(reports.values()))
     console.print(_program_table(reports.values()))
     figures = figures_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.table import Table
 import spt_jax
 from experiments import cli
 from spt_jax.config import LearningRateMultipliers
+from spt_jax.processes import is_first, several, start_processes
 from spt_jax.sharding import make_mesh, parse_mesh
 from spt_jax.training import TrainResult, environment, write_json_atomic
 
@@ -127,6 +129,13 @@ class MethodOptions(Recipe):
     """Go on with the run in --out."""
     overwrite: bool = False
     """Delete the run in --out."""
+    coordinator: str | None = None
+    """Train in several processes that are all started with this command: address and port of
+    process 0, or auto to find the processes in the environment of a cluster."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
 
     @property
     def methods(self) -> tuple[Method, ...]:
@@ -196,8 +205,14 @@ class MethodOptions(Recipe):
             patience=self.patience,
             result=self.result,
             seed=self.seed,
-            mesh=None if self.mesh is None else parse_mesh(self.mesh),
+            mesh=self.mesh_config(),
         )
+
+    def mesh_config(self) -> spt_jax.MeshConfig | None:
+        """The mesh asked for; without one, several processes cut batches."""
+        if self.mesh is None:
+            return spt_jax.MeshConfig() if several() else None
+        return parse_mesh(self.mesh)
 
     def check(self) -> None:
         """Raise a ValueError for any mistake in the options, before anything is read."""
@@ -206,6 +221,18 @@ class MethodOptions(Recipe):
         for method in self.methods:
             self.spt_config(method)
             self.train_config(method)
+
+    def start(self) -> None:
+        """Check the options, join the other processes, and see whether the mesh fits the devices.
+
+        Raises:
+            ValueError: it does not, or an option is wrong.
+            ConnectionError: the processes did not come together.
+        """
+        self.check()
+        start_processes(self.coordinator, self.num_processes, self.process_id)
+        if not is_first():
+            logging.getLogger("spt_jax").setLevel(logging.WARNING)
         if self.mesh is not None:
             make_mesh(parse_mesh(self.mesh))
 
@@ -241,7 +268,12 @@ def speed_note(results: Mapping[str, TrainResult]) -> str | None:
 def write_metrics(
     out: Path, experiment: str, options: Any, figures: Mapping[str, Any], **more: Any
 ) -> None:
-    """Write `metrics.json`: the options, the environment, the figures, and what else is given."""
+    """Write `metrics.json`: the options, the environment, the figures, and what else is given.
+
+    Of several processes, the first one does.
+    """
+    if not is_first():
+        return
     configuration = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in asdict(options).items()

@@ -26,7 +26,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -426,7 +425,7 @@ def _check_tokens(prompts: Sequence[Prompt], vocab_size: int) -> None:
 def main() -> None:
     """Run the experiment."""
     options = cli.parse(Options, "experiments.mmlu", __doc__)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = cli.console()
     data = {subject: read_subject(options, subject) for subject in find_subjects(options)}
     tokenizer = spt_jax.load_tokenizer(options.model)
     model = spt_jax.load_pretrained(options.model, task="causal-lm", dtype=options.dtype)

@@ -39,7 +39,6 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
@@ -744,7 +743,7 @@ def main() -> None:
             bar.set_description(name)
             bar.update()
 
-        console = Console(width=None if sys.stdout.isatty() else 160)
+        console = cli.console(160)
         if options.max_length:
             rows = find_longest(works, options, target, advance)
             console.print(longest_table(rows, device))

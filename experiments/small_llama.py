@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 import spt_jax
 from spt_jax.models import Decoder, DecoderConfig
 from spt_jax.models.config import parse_config
+from spt_jax.processes import exchange, is_first
 from spt_jax.training import encode_documents, next_token, pack, train
 
 BOS, EOS = "<s>", "</s>"
@@ -60,6 +61,7 @@ def train_small_llama(
     steps: int,
     length: int,
     seed: int = 0,
+    mesh: spt_jax.MeshConfig | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> Path:
@@ -71,6 +73,7 @@ def train_small_llama(
         steps: optimizer steps of `STEP_TOKENS` tokens.
         length: tokens of a row.
         seed: of weights and order.
+        mesh: devices to train on.
         resume: go on with the training in `out`; a finished model is left as it is.
         overwrite: delete the training in `out`.
 
@@ -94,9 +97,13 @@ def train_small_llama(
         schedule="cosine",
         weight_decay=0.1,
         seed=seed,
+        mesh=mesh,
     )
     train(model, data, options, out, objective=next_token, resume=resume, overwrite=overwrite)
     spt_jax.save_pretrained(model, directory, overwrite=True)
+    if not is_first():
+        exchange(None)  # wait for the tokenizer
+        return directory
     tokenizer.save(str(directory / "tokenizer.json"))
     special = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -106,4 +113,5 @@ def train_small_llama(
     }
     text = json.dumps(special, indent=2) + "\n"
     (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    exchange(None)
     return directory

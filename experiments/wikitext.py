@@ -15,7 +15,6 @@ A stopped run goes on with --resume.
 from __future__ import annotations
 
 import datetime
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -292,6 +291,7 @@ def run(options: Options, console: Console) -> dict[str, dict[str, Any]]:
             steps=options.pretrain_steps,
             length=length,
             seed=options.seed,
+            mesh=options.mesh_config(),
             resume=options.resume,
             overwrite=options.overwrite,
         )
@@ -348,9 +348,9 @@ def run(options: Options, console: Console) -> dict[str, dict[str, Any]]:
 def main() -> None:
     """Run the experiment."""
     options = cli.parse(Options, "experiments.wikitext", __doc__)
-    options.check()
+    options.start()
     options.out.mkdir(parents=True, exist_ok=True)  # fails now, not at the end of a long run
-    run(options, Console(width=None if sys.stdout.isatty() else 120))
+    run(options, cli.console())
 
 
 if __name__ == "__main__":

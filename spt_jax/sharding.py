@@ -15,10 +15,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from spt_jax.config import MeshConfig
+from spt_jax.processes import put
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 #: Axes over which a batch is cut.
@@ -99,20 +101,42 @@ class Devices:
 
     def put[Tree](self, tree: Tree) -> Tree:
         """The arrays of a tree as `places` takes, each in its place."""
-        return tree if self.mesh is None else jax.device_put(tree, self.places(tree))
+        return tree if self.mesh is None else jax.tree.map(put, tree, self.places(tree))
 
-    def batch(self, batch: Any) -> Any:
-        """Arrays of examples, cut by examples."""
-        return batch if self.mesh is None else jax.device_put(batch, self.batch_place)
+    def rows(self, batch_size: int) -> np.ndarray:
+        """Examples of a batch that devices of this process hold."""
+        if self.batch_place is None:
+            return np.arange(batch_size)
+        parts = self.batch_place.addressable_devices_indices_map((batch_size,)).values()
+        return np.unique([np.arange(batch_size)[part] for part in parts])
+
+    def batch(self, rows: Any, batch_size: int) -> Any:
+        """Arrays of a batch's `rows` as arrays of the whole batch, cut by examples."""
+        if (place := self.batch_place) is None:
+            return rows
+        held = self.rows(batch_size)
+
+        def whole(x: np.ndarray) -> jax.Array:
+            def part(index: Any) -> np.ndarray:
+                return x[np.searchsorted(held, np.arange(batch_size)[index[0]])]
+
+            return jax.make_array_from_callback((batch_size, *x.shape[1:]), place, part)
+
+        return jax.tree.map(whole, rows)
 
     @property
     def batch_place(self) -> NamedSharding | None:
-        """Where examples lie."""
+        """Where examples lie; None without a mesh."""
         return None if self.mesh is None else NamedSharding(self.mesh, P(BATCH))
+
+    @property
+    def everywhere(self) -> NamedSharding | None:
+        """Where that lies which every device holds whole; None without a mesh."""
+        return None if self.mesh is None else NamedSharding(self.mesh, P())
 
     def outputs(self, state: Any) -> Any:
         """`jit`'s `out_shardings` of a step that returns the next state and metrics."""
-        return None if self.mesh is None else (self.places(state), NamedSharding(self.mesh, P()))
+        return None if self.mesh is None else (self.places(state), self.everywhere)
 
     def size(self, *axes: str) -> int:
         """Devices along these axes together."""

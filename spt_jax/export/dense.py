@@ -12,6 +12,7 @@ from spt_jax.layers import Linear, RoutedFFN
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.encoder import Encoder
 from spt_jax.models.pretrained import Task
+from spt_jax.processes import to_host
 
 _ALL = slice(None)
 
@@ -43,7 +44,7 @@ class Units(NamedTuple):
 
 def factor_matrices(a: jax.Array, b: jax.Array) -> tuple[np.ndarray, np.ndarray]:
     """LoRA factors `[in, r]` and `[r, out]`, without the axis of blocks of a routed FFN."""
-    return np.asarray(a).reshape(-1, a.shape[-1]), np.asarray(b).reshape(len(b), -1)
+    return to_host(a).reshape(-1, a.shape[-1]), to_host(b).reshape(len(b), -1)
 
 
 def original_units(model: nnx.Module) -> dict[int, Units]:
@@ -51,7 +52,7 @@ def original_units(model: nnx.Module) -> dict[int, Units]:
     units = {}
     for _, module in nnx.iter_modules(model):
         if isinstance(module, RoutedFFN):
-            inverse = np.argsort(np.asarray(module.permutation[...]))
+            inverse = np.argsort(to_host(module.permutation[...]))
             units[id(module.down)] = Units(rows=inverse)
             units |= {
                 id(linear): Units(columns=inverse)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
+
+from spt_jax.processes import exchange, is_first
 
 #: A directory with one of these is an earlier export, which may be overwritten.
 MARKERS = ("config.json", "adapter_config.json", "spt_config.json")
@@ -52,12 +55,18 @@ class Tensor(NamedTuple):
 def new_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """A temporary directory beside `target` that takes its place when the block ends.
 
-    If the block fails, `target` is as it was and the temporary directory is gone.
+    If the block fails, `target` is as it was and the temporary directory is gone. Of several
+    processes, all of which must come here, only the first one's directory takes the place.
 
     Raises:
         ValueError: `target` is a file, or holds files and must not be replaced.
         OSError: the files cannot be written.
     """
+    if not is_first():
+        with tempfile.TemporaryDirectory() as directory:
+            yield Path(directory)
+        exchange(None)  # wait until it is there
+        return
     target = target.expanduser().resolve()
     check_replaceable(target, overwrite=overwrite)
     tag = uuid.uuid4().hex[:8]
@@ -83,10 +92,13 @@ def new_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
     finally:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+        exchange(None)
 
 
 def check_replaceable(target: Path, *, overwrite: bool) -> None:
     """Raise a ValueError unless `target` is absent, empty, or an export to overwrite."""
+    if not is_first():  # what others see may be the result already
+        return
     if target.is_file():
         raise ValueError(f"{target} is a file; give a directory")
     if not target.exists() or not (found := sorted(target.iterdir())):
@@ -139,8 +151,15 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_safetensors(path: Path, tensors: Sequence[Tensor]) -> None:
-    """Write tensors in the safetensors format, making and writing one after the other."""
+    """Write tensors in the safetensors format, making and writing one after the other.
+
+    Processes but the first only help to make them.
+    """
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # aligns them
+    if not is_first():
+        for tensor in ordered:
+            tensor.make()
+        return
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in ordered:

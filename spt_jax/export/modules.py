@@ -25,6 +25,7 @@ from spt_jax.export.files import (
     write_safetensors,
 )
 from spt_jax.layers import Attention, FeedForward, HeadParam, RoutedFFN, SparseAttention
+from spt_jax.processes import to_host
 
 CONFIG_FILE = "spt_config.json"
 MODULES_FILE = "spt_modules.safetensors"
@@ -69,7 +70,7 @@ def write_modules(model: nnx.Module, directory: Path, *, with_head: bool) -> Non
     if with_head:
         variables |= _head(model)
     config[_HEAD] = with_head and bool(_head(model))
-    tensors = [Tensor.of(name, np.asarray(v[...])) for name, v in variables.items()]
+    tensors = [Tensor.of(name, to_host(v[...])) for name, v in variables.items()]
     write_safetensors(directory / MODULES_FILE, tensors)
     write_json(directory / CONFIG_FILE, config)
 

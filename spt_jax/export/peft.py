@@ -27,6 +27,7 @@ from spt_jax.models.decoder import Decoder
 from spt_jax.models.encoder import Encoder
 from spt_jax.models.pretrained import Task
 from spt_jax.models.slots import Slot, module_at, tensor_slots
+from spt_jax.processes import to_host
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -193,7 +194,7 @@ def _tensors(model: Encoder | Decoder, adapted: Mapping[str, Linear | Embedding]
         for suffix, factor in zip(suffixes, factors, strict=True):
             tensors[f"{_PREFIX}{name}.{suffix}"] = factor.T
     for name, slot in _heads(model).items():
-        array = np.asarray(slot.variable[...])
+        array = to_host(slot.variable[...])
         tensors[_PREFIX + name] = array.T if slot.transpose else array
     return [Tensor.of(name, array) for name, array in tensors.items()]
 

@@ -35,6 +35,7 @@ from spt_jax.models.encoder import Encoder
 from spt_jax.models.hub import find_files
 from spt_jax.models.pretrained import Task, checked_dtype
 from spt_jax.models.slots import Slot, module_at, tensor_slots
+from spt_jax.processes import to_host
 
 #: Files of a tokenizer, and the defaults of generation that lie beside it.
 TOKENIZER_FILES = (
@@ -174,13 +175,13 @@ def _tensors(model: Encoder | Decoder, dtype: np.dtype | None) -> list[Tensor]:
         assert isinstance(model, Decoder)
         table = model.embedding.embedding
         own = np.dtype(table.get_value().dtype)
-        output = Tensor("lm_head.weight", table.shape, dtype or own, lambda: np.asarray(table[...]))
+        output = Tensor("lm_head.weight", table.shape, dtype or own, lambda: to_host(table[...]))
         tensors.append(output)
     return tensors
 
 
 def _dense(module: nnx.Module, slot: Slot, units: Units, dtype: np.dtype) -> np.ndarray:
-    array = np.asarray(slot.variable[...]).reshape(slot.own_shape)
+    array = to_host(slot.variable[...]).reshape(slot.own_shape)
     if array.ndim == 1:
         return array[units.columns]
     if (lora := getattr(module, "lora", None)) is not None:

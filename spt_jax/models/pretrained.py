@@ -22,6 +22,7 @@ from spt_jax.models.encoder import Encoder
 from spt_jax.models.encoder_config import EncoderConfig
 from spt_jax.models.hub import find_files
 from spt_jax.models.slots import Slot, tensor_slots
+from spt_jax.processes import put
 
 Task = Literal["backbone", "sequence-classification", "causal-lm"]
 #: A sharding for all parameters, or one for each by its path in the model and its shape.
@@ -183,7 +184,7 @@ def _fill(
         if name in slots:
             array = checkpoint.read(stored[name], array.dtype, transpose=slot.transpose)
         place = sharding(slot.path, array.shape) if callable(sharding) else sharding
-        slot.variable.set_value(jax.device_put(array, place))
+        slot.variable.set_value(put(array, place))
 
 
 def _module(name: str) -> str:

@@ -21,6 +21,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from spt_jax.processes import exchange, is_first, to_host
+
 _KEPT = 2
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _T = TypeVar("_T")
@@ -48,7 +50,7 @@ def weights_fingerprint(arrays: Any) -> str:
         arrays = nnx.to_pure_dict(arrays)
     digest = hashlib.blake2b(digest_size=16)
     for name, array in sorted(_named(arrays).items()):
-        host = np.ascontiguousarray(_raw(array))
+        host = np.ascontiguousarray(to_host(array))
         digest.update(f"{name} {host.dtype} {host.shape}\n".encode())
         digest.update(host.reshape(-1).view(np.uint8))
     return digest.hexdigest()
@@ -56,6 +58,8 @@ def weights_fingerprint(arrays: Any) -> str:
 
 class Checkpoints:
     """The checkpoints of one run.
+
+    All processes of a run make one, of the same directory, and call its methods together.
 
     Args:
         directory: made if it is not there.
@@ -84,21 +88,10 @@ class Checkpoints:
         self._best: int | None = None
         self._last_good: int | None = None
         self._pending: int | None = None
+        problem = self._prepare(resume, overwrite) if is_first() else None
+        if problem := exchange(problem)[0]:
+            raise CheckpointError(problem)
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            if overwrite and not resume:
-                _empty(self.directory)
-            present = sorted(p.name for p in self.directory.iterdir() if p.name[0].isdigit())
-            if present and not resume:
-                raise CheckpointError(
-                    f"{self.directory} holds checkpoints of an earlier run ({', '.join(present)}); "
-                    "go on from them with --resume, delete them with --overwrite, or choose "
-                    "another directory"
-                )
-            for name in present:
-                if _TEMPORARY in name:
-                    log(f"passing over half-written checkpoint {self.directory / name}")
-                    shutil.rmtree(self.directory / name)
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(preservation_policy=_LastAndBest(self)),
@@ -107,12 +100,32 @@ class Checkpoints:
                     "record": ocp.JsonCheckpointHandler(),
                 },
             )
-        except CheckpointError:
-            raise
         except OSError as error:
-            raise CheckpointError(
-                f"cannot write checkpoints under {self.directory}: {error}"
-            ) from error
+            raise CheckpointError(self._cannot_write(error)) from error
+
+    def _prepare(self, resume: bool, overwrite: bool) -> str | None:
+        """Make the directory, and rid it of what is half-written; says what stands against it."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if overwrite and not resume:
+                _empty(self.directory)
+            present = sorted(p.name for p in self.directory.iterdir() if p.name[0].isdigit())
+            if present and not resume:
+                return (
+                    f"{self.directory} holds checkpoints of an earlier run ({', '.join(present)}); "
+                    "go on from them with --resume, delete them with --overwrite, or choose "
+                    "another directory"
+                )
+            for name in present:
+                if _TEMPORARY in name:
+                    self._log(f"passing over half-written checkpoint {self.directory / name}")
+                    shutil.rmtree(self.directory / name)
+        except OSError as error:
+            return self._cannot_write(error)
+        return None
+
+    def _cannot_write(self, error: OSError) -> str:
+        return f"cannot write checkpoints under {self.directory}: {error}"
 
     def save(
         self, step: int, state: Any, progress: Mapping[str, Any], *, best_step: int | None
@@ -121,7 +134,8 @@ class Checkpoints:
 
         Args:
             step: number of the checkpoint.
-            state: pytree of arrays, copied to the host before this returns.
+            state: pytree of arrays, copied to the host before this returns; each process writes
+                what its devices hold.
             progress: JSON object.
             best_step: the checkpoint to keep whatever its age.
 
@@ -130,7 +144,7 @@ class Checkpoints:
         """
         self.wait()
         self._best = best_step
-        arrays = {name: np.array(_raw(x)) for name, x in _named(state).items()}
+        arrays = _arrays(state)
         record = {
             "identity": self._identity,
             "progress": progress,
@@ -169,7 +183,7 @@ class Checkpoints:
         Raises:
             CheckpointError: the checkpoint belongs to another run.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in exchange(sorted(self._manager.all_steps(), reverse=True))[0]:
             try:
                 restored = self.restore(step, template)
             except CheckpointError:
@@ -193,27 +207,31 @@ class Checkpoints:
             Exception: it cannot be read.
         """
         names = _named(template)
-        shapes = {name: np.empty(x.shape, x.dtype) for name, x in _raws(names).items()}
-        record = self._manager.restore(
-            step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
-        )["record"]
-        digest = record.get("record_digest")  # checkpoints had none at first
-        if digest is not None and digest != _json_digest([record["identity"], record["progress"]]):
-            raise ValueError("its record differs from the digest written with it")
+        shapes = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            for name, x in _arrays(template).items()
+        }
+
+        def read_record() -> dict[str, Any]:
+            args = ocp.args.Composite(record=ocp.args.JsonRestore())
+            record = self._manager.restore(step, args=args)["record"]
+            if record["record_digest"] != _json_digest([record["identity"], record["progress"]]):
+                raise ValueError("its record differs from the digest written with it")
+            return record
+
+        def read_arrays() -> dict[str, jax.Array]:
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
+            return self._manager.restore(step, args=args)["state"]
+
+        record = _together(read_record)
         self._check_identity(step, record["identity"])
-        arrays = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
-        )["state"]
-        arrays = {name: np.asarray(array) for name, array in arrays.items()}
+        arrays = _together(read_arrays)
         if weights_fingerprint(arrays) != record["digest"]:
             raise ValueError("its arrays differ from the digest written with them")
         leaves = [
-            jax.device_put(
-                jax.random.wrap_key_data(arrays[name], impl=jax.random.key_impl(x))
-                if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-                else jax.numpy.array(arrays[name]),
-                x.sharding,
-            )
+            jax.random.wrap_key_data(arrays[name], impl=jax.random.key_impl(x))
+            if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+            else arrays[name]
             for name, x in names.items()
         ]
         return jax.tree.unflatten(jax.tree.structure(template), leaves), record["progress"]
@@ -251,10 +269,12 @@ class Checkpoints:
             ) from error
 
     def _set_aside(self, step: int) -> None:
-        target = self.directory / "unreadable" / str(step)
-        shutil.rmtree(target, ignore_errors=True)
-        target.parent.mkdir(exist_ok=True)
-        (self.directory / str(step)).rename(target)
+        if is_first():
+            target = self.directory / "unreadable" / str(step)
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(target)
+        exchange(None)  # others wait
         self._manager.reload()
 
 
@@ -277,14 +297,28 @@ def _named(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
 
 
-def _raw(array: Any) -> np.ndarray:
-    if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
-        array = jax.random.key_data(array)
-    return np.asarray(array)
+def _arrays(tree: Any) -> dict[str, jax.Array]:
+    """What is saved: arrays as they are, keys as their numbers."""
+    keys = jax.dtypes.prng_key
+    return {
+        name: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, keys) else x
+        for name, x in _named(tree).items()
+    }
 
 
-def _raws(named: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {name: _raw(array) for name, array in named.items()}
+def _together[T](read: Callable[[], T]) -> T:
+    """What is read, if all processes can read it; else the error of this one, or of another."""
+    error, value = None, None
+    try:
+        value = read()
+    except Exception as problem:
+        error = problem
+    problems = exchange(None if error is None else _first_line(error))
+    if error is not None:
+        raise error
+    if others := [text for text in problems if text]:
+        raise ValueError(f"another process could not read it: {others[0]}")
+    return value  # type: ignore[return-value]
 
 
 def differences_between(found: Any, wanted: Any, name: str = "") -> Iterator[str]:

@@ -22,6 +22,7 @@ GROUPED_BATCHES = 16
 #: Sequence lengths at most that batches by length are cut to; a training step is compiled for each.
 MOST_LENGTHS = 4
 _LENGTH_UNIT = 16
+_ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,12 @@ def tokenize(
 
 
 def train_batches(
-    examples: Examples, batch_size: int, *, seed: int, group_by_length: bool = False
+    examples: Examples,
+    batch_size: int,
+    *,
+    seed: int,
+    group_by_length: bool = False,
+    rows: np.ndarray | slice = _ALL,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Endless batches in a new random order each epoch.
 
@@ -223,13 +229,14 @@ def train_batches(
         group_by_length: sort the examples of 16 batches by length before they are cut into
             batches, which then come in random order, each cut to the first of `batch_lengths` that
             holds it.
+        rows: those of each batch that are gathered; the order of examples is that of whole batches.
 
     Returns:
         An iterator with `get_state` and `set_state`; the state is a JSON object.
     """
 
     def gather(indices: np.ndarray) -> dict[str, np.ndarray]:
-        return _with_weight(examples.take(indices))
+        return _with_weight(examples.take(indices[rows]))
 
     order = grain.MapDataset.range(len(examples)).shuffle(seed).repeat()
     if group_by_length:
@@ -289,10 +296,18 @@ def cut_batch(batch: Mapping[str, np.ndarray], length: int) -> dict[str, np.ndar
     }
 
 
-def eval_batches(examples: Examples, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """All examples once, in order; the last batch is filled with copies of weight 0."""
+def eval_batches(
+    examples: Examples, batch_size: int, rows: np.ndarray | slice = _ALL
+) -> Iterator[dict[str, np.ndarray]]:
+    """All examples once, in order; the last batch is filled with copies of weight 0.
+
+    Args:
+        examples: what to go through.
+        batch_size: examples of a batch.
+        rows: those of each batch that are gathered.
+    """
     for start in range(0, len(examples), batch_size):
-        indices = np.arange(start, start + batch_size)
+        indices = np.arange(start, start + batch_size)[rows]
         batch = _with_weight(examples.take(np.minimum(indices, len(examples) - 1)))
         real = (indices < len(examples)).reshape(-1, *[1] * (batch["weight"].ndim - 1))
         yield batch | {"weight": batch["weight"] * real.astype(np.float32)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 import signal as signals
 import socket
 import statistics
@@ -21,6 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental.multihost_utils import reached_preemption_sync_point
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
@@ -28,8 +31,9 @@ from tqdm import tqdm
 
 from spt_jax.config import TrainConfig
 from spt_jax.layers import Attention, FeedForward, RoutedFFN
+from spt_jax.processes import ProcessLost, exchange, is_first, is_lost, several
 from spt_jax.sharding import BATCH, TENSOR, Devices
-from spt_jax.training.checkpoint import Checkpoints, weights_fingerprint
+from spt_jax.training.checkpoint import Checkpoints, differences_between, weights_fingerprint
 from spt_jax.training.data import (
     Examples,
     batch_lengths,
@@ -137,6 +141,9 @@ def train(
 ) -> TrainResult:
     """Train `model` in place.
 
+    Where several processes share `config.mesh`, all of them call this with the same arguments and
+    an `out_dir` that all see. The first one logs and writes events; all write checkpoints.
+
     Args:
         model: follows `model.forward(...) -> (outputs, aux)`.
         train_data: training examples.
@@ -161,9 +168,11 @@ def train(
         Interrupted: SIGTERM or SIGINT came; a checkpoint is saved.
         NonFiniteLoss: the loss or its gradient is not finite; the model is as it was.
         CheckpointError: checkpoints cannot be written, or belong to another run.
+        ProcessLost: another process of the run is gone.
+        ValueError: arguments contradict each other, the mesh, the model, or other processes.
     """
     began = time.perf_counter()
-    log = log or partial(tqdm.write, file=sys.stderr)
+    log = (log or partial(tqdm.write, file=sys.stderr)) if is_first() else _silence
     splits = {"": eval_data} if isinstance(eval_data, Examples) else dict(eval_data or {})
     monitor = _monitor(config, splits, metrics)
     total = config.total_steps(len(train_data))
@@ -171,14 +180,16 @@ def train(
     _check_mesh(model, config, devices)
     parts = _partition(model, config)
     data = {"train": train_data, **{f"eval {name}".strip(): x for name, x in splits.items()}}
+    identity = {
+        "base_weights": weights_fingerprint(parts.frozen),
+        "data": {name: weights_fingerprint(dict(x.columns)) for name, x in data.items()},
+        "config": {k: v for k, v in asdict(config).items() if k not in _FREE_TO_CHANGE},
+        **(identity or {}),
+    }
+    _check_processes(identity | {"trainable": weights_fingerprint(parts.params), "resume": resume})
     checkpoints = Checkpoints(
         Path(out_dir) / "checkpoints",
-        identity={
-            "base_weights": weights_fingerprint(parts.frozen),
-            "data": {name: weights_fingerprint(dict(x.columns)) for name, x in data.items()},
-            "config": {k: v for k, v in asdict(config).items() if k not in _FREE_TO_CHANGE},
-            **(identity or {}),
-        },
+        identity=identity,
         resume=resume,
         overwrite=overwrite,
         log=log,
@@ -188,11 +199,15 @@ def train(
     state, run_step = start(parts, config, total_steps=total, objective=objective)
     state = devices.put(state)
     batches = train_batches(
-        train_data, config.batch_size, seed=config.seed, group_by_length=config.group_by_length
+        train_data,
+        config.batch_size,
+        seed=config.seed,
+        group_by_length=config.group_by_length,
+        rows=devices.rows(config.batch_size),
     )
     progress = _Progress()
 
-    with checkpoints, _stop_signal() as stop, devices:
+    with _losses_told(checkpoints), checkpoints, _stop_signal() as stop, devices:
         restored = checkpoints.restore_latest(state) if resume else None
         if restored is not None:
             state, record = restored
@@ -209,14 +224,14 @@ def train(
         compiling = time.perf_counter()
         compiled = {
             sample["input_ids"].shape[1]: jitted.lower(
-                state, parts.frozen, devices.batch(sample)
+                state, parts.frozen, devices.batch(sample, config.batch_size)
             ).compile()
-            for sample in _samples(train_data, config)
+            for sample in _samples(train_data, config, devices)
         }
         compile_s = time.perf_counter() - compiling
         evaluate_splits = partial(
             _evaluate,
-            _evaluation_step(parts, objective, metrics),
+            _evaluation_step(parts, objective, metrics, devices),
             frozen=parts.frozen,
             devices=devices,
             splits=splits,
@@ -233,13 +248,15 @@ def train(
                 nonlocal mark, under_way
                 if under_way is None:
                     return
-                number, mask, on_device = under_way
+                number, length, on_device = under_way
                 under_way = None
                 values = {name: x.item() for name, x in jax.device_get(on_device).items()}
                 now = time.perf_counter()
                 if not values.pop("finite"):
                     raise NonFiniteLoss(_not_finite(number, values, checkpoints))
-                progress.add_step(values["loss"], mask, (now - mark) * 1e3)
+                positions = config.batch_size * length
+                tokens = values.pop("tokens")
+                progress.add_step(values["loss"], tokens, positions, (now - mark) * 1e3)
                 mark = now
                 report.step(number, values, progress)
 
@@ -276,11 +293,12 @@ def train(
                         break
                     mark = time.perf_counter()
                 batch = next(batches)
-                run_compiled = compiled[batch["input_ids"].shape[1]]
-                state, on_device = run_compiled(state, parts.frozen, devices.batch(batch))
+                length = batch["input_ids"].shape[1]
+                batch = devices.batch(batch, config.batch_size)
+                state, on_device = compiled[length](state, parts.frozen, batch)
                 step += 1
                 settle()  # the step before: the device always has the next one at hand
-                under_way = step, batch["attention_mask"], on_device
+                under_way = step, length, on_device
 
         checkpoints.wait()
         best = config.result == "best"
@@ -338,11 +356,12 @@ def evaluate(
     """
     graphdef, state = nnx.split(model)
     parts = Partition({}, {}, state, lambda _, state: nnx.merge(graphdef, state))
+    devices = Devices(None)
     values = _evaluate(
-        _evaluation_step(parts, objective, metrics),
+        _evaluation_step(parts, objective, metrics, devices),
         parts.params,
         frozen=parts.frozen,
-        devices=Devices(None),
+        devices=devices,
         splits={"": data},
         batch_size=batch_size,
         names=metrics,
@@ -352,10 +371,13 @@ def evaluate(
     return values
 
 
-def _evaluation_step(parts: Partition, objective: Objective, metrics: Sequence[str]) -> Any:
+def _evaluation_step(
+    parts: Partition, objective: Objective, metrics: Sequence[str], devices: Devices
+) -> Any:
     with_outputs = any(name != "perplexity" for name in metrics)
     return jax.jit(
-        partial(eval_step, merge=parts.merge, objective=objective, with_outputs=with_outputs)
+        partial(eval_step, merge=parts.merge, objective=objective, with_outputs=with_outputs),
+        out_shardings=devices.everywhere,
     )
 
 
@@ -375,10 +397,10 @@ class _Progress:
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
 
-    def add_step(self, loss: float, mask: np.ndarray, ms: float) -> None:
+    def add_step(self, loss: float, tokens: int, positions: int, ms: float) -> None:
         self.losses = [*self.losses, loss][-_REMEMBERED:]
-        self.tokens = [*self.tokens, int(np.sum(mask))][-_REMEMBERED:]
-        self.positions = [*self.positions, mask.size][-_REMEMBERED:]
+        self.tokens = [*self.tokens, tokens][-_REMEMBERED:]
+        self.positions = [*self.positions, positions][-_REMEMBERED:]
         self.step_ms = [*self.step_ms, ms][-_REMEMBERED:]
 
     def add_evaluation(self, step: int, metrics: dict[str, float], monitor: str) -> None:
@@ -402,6 +424,8 @@ class _Board:
         self._directory, self._log = directory, log
         self._file: FileIO | None = None
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}"
+        if not is_first():
+            return
         with self._telling():
             directory.mkdir(parents=True, exist_ok=True)
             self._file = (directory / name).open("xb", buffering=0)
@@ -451,7 +475,7 @@ class _Reporter:
         log: Callable[[str], None],
         progress_bar: bool | None,
     ) -> None:
-        shown = sys.stderr.isatty() if progress_bar is None else progress_bar
+        shown = is_first() and (sys.stderr.isatty() if progress_bar is None else progress_bar)
         self._bar = tqdm(total=total, initial=start, disable=not shown, unit="step")
         self._board = _Board(out_dir / "tensorboard", start + 1, log)
         self._log = log
@@ -499,10 +523,12 @@ def _evaluate(
     values: dict[str, float] = {}
     for split, examples in splits.items():
         losses, weights, outputs = 0.0, 0.0, []
-        for batch in eval_batches(examples, batch_size):
+        for batch in eval_batches(examples, batch_size, devices.rows(batch_size)):
             if stop():
                 return None
-            batch_loss, batch_weight, output = step(params, frozen, devices.batch(batch))
+            batch_loss, batch_weight, output = step(
+                params, frozen, devices.batch(batch, batch_size)
+            )
             losses, weights = losses + float(batch_loss), weights + float(batch_weight)
             if output is not None:
                 outputs.append(np.asarray(output))
@@ -513,15 +539,22 @@ def _evaluate(
     return values
 
 
-def _samples(examples: Examples, config: TrainConfig) -> Iterator[dict[str, np.ndarray]]:
-    """A batch of each sequence length that training may meet."""
-    sample = next(eval_batches(examples, config.batch_size))
+def _samples(
+    examples: Examples, config: TrainConfig, devices: Devices
+) -> Iterator[dict[str, np.ndarray]]:
+    """This process' rows of a batch of each sequence length that training may meet."""
+    sample = next(eval_batches(examples, config.batch_size, devices.rows(config.batch_size)))
     lengths = batch_lengths(examples) if config.group_by_length else (examples.length,)
     return (cut_batch(sample, length) for length in lengths)
 
 
 def _check_mesh(model: nnx.Module, config: TrainConfig, devices: Devices) -> None:
     """Raise a ValueError where the mesh does not divide the batches or the model."""
+    if config.mesh is None and several():
+        raise ValueError(
+            f"there are {jax.process_count()} processes: say how they share the work, such as "
+            "mesh=MeshConfig(), which cuts batches"
+        )
     share = devices.size(*BATCH)
     sizes = {
         "batch_size / accumulation": config.batch_size // config.accumulation,
@@ -548,6 +581,21 @@ def _check_mesh(model: nnx.Module, config: TrainConfig, devices: Devices) -> Non
                     f"{name} has {units} hidden units{' a block' * (blocks > 1)}, which {cut} "
                     "devices (tensor) cannot share evenly"
                 )
+
+
+def _check_processes(run: Mapping[str, Any]) -> None:
+    """Raise a ValueError where processes are about to train something else than the first one."""
+    first, *others = exchange(run)
+    for number, other in enumerate(others, 1):
+        if differences := list(differences_between(other, first)):
+            raise ValueError(
+                f"process {number} is not of the run of process 0: {'; '.join(differences)} in "
+                "process 0. Give the same options, model and data to all"
+            )
+
+
+def _silence(message: str) -> None:
+    """The log of processes but the first."""
 
 
 def _monitor(config: TrainConfig, splits: Mapping[str, Examples], metrics: Sequence[str]) -> str:
@@ -596,23 +644,61 @@ def _not_finite(step: int, values: Mapping[str, float], checkpoints: Checkpoints
 
 
 @contextmanager
+def _losses_told(checkpoints: Checkpoints) -> Iterator[None]:
+    """Say plainly that another process is gone, and what is left of the run."""
+    try:
+        yield
+    except Exception as error:
+        if not is_lost(error):
+            raise
+        good = checkpoints.last_good
+        kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+        raise ProcessLost(
+            f"another process of the run ended or cannot be reached: {kept}. Start all processes "
+            "again, with --resume to go on from the last good checkpoint"
+        ) from error
+
+
+@contextmanager
 def _stop_signal() -> Iterator[Callable[[], int | None]]:
-    """Tell the number of the first SIGTERM or SIGINT; a second one acts as it always does."""
+    """Tell the number of the first SIGTERM or SIGINT; a second one acts as it always does.
+
+    Several processes stop at the same step, by JAX's preemption service: it tells them all of a
+    SIGTERM to any of them, as long as all ask equally often.
+    """
     received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None  # only the main thread can handle signals
+    in_main = threading.current_thread() is threading.main_thread()  # which alone handles signals
+    if several():
+        asked = itertools.count()
+
+        def preempted() -> int | None:
+            if not received and reached_preemption_sync_point(next(asked)):
+                received.append(signals.SIGTERM)
+            return received[0] if received else None
+
+        before = signals.getsignal(signals.SIGINT)
+        if in_main:
+            signals.signal(signals.SIGINT, lambda *_: os.kill(os.getpid(), signals.SIGTERM))
+        try:
+            yield preempted
+        finally:
+            if in_main:
+                signals.signal(signals.SIGINT, before)
         return
-    before = {number: signals.getsignal(number) for number in (signals.SIGTERM, signals.SIGINT)}
+    if not in_main:
+        yield lambda: None
+        return
+    handlers = {number: signals.getsignal(number) for number in (signals.SIGTERM, signals.SIGINT)}
 
     def restore() -> None:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signals.signal(number, handler)
 
     def receive(number: int, frame: Any) -> None:
         received.append(number)
         restore()
 
-    for number in before:
+    for number in handlers:
         signals.signal(number, receive)
     try:
         yield lambda: received[0] if received else None

@@ -18,6 +18,7 @@ from flax import nnx
 
 from spt_jax.config import Trainable, TrainConfig
 from spt_jax.layers.variables import ADAPTER
+from spt_jax.processes import put, to_host
 from spt_jax.sharding import BATCH, constrain
 from spt_jax.training.losses import Batch
 from spt_jax.training.objectives import Objective
@@ -144,8 +145,11 @@ def write_back(model: nnx.Module, params: Mapping[str, jax.Array]) -> None:
     on_mesh = any(len(v.get_value().sharding.device_set) > 1 for _, v in flat)
     for path, variable in flat:
         if (name := ".".join(map(str, path))) in params:
-            place = None if on_mesh else variable.get_value().sharding
-            variable[...] = jax.device_put(params[name], place)
+            param = params[name]
+            if not on_mesh:
+                whole = param if param.is_fully_addressable else to_host(param)
+                param = put(whole, variable.get_value().sharding)
+            variable[...] = param
 
 
 def train_step(
@@ -180,7 +184,8 @@ def train_step(
 
     Returns:
         The next state, and float32 scalars: loss, task_loss, each auxiliary loss by its name,
-        grad_norm (before clipping), learning_rate, and the boolean `finite`.
+        grad_norm (before clipping), learning_rate; the boolean `finite`; and the int32 `tokens`,
+        the number of valid ones.
     """
     weight = jnp.sum(batch["weight"])
     weight = jnp.where(weight > 0, weight, 1)
@@ -226,6 +231,7 @@ def train_step(
         "grad_norm": grad_norm,
         "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         "finite": finite,
+        "tokens": tokens,
     }
     return kept, metrics
 

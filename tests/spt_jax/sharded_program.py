@@ -159,7 +159,7 @@ def compiled(case: dict) -> dict:
     with devices:
         program = (
             jax.jit(step, donate_argnums=0, out_shardings=devices.outputs(state))
-            .lower(devices.put(state), devices.put(parts.frozen), devices.batch(batch))
+            .lower(devices.put(state), devices.put(parts.frozen), devices.batch(batch, 16))
             .compile()
         )
     return {

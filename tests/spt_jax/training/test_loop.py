@@ -130,8 +130,8 @@ def test_signal_during_evaluation(straight, tmp_path, monkeypatch):
 
     whole = loop.eval_batches
 
-    def struck(data, size):
-        for i, batch in enumerate(whole(data, size)):
+    def struck(*arguments):
+        for i, batch in enumerate(whole(*arguments)):
             if i == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
