@@ -1,25 +1,30 @@
 """What the devices of a mesh send each other in a training step, read from the compiled program.
 
-    python -m experiments.collectives --block opt-2048 --method spt --mesh fsdp=4,tensor=2
+    python -m experiments.collectives --block opt-2048 --meshes "fsdp=8 fsdp=4,tensor=2"
 
 compiles a step of a block (see experiments.profile for what there is) for as many virtual CPU
-devices as the mesh has, runs nothing, and prints a table of collectives with their bytes.
+devices as a mesh has, runs nothing, and prints for each mesh the memory of a device, and a table of
+collectives with their bytes.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import jax
 from rich.table import Table
 
 from experiments import cli, profile
-from spt_jax.sharding import parse_mesh
+from experiments.reports import here_and_now, how, page
+from spt_jax.sharding import make_mesh, parse_mesh
+from spt_jax.training import write_text_atomic
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
 _ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
@@ -85,46 +90,83 @@ def table(title: str, found: Iterable[Collective]) -> Table:
     return rows
 
 
+def summary(programs: Mapping[str, profile.Program]) -> Table:
+    """One row a mesh: memory of a device, and what it is handed in a step."""
+    rows = Table(title="A step on one of the devices")
+    for header in ("mesh", "peak MB", "collectives", "gathered MB", "summed MB"):
+        rows.add_column(header, justify="left" if header == "mesh" else "right")
+    for mesh, program in programs.items():
+        found = collectives(program.text())
+        gathered = [c for c in found if c.kind == "all-gather"]
+        sizes = [sum(c.size_bytes for c in part) for part in (gathered, found)]
+        rows.add_row(
+            mesh,
+            f"{program.planned_bytes / 1e6:,.0f}",
+            str(len(found)),
+            f"{sizes[0] / 1e6:,.1f}",
+            f"{(sizes[1] - sizes[0]) / 1e6:,.1f}",
+        )
+    return rows
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Options of the experiment."""
 
     block: str = "opt-2048"
     """A block that experiments.profile knows."""
-    method: str = "spt"
-    """Methods, separated by commas: full, lora, spt."""
-    mesh: str = "fsdp=4,tensor=2"
-    """Sizes of the mesh's axes data, fsdp and tensor."""
-    batch_size: str = "16"
+    method: Literal["full", "lora", "spt"] = "spt"
+    """How it is trained."""
+    meshes: str = "data=8 fsdp=8 tensor=8 fsdp=4,tensor=2"
+    """Meshes of so many devices as the first one has, separated by spaces."""
+    batch_size: int = 16
     """Sequences of a step, of all devices together."""
-    seq_len: str = "512"
+    seq_len: int = 512
     """Tokens of a sequence."""
+    report: Path | None = None
+    """Markdown page that gets the tables."""
 
 
 def main() -> None:
     """Run the experiment."""
     options = cli.parse(Options, "experiments.collectives", __doc__)
-    sizes = parse_mesh(options.mesh)
-    if -1 in (sizes.data, sizes.fsdp, sizes.tensor):
-        raise ValueError(f"--mesh needs every size, got {options.mesh}")
-    number = sizes.data * sizes.fsdp * sizes.tensor
+    meshes = {text: parse_mesh(text) for text in options.meshes.split()}
+    sizes = [(mesh.data, mesh.fsdp, mesh.tensor) for mesh in meshes.values()]
+    if not sizes or -1 in itertools.chain(*sizes):
+        raise ValueError(f"--meshes needs every size, got {options.meshes!r}")
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", number)
+    jax.config.update("jax_num_cpu_devices", math.prod(sizes[0]))
+    for sizes_of in meshes.values():
+        make_mesh(sizes_of)
     console = cli.console()
-    works = profile.workloads(
-        profile.Options(
-            block=options.block,
-            method=options.method,
-            batch_size=options.batch_size,
-            seq_len=options.seq_len,
-            module="block",
-            mesh=options.mesh,
+    programs: dict[str, profile.Program] = {}
+    for text, mesh in {"one device": None, **meshes}.items():
+        (work, *_) = profile.workloads(
+            profile.Options(
+                block=options.block,
+                method=options.method,
+                batch_size=str(options.batch_size),
+                seq_len=str(options.seq_len),
+                module="block",
+                mesh=None if mesh is None else text,
+            )
         )
+        programs[text] = profile.Program(work, seed=0, mesh=mesh)
+    parts = [summary(programs)]
+    parts += [table(text, collectives(programs[text].text())) for text in meshes]
+    for part in parts:
+        console.print(part)
+    if options.report is None:
+        return
+    what = (
+        f"A training step of one {options.block} block, {options.method}, {options.batch_size} "
+        f"sequences of {options.seq_len} tokens on {math.prod(sizes[0])} virtual devices of a CPU: "
+        "what the compiler plans for one of them. Peak: arguments, results and temporaries. "
+        "Weights are gathered; activations are summed over `tensor` alone, and gradients over all."
     )
-    for work in works:
-        program = profile.Program(work, seed=0, mesh=sizes)
-        title = f"{work.block}, {work.name}, {options.mesh}: {work.step}"
-        console.print(table(title, collectives(program.text())))
+    conditions = here_and_now()
+    made = how("experiments.collectives", options, conditions)
+    write_text_atomic(options.report, page("Several devices, measured", what, *parts, made))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,10 @@ Everything here is also right for one process alone.
 from __future__ import annotations
 
 import json
+import logging
 import re
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +25,7 @@ HEARTBEAT_S = 30
 ASSEMBLY_S = 120
 
 _AUTOMATIC = "auto"
+_log = logging.getLogger(__name__)
 #: What errors say of collectives, or of the service behind them, when a process is gone.
 _LOST = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|coordination|heartbeat|barrier|unavailable",
@@ -72,6 +76,10 @@ def start_processes(
                 f"{process_id}"
             )
         arguments = {"coordinator_address": coordinator, **numbers}
+        if process_id > 0:
+            _wait_for(coordinator)
+        elif num_processes > 1:
+            _log.info("process 0 waits at %s for %d more", coordinator, num_processes - 1)
     elif given:
         raise ValueError(f'coordinator "{_AUTOMATIC}" finds {given} by itself; leave that out')
     try:
@@ -90,9 +98,25 @@ def start_processes(
         if "must be called before" in str(error):  # a mistake of the program, not of its user
             raise
         raise ConnectionError(
-            f"the processes of the run did not come together at {coordinator} within {ASSEMBLY_S} "
-            f"s: see that all were started, and that they can reach it ({_first_line(error)})"
+            f"the processes of the run cannot come together at {coordinator}: {_first_line(error)}"
         ) from None
+
+
+def _wait_for(coordinator: str) -> None:
+    """Wait until process 0 listens; JAX would end the program if it never does."""
+    host, _, port = coordinator.rpartition(":")
+    deadline = time.monotonic() + ASSEMBLY_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline or isinstance(error, socket.gaierror):
+                raise ConnectionError(
+                    f"cannot reach the coordinator {coordinator} ({_first_line(error)}): start "
+                    "process 0 there, and see that no firewall keeps others out"
+                ) from None
+        time.sleep(0.2)
 
 
 def is_first() -> bool:

@@ -199,8 +199,10 @@ def gathered(weight: jax.Array, cut: str | None = None) -> jax.Array:
 
 def sum_over(y: jax.Array, axes: str | tuple[str, ...]) -> jax.Array:
     """Inside `locally`: the sum over the devices along these axes."""
-    inside = TENSOR in jax.sharding.get_abstract_mesh().manual_axes
-    return jax.lax.psum(y, axes) if inside else y
+    mesh = jax.sharding.get_abstract_mesh()
+    names = (axes,) if isinstance(axes, str) else axes
+    several = TENSOR in mesh.manual_axes and any(mesh.shape[name] > 1 for name in names)
+    return jax.lax.psum(y, axes) if several else y
 
 
 def axes_of_rows(number: int) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from experiments import cli, glue
 from experiments.glue_tasks import TASKS
 from spt_jax.models.hub import package_directory
 from tests.experiments.tfds_directory import random_rows, write_task
+from tests.processes import free_address
 from tests.spt_jax.models.builders import write_checkpoint
 
 STEPS, EVERY = 48, 6
@@ -75,6 +76,13 @@ class Run:
     def start(self, *more: str) -> Process:
         """The command in a process of its own."""
         return Process(self, more)
+
+    @contextlib.contextmanager
+    def start_pair(self, *more: str) -> Iterator[tuple[Process, Process]]:
+        """The command in two processes that train together."""
+        shared = ["--coordinator", free_address(), "--num-processes", "2", "--process-id"]
+        with self.start(*more, *shared, "0") as first, self.start(*more, *shared, "1") as second:
+            yield first, second
 
     def finish(self, *more: str) -> tuple[int, str]:
         """The command in this process: its exit code and what it wrote to standard error."""

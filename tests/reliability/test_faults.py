@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from experiments import glue
+from tests.processes import free_address
 from tests.reliability import runs
 from tests.reliability.runs import EVERY, STEPS, Process, Run, message
 from tests.spt_jax.training.test_checkpoint import raw, reopen, state_of, write
@@ -408,3 +409,106 @@ def test_nan_gradients(straight, full, seed, tmp_path, monkeypatch, record):
         resumed="from the last good checkpoint, without the fault",
         message=shown(said, run),
     )
+
+
+def finish_pair(run: Run, *more: str) -> None:
+    """Both processes, to their end."""
+    with run.start_pair(*more) as pair:
+        for process in pair:
+            code, errors = process.end()
+            assert code == 0, errors
+
+
+@pytest.fixture(scope="module")
+def straight_pair(small_run, tmp_path_factory) -> Run:
+    """A run of two processes that nothing strikes."""
+    run = small_run.elsewhere(tmp_path_factory.mktemp("pair") / "straight")
+    finish_pair(run)
+    return run
+
+
+def resume_pair(run: Run) -> None:
+    newest = max(run.completed(), default=None)
+    finish_pair(run, "--resume")
+    assert run.resumed_from() == newest
+
+
+def test_one_of_two_processes_killed(straight, full, seed, tmp_path, record, request):
+    rng = random.Random(seed)
+    resumed, seconds = [], []
+    for number, which in enumerate([1, 0, 1, 0, 1] if full else [1]):
+        run = straight[0].elsewhere(tmp_path / f"run-{number}")
+        with run.start_pair() as pair:
+            assert pair[0].wait_for_checkpoint(), pair[0].errors()
+            time.sleep(rng.uniform(0, 1))
+            pair[which].send(signal.SIGKILL)
+            struck = time.monotonic()
+            code, errors = pair[1 - which].end()
+            seconds.append(time.monotonic() - struck)
+            killed, _ = pair[which].end()
+        if max(run.completed()) == STEPS and code == 0:
+            continue  # the signal came too late
+        assert killed == -signal.SIGKILL
+        assert seconds[-1] < 60
+        if code == 1:
+            assert "another process of the run ended or cannot be reached: the" in message(errors)
+        else:  # JAX was the first to notice
+            assert code == -signal.SIGABRT, errors
+            assert "another task died" in errors
+        resume_pair(run)
+        if full:
+            assert run.outcome() == request.getfixturevalue("straight_pair").outcome()
+        loss = straight[0].figures()["eval_loss"]  # of one process: as if both had had its devices
+        assert run.figures()["eval_loss"] == pytest.approx(loss, rel=1e-3)
+        resumed.append(run.resumed_from())
+    assert resumed, "runs end before they can be struck"
+    record(
+        "faults",
+        fault=f"one of two processes killed (seed {seed})",
+        times=len(resumed),
+        ended=f"the other within {max(seconds):.0f} s, with exit code 1, or aborted by JAX if it "
+        "was the first to notice",
+        resumed=f"by two processes, from the last whole checkpoint (step "
+        f"{', '.join(map(str, resumed))})",
+        message="another process of the run ended or cannot be reached: the last good checkpoint "
+        "is …, or JAX's: … This most likely indicates that another task died …",
+    )
+
+
+@pytest.mark.full
+def test_sigterm_to_one_of_two_processes(straight_pair, tmp_path, record):
+    stopped = []
+    for which in (0, 1):
+        run = straight_pair.elsewhere(tmp_path / f"run-{which}")
+        with run.start_pair() as pair:
+            assert pair[0].wait_for_checkpoint(), pair[0].errors()
+            pair[which].send(signal.SIGTERM)
+            ends = [process.end() for process in pair]
+        step = max(run.completed())
+        for code, errors in ends:
+            assert code == 128 + signal.SIGTERM, errors
+            assert f"stopped by SIGTERM at step {step} of {STEPS}" in message(errors)
+        resume_pair(run)
+        assert run.outcome() == straight_pair.outcome()
+        stopped.append(step)
+    record(
+        "faults",
+        fault="SIGTERM to one of two processes",
+        times=len(stopped),
+        ended=f"both, with exit code {128 + signal.SIGTERM}",
+        resumed=f"from the step at which both stopped ({', '.join(map(str, stopped))})",
+        message=shown(message(ends[0][1]), run),
+    )
+
+
+def test_processes_of_different_runs(small_run, tmp_path):
+    run = small_run.elsewhere(tmp_path / "run")
+    address = free_address()
+    shared = ["--coordinator", address, "--num-processes", "2", "--process-id"]
+    with run.start(*shared, "0") as first, run.start(*shared, "1", "--seed", "1") as second:
+        ends = [process.end() for process in (first, second)]
+    for code, errors in ends:
+        assert code == 2, errors
+        assert "process 1 is not of the run of process 0: " in message(errors)
+        assert "config.seed was 1, now 0 in process 0" in message(errors)
+    assert not run.names()

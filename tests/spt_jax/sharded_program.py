@@ -1,6 +1,9 @@
 """Trains tiny models on meshes of eight virtual CPU devices; run by `test_sharding.py`.
 
-    python -m tests.spt_jax.sharded_program < cases.json > results.json
+    python -m tests.spt_jax.sharded_program results.json < cases.json
+
+With a coordinator's address, the number of processes and that of this one as further arguments, the
+devices are those of several processes.
 
 A case names a family, a method, a mesh and how to train; a result has the loss of every step and
 more, or the error.
@@ -12,6 +15,8 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -24,12 +29,16 @@ from experiments.blocks import bert_config, llama_config
 from experiments.collectives import collectives
 from spt_jax.layers import Linear
 from spt_jax.models import Decoder, Encoder
+from spt_jax.processes import exchange, is_first, start_processes
 from spt_jax.sharding import Devices, make_mesh, parameter_sharding
 from spt_jax.training import Examples, cross_entropy, next_token, start, supervised, train
 from spt_jax.training.loop import compiled_peak_bytes
 from spt_jax.training.step import partition
 
-jax.config.update("jax_num_cpu_devices", 8)
+TARGET, *PROCESS = sys.argv[1:]
+jax.config.update("jax_num_cpu_devices", 8 // int(PROCESS[1]) if PROCESS else 8)
+if PROCESS:
+    start_processes(PROCESS[0], int(PROCESS[1]), int(PROCESS[2]))
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HEADS, LENGTH, EXAMPLES, STEPS = 8, 24, 64, 20
@@ -94,12 +103,20 @@ def train_config(case: dict) -> spt_jax.TrainConfig:
     )
 
 
+@contextmanager
+def common_folder() -> Iterator[str]:
+    """A temporary folder that all processes see."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield exchange(folder)[0]
+        exchange(None)  # until all are done with it
+
+
 def trained(case: dict) -> dict:
     """Losses of all steps, evaluation and parameters of a run, or of one that is resumed."""
     model = build(case["family"], case["method"])
     bert = case["family"] == "bert"
     data = examples() if bert else texts()
-    with tempfile.TemporaryDirectory() as folder:
+    with common_folder() as folder:
         arguments = {
             "objective": supervised(cross_entropy) if bert else next_token,
             "eval_data": data,
@@ -109,7 +126,9 @@ def trained(case: dict) -> dict:
         if (first := case.get("begun_on", ...)) is not ...:
             begun = train_config(case | {"mesh": first})
             train(build(case["family"], case["method"]), data, begun, folder, **arguments)
-            shutil.rmtree(Path(folder) / "checkpoints" / str(STEPS))
+            if is_first():
+                shutil.rmtree(Path(folder) / "checkpoints" / str(STEPS))
+            exchange(None)
         resume = first is not ...
         result = train(model, data, train_config(case), folder, resume=resume, **arguments)
         record = json.loads(
@@ -136,7 +155,7 @@ def loaded(case: dict) -> dict:
     data = Examples(columns | {"label": examples().columns["label"]}, "tiny")
     spt_jax.adapt(model, SPT, calibration_batch=columns)
     objective = supervised(cross_entropy)
-    with tempfile.TemporaryDirectory() as folder:
+    with common_folder() as folder:
         train(model, data, config, folder, objective=objective, log=lambda message: None)
     outputs = model(jnp.asarray(columns["input_ids"][:4]))
     return {
@@ -178,7 +197,8 @@ def main() -> None:
         except ValueError as error:
             results.append({"error": str(error)})
         print(case, file=sys.stderr, flush=True)
-    json.dump(results, sys.stdout)
+    if is_first():
+        Path(TARGET).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

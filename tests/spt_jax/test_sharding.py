@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from spt_jax.config import MeshConfig
 from spt_jax.sharding import make_mesh, parameter_spec, parse_mesh
+from tests.processes import free_address
 
 ROOT = Path(__file__).parents[2]
 MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
@@ -22,17 +24,28 @@ def _mesh(sizes):
     return None if sizes is None else dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
 
 
-def _run(cases):
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.spt_jax.sharded_program"],
-        input=json.dumps(cases),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    return json.loads(process.stdout)
+def _run(cases, processes=1):
+    """Results of cases on eight devices, of one process or shared out."""
+    with tempfile.TemporaryDirectory() as folder:
+        target, given = Path(folder) / "results.json", Path(folder) / "cases.json"
+        given.write_text(json.dumps(cases))
+        command = [sys.executable, "-m", "tests.spt_jax.sharded_program", str(target)]
+        address = free_address()
+        running = [
+            subprocess.Popen(
+                command + ([address, str(processes), str(number)] if processes > 1 else []),
+                stdin=given.open(),
+                stdout=subprocess.DEVNULL,
+                stderr=(Path(folder) / f"errors-{number}").open("w"),
+                cwd=ROOT,
+                env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            )
+            for number in range(processes)
+        ]
+        codes = [process.wait() for process in running]
+        errors = [(Path(folder) / f"errors-{n}").read_text()[-4000:] for n in range(processes)]
+        assert not any(codes), "\n\n".join(errors)
+        return json.loads(target.read_text())
 
 
 def _assert_same_run(found, expected, rtol):
@@ -44,7 +57,7 @@ def _assert_same_run(found, expected, rtol):
     np.testing.assert_allclose(found["outputs"], expected["outputs"], atol=10 * rtol * scale)
 
 
-def _compare(family, method, meshes, accumulation=1):
+def _compare(family, method, meshes, accumulation=1, processes=1):
     """Every mesh against one device."""
     case = {
         "what": "trained",
@@ -52,7 +65,11 @@ def _compare(family, method, meshes, accumulation=1):
         "method": method,
         "accumulation": accumulation,
     }
-    expected, *found = _run([case | {"mesh": _mesh(sizes)} for sizes in (None, *meshes)])
+    cases = [case | {"mesh": _mesh(sizes)} for sizes in (None, *meshes)]
+    if processes == 1:
+        expected, *found = _run(cases)
+    else:
+        (expected,), found = _run(cases[:1]), _run(cases[1:], processes)
     for sizes, result in zip(meshes, found, strict=True):
         assert "error" not in result, (sizes, result)
         _assert_same_run(result, expected, rtol=2e-3 if method == "spt" else 2e-4)
@@ -60,6 +77,10 @@ def _compare(family, method, meshes, accumulation=1):
 
 def test_training_on_eight_devices_is_training_on_one():
     _compare("bert", "spt", [(2, 2, 2)], accumulation=2)
+
+
+def test_training_in_two_processes_is_training_on_one_device():
+    _compare("bert", "spt", [(1, 4, 2)], accumulation=2, processes=2)
 
 
 def test_a_model_loaded_onto_a_mesh_is_trained_and_used_there():
@@ -77,6 +98,14 @@ def test_a_model_loaded_onto_a_mesh_is_trained_and_used_there():
 def test_training_on_every_mesh_is_training_on_one_device(family, method, accumulation):
     # a microbatch of eight sequences is cut into eight parts at most
     _compare(family, method, MESHES, accumulation)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("method", ["full", "lora", "spt"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_training_in_two_processes_is_that_on_one_device(family, method, accumulation):
+    _compare(family, method, [(8, 1, 1), (1, 1, 8), (2, 2, 2)], accumulation, processes=2)
 
 
 @pytest.mark.full

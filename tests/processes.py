@@ -1,0 +1,12 @@
+"""What tests of several processes share."""
+
+from __future__ import annotations
+
+import socket
+
+
+def free_address() -> str:
+    """An address of this machine with a port that nothing listens at."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return f"localhost:{probe.getsockname()[1]}"
