@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
 from spt_jax.layers import FeedForward, SparseAttention, recording
 from spt_jax.layers.quantizer import kmeans
+from spt_jax.processes import to_host
 
 Path = tuple[Any, ...]  # of a module in a model, as nnx.iter_modules gives it
 
@@ -231,7 +232,7 @@ def fit_routing(
     ridge = _ridge(x)
     if permutation is None:
         contribution = jnp.abs(hidden) * jnp.linalg.norm(down, axis=1)
-        labels = balanced_kmeans(np.asarray(contribution.T), blocks)
+        labels = balanced_kmeans(to_host(contribution.T), blocks)
         labels = _exchange(x, hidden, down, labels, ridge, config)
         permutation = jnp.asarray(np.argsort(labels, kind="stable").astype(np.int32))
     outputs = _block_outputs(hidden, down, permutation.reshape(blocks, -1))
@@ -271,7 +272,7 @@ def _ridge(x: Float[Array, "T D"]) -> _Ridge:
     Returns:
         Function from targets `[T, G]` to kernel `[D, G]` and bias `[G]`, both float32.
     """
-    inputs = np.asarray(x, np.float64)
+    inputs = to_host(x).astype(np.float64)
     mean_in = inputs.mean(0)
     centered = inputs - mean_in
     gram = centered.T @ centered
@@ -279,7 +280,7 @@ def _ridge(x: Float[Array, "T D"]) -> _Ridge:
     factor = scipy.linalg.cho_factor(gram + penalty * np.eye(len(gram)))
 
     def solve(target: jax.Array) -> tuple[jax.Array, jax.Array]:
-        outputs = np.asarray(target, np.float64)
+        outputs = to_host(target).astype(np.float64)
         mean_out = outputs.mean(0)
         kernel = scipy.linalg.cho_solve(factor, centered.T @ (outputs - mean_out))
         bias = mean_out - mean_in @ kernel
@@ -470,7 +471,7 @@ def _exchange(
     error = float((residual**2).sum())
     for _ in range(EXCHANGE_ROUNDS):
         changes = _error_changes(hidden, down, jnp.asarray(labels), router.active, residual)
-        trial = _exchanged(np.asarray(changes), labels, number)
+        trial = _exchanged(to_host(changes), labels, number)
         if np.array_equal(trial, labels):
             break
         new_router, new_residual = fit(trial, router.absent_output)

@@ -26,7 +26,16 @@ from tests.processes import free_address
 from tests.spt_jax.models.builders import write_checkpoint
 
 STEPS, EVERY = 48, 6
-TIMES = ("step_ms", "tokens_per_s", "padded_tokens_per_s", "compile_s", "wall_s", "resumed_from")
+COSTS = (
+    "step_ms",
+    "tokens_per_s",
+    "padded_tokens_per_s",
+    "compile_s",
+    "wall_s",
+    "peak_bytes",
+    "compiled_peak_bytes",
+    "resumed_from",
+)
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 PATIENCE_S = 300  # for anything that a process is to do
 
@@ -123,9 +132,9 @@ class Run:
         return self.figures()["resumed_from"]
 
     def outcome(self) -> tuple[dict[str, Any], str]:
-        """What faults must not change: figures but times, and the digest of what was trained."""
+        """What faults must not change: figures but costs, and the digest of what was trained."""
         record = json.loads((self.checkpoints / str(STEPS) / "record" / "metadata").read_text())
-        figures = {name: x for name, x in self.figures().items() if name not in TIMES}
+        figures = {name: x for name, x in self.figures().items() if name not in COSTS}
         return figures, record["digest"]
 
 
