@@ -1040,6 +1040,8 @@ def _backward(
         for name in names:
             if f"w_{name}" in wanted:
                 grads[f"w_{name}"] = weight_gradient(xs, dh[name], width, units, side_by_side=True)
+    # Else XLA puts these gradients off, and the largest array lives on until then.
+    dh, grads = lax.optimization_barrier((dh, grads))
     terms = [_Term(dh[name], (p[f"w_{name}"],), slots, side_by_side=True) for name in names]
     if extra.columns and wanted & {"x", "lora_a_in", "lora_a_gate"}:
         dhb = routed_ffn_down(

@@ -757,6 +757,8 @@ def _backward(
     dh = dict(zip(names, d_hidden, strict=True))
     for name in names:
         grads |= _projection_gradients(name, wanted, p, dh[name], rows, lists)
+    # Else XLA puts these gradients off, and the largest array lives on until then.
+    dh, grads = lax.optimization_barrier((dh, grads))
     lows = {}
     for name in names:
         if (b := p.get(f"lora_b_{name}")) is None or not wanted & {"x", f"lora_a_{name}"}:

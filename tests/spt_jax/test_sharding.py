@@ -75,10 +75,6 @@ def _compare(family, method, meshes, accumulation=1, processes=1):
         _assert_same_run(result, expected, rtol=2e-3 if method == "spt" else 2e-4)
 
 
-def test_training_on_eight_devices_is_training_on_one():
-    _compare("bert", "spt", [(2, 2, 2)], accumulation=2)
-
-
 def test_training_in_two_processes_is_training_on_one_device():
     _compare("bert", "spt", [(1, 4, 2)], accumulation=2, processes=2)
 
