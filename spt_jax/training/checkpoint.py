@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import shutil
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +34,16 @@ logging.getLogger("absl").addFilter(
         "orbax" not in record.pathname or (record.levelno >= logging.ERROR and not record.exc_info)
     )
 )
+
+
+def _is_of_orbax(record: logging.LogRecord) -> bool:
+    """Whether a record tells of an error that came from Orbax."""
+    trace = record.exc_info[2] if record.exc_info else None
+    return any("orbax" in frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace))
+
+
+# Of the writes that one failed save gave up, each would say that nobody asked for its error.
+logging.getLogger("asyncio").addFilter(lambda record: not _is_of_orbax(record))
 
 
 class CheckpointError(OSError):
