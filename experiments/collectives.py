@@ -33,6 +33,9 @@ _COLLECTIVE = re.compile(
     r"(?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|"
     r"ragged-all-to-all|collective-broadcast)(-start)?\("
 )
+#: Groups of one device each, listed, by their numbers, or as axes of a mesh.
+_ALONE = re.compile(r"replica_groups=(\{\{\d+\}|\[\d+,1\])")
+_AXES = re.compile(r"replica_groups=mesh\[(?P<mesh>[^]]*)\] \{(?P<axes>[^}]*)\}")
 
 
 class Collective(NamedTuple):
@@ -55,7 +58,9 @@ class Collective(NamedTuple):
 
 
 def collectives(program: str) -> list[Collective]:
-    """Those of a compiled program's text; an operation in a loop's body counts once.
+    """Those of a compiled program's text by which devices send each other something.
+
+    An operation in a loop's body counts once.
 
     Args:
         program: `jax.stages.Compiled.as_text()`.
@@ -63,9 +68,13 @@ def collectives(program: str) -> list[Collective]:
     Example:
         >>> collectives("%x = f32[8,2]{1,0} all-reduce(%y), channel_id=1")
         [Collective(kind='all-reduce', dtype='f32', shape=(8, 2))]
+        >>> collectives("%x = f32[8]{0} all-reduce(%y), replica_groups=mesh['a'=2,'b'=1] {'b'}")
+        []
     """
     found = []
     for match in _COLLECTIVE.finditer(program):
+        if _alone(program[match.end() : program.find("\n", match.end())]):
+            continue
         arrays = _ARRAY.findall(match["type"])
         if match[0].rstrip("(").endswith("-start"):  # a pair of operands and results
             arrays = arrays[len(arrays) // 2 :]
@@ -73,6 +82,14 @@ def collectives(program: str) -> list[Collective]:
             lengths = tuple(int(length) for length in shape.split(",") if length)
             found.append(Collective(match["kind"], dtype, lengths))
     return found
+
+
+def _alone(attributes: str) -> bool:
+    """Whether an operation's groups have one device each, which sends nothing."""
+    if (match := _AXES.search(attributes)) is None:
+        return _ALONE.search(attributes) is not None
+    sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", match["mesh"])}
+    return all(sizes[axis] == 1 for axis in re.findall(r"'(\w+)'", match["axes"]))
 
 
 def table(title: str, found: Iterable[Collective]) -> Table:

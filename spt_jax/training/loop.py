@@ -587,10 +587,10 @@ def _check_processes(run: Mapping[str, Any]) -> None:
     """Raise a ValueError where processes are about to train something else than the first one."""
     first, *others = exchange(run)
     for number, other in enumerate(others, 1):
-        if differences := list(differences_between(other, first)):
+        if names := [text.partition(" was ")[0] for text in differences_between(other, first)]:
             raise ValueError(
-                f"process {number} is not of the run of process 0: {'; '.join(differences)} in "
-                "process 0. Give the same options, model and data to all"
+                f"process {number} differs from process 0 in {', '.join(names)}; give the same "
+                "options, model and data to all"
             )
 
 
