@@ -72,8 +72,8 @@ def collectives(program: str) -> list[Collective]:
         []
     """
     found = []
-    for match in _COLLECTIVE.finditer(program):
-        if _alone(program[match.end() : program.find("\n", match.end())]):
+    for line in program.splitlines():
+        if (match := _COLLECTIVE.search(line)) is None or _alone(line):
             continue
         arrays = _ARRAY.findall(match["type"])
         if match[0].rstrip("(").endswith("-start"):  # a pair of operands and results
