@@ -13,6 +13,7 @@ import json
 import logging
 import shutil
 import traceback
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from spt_jax.processes import exchange, is_first, to_host
+from spt_jax.processes import exchange, is_first, several, to_host
 
 _KEPT = 2
 _TEMPORARY = ".orbax-checkpoint-tmp"
@@ -102,6 +103,7 @@ class Checkpoints:
         problem = self._prepare(resume, overwrite) if is_first() else None
         if problem := exchange(problem)[0]:
             raise CheckpointError(problem)
+        self._check_shared()
         try:
             self._manager = ocp.CheckpointManager(
                 self.directory,
@@ -134,6 +136,23 @@ class Checkpoints:
         except OSError as error:
             return self._cannot_write(error)
         return None
+
+    def _check_shared(self) -> None:
+        """Raise a CheckpointError where a process does not see what the first one writes."""
+        if not several():
+            return
+        mark = self.directory / exchange(f".seen-by-all-{uuid.uuid4().hex}")[0]
+        if is_first():
+            mark.touch()
+        exchange(None)
+        seen = exchange(mark.exists())
+        if is_first():
+            mark.unlink()
+        if blind := [str(number) for number, sees in enumerate(seen) if not sees]:
+            raise CheckpointError(
+                f"process {', '.join(blind)} does not see {self.directory} of process 0: choose a "
+                "directory that all processes share"
+            )
 
     def _cannot_write(self, error: OSError) -> str:
         return f"cannot write checkpoints under {self.directory}: {error}"
@@ -226,7 +245,10 @@ class Checkpoints:
         def read_record() -> dict[str, Any]:
             args = ocp.args.Composite(record=ocp.args.JsonRestore())
             record = self._manager.restore(step, args=args)["record"]
-            if record["record_digest"] != _json_digest([record["identity"], record["progress"]]):
+            found = record.get("record_digest")  # checkpoints had none at first
+            if found is not None and found != _json_digest(
+                [record["identity"], record["progress"]]
+            ):
                 raise ValueError("its record differs from the digest written with it")
             return record
 

@@ -511,3 +511,14 @@ def test_processes_of_different_runs(small_run, tmp_path):
         assert code == 2, errors
         assert "process 1 differs from process 0 in base_weights, config.seed" in message(errors)
     assert not run.names()
+
+
+def test_processes_that_do_not_share_a_directory(small_run, tmp_path):
+    here, there = (small_run.elsewhere(tmp_path / name) for name in ("here", "there"))
+    shared = ["--coordinator", free_address(), "--num-processes", "2", "--process-id"]
+    with here.start(*shared, "0") as first, there.start(*shared, "1") as second:
+        ends = [process.end() for process in (first, second)]
+    for code, errors in ends:
+        assert code == 2, errors
+        assert "process 1 does not see " in message(errors)
+        assert "choose a directory that all processes share" in message(errors)
