@@ -79,9 +79,11 @@ def test_training_in_two_processes_is_training_on_one_device():
     _compare("bert", "spt", [(1, 4, 2)], accumulation=2, processes=2)
 
 
-def test_a_model_loaded_onto_a_mesh_is_trained_and_used_there():
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_a_model_loaded_onto_a_mesh_is_trained_and_used_there(processes):
     case = {"what": "loaded", "family": "bert", "method": "spt"}
-    alone, sharded = _run([case | {"mesh": None}, case | {"mesh": _mesh((1, 4, 2))}])
+    (alone,) = _run([case | {"mesh": None}])
+    (sharded,) = _run([case | {"mesh": _mesh((1, 4, 2))}], processes)
     assert (alone["devices"], sharded["devices"]) == (1, 8)
     scale = np.abs(alone["outputs"]).max()
     np.testing.assert_allclose(sharded["outputs"], alone["outputs"], atol=2e-2 * scale)
