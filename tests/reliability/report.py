@@ -65,7 +65,7 @@ TABLES = {
         "Memory of a long run",
         ("steps", "checkpoints", "resident", "growth", "arrays", "objects"),
         "Growth from the second quarter of the run to the last: of resident memory, of JAX's "
-        "arrays, and of Python's objects. Orbax and TensorStore keep about 40 KB a checkpoint.",
+        "arrays, and of Python's objects. Orbax and TensorStore keep some of each checkpoint.",
     ),
 }
 

@@ -126,7 +126,9 @@ def test_master_parameters_are_float32_under_bfloat16():
     parts, state, step = setup(model, trainable="all")
     state, metrics = step(state, parts.frozen, batch_of(8))
     assert {p.dtype for p in state.params.values()} == {jnp.dtype("float32")}
-    assert {v.dtype for k, v in metrics.items() if k != "finite"} == {jnp.dtype("float32")}
+    counts = {metrics.pop(name).dtype.name for name in ("finite", "tokens")}
+    assert counts == {"bool", "int32"}
+    assert {v.dtype for v in metrics.values()} == {jnp.dtype("float32")}
     outputs, _ = parts.merge(state.params, parts.frozen).forward(
         jnp.zeros((1, 4), int), jnp.ones((1, 4))
     )
