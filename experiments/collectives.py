@@ -13,7 +13,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -107,18 +107,17 @@ def table(title: str, found: Iterable[Collective]) -> Table:
     return rows
 
 
-def summary(programs: Mapping[str, profile.Program]) -> Table:
-    """One row a mesh: memory of a device, and what it is handed in a step."""
+def summary(peaks: Mapping[str, int], found_by_mesh: Mapping[str, Sequence[Collective]]) -> Table:
+    """One row a mesh: memory of a device in bytes, and what it is handed in a step."""
     rows = Table(title="A step on one of the devices")
     for header in ("mesh", "peak MB", "collectives", "gathered MB", "summed MB"):
         rows.add_column(header, justify="left" if header == "mesh" else "right")
-    for mesh, program in programs.items():
-        found = collectives(program.text())
+    for mesh, found in found_by_mesh.items():
         gathered = [c for c in found if c.kind == "all-gather"]
         sizes = [sum(c.size_bytes for c in part) for part in (gathered, found)]
         rows.add_row(
             mesh,
-            f"{program.planned_bytes / 1e6:,.0f}",
+            f"{peaks[mesh] / 1e6:,.0f}",
             str(len(found)),
             f"{sizes[0] / 1e6:,.1f}",
             f"{(sizes[1] - sizes[0]) / 1e6:,.1f}",
@@ -156,7 +155,8 @@ def main() -> None:
     for sizes_of in meshes.values():
         make_mesh(sizes_of)
     console = cli.console()
-    programs: dict[str, profile.Program] = {}
+    peaks: dict[str, int] = {}
+    found: dict[str, list[Collective]] = {}
     for text, mesh in {"one device": None, **meshes}.items():
         (work, *_) = profile.workloads(
             profile.Options(
@@ -168,9 +168,9 @@ def main() -> None:
                 mesh=None if mesh is None else text,
             )
         )
-        programs[text] = profile.Program(work, seed=0, mesh=mesh)
-    parts = [summary(programs)]
-    parts += [table(text, collectives(programs[text].text())) for text in meshes]
+        program = profile.Program(work, seed=0, mesh=mesh)
+        peaks[text], found[text] = program.planned_bytes, collectives(program.text())
+    parts = [summary(peaks, found), *(table(text, found[text]) for text in meshes)]
     for part in parts:
         console.print(part)
     if options.report is None:

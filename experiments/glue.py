@@ -123,8 +123,8 @@ def load_data(task: GlueTask, options: Inputs, tokenizer: Tokenizer, config: Mod
         return replace(examples, columns=columns)
 
     with first_goes_first():  # it may download
-        read("train")
-    return Data(tokens("train"), {name: tokens(s) for name, s in task.validation.items()})
+        train = tokens("train")
+    return Data(train, {name: tokens(s) for name, s in task.validation.items()})
 
 
 def named_task(name: str) -> GlueTask:

@@ -221,20 +221,20 @@ class MethodOptions(Recipe):
         for method in self.methods:
             self.spt_config(method)
             self.train_config(method)
+        if self.mesh is not None:
+            make_mesh(parse_mesh(self.mesh))
 
     def start(self) -> None:
-        """Check the options, join the other processes, and see whether the mesh fits the devices.
+        """Join the other processes, whose devices a mesh counts too, and check the options.
 
         Raises:
-            ValueError: it does not, or an option is wrong.
+            ValueError: an option is wrong.
             ConnectionError: the processes did not come together.
         """
-        self.check()
         start_processes(self.coordinator, self.num_processes, self.process_id)
         if not is_first():
             logging.getLogger("spt_jax").setLevel(logging.WARNING)
-        if self.mesh is not None:
-            make_mesh(parse_mesh(self.mesh))
+        self.check()
 
 
 def results_table(title: str, results: Mapping[str, TrainResult]) -> Table:

@@ -186,7 +186,9 @@ def train(
         "config": {k: v for k, v in asdict(config).items() if k not in _FREE_TO_CHANGE},
         **(identity or {}),
     }
-    _check_processes(identity | {"trainable": weights_fingerprint(parts.params), "resume": resume})
+    if several():
+        start_of = {"trainable": weights_fingerprint(parts.params), "resume": resume}
+        _check_processes(identity | start_of)
     checkpoints = Checkpoints(
         Path(out_dir) / "checkpoints",
         identity=identity,

@@ -26,16 +26,8 @@ from tests.processes import free_address
 from tests.spt_jax.models.builders import write_checkpoint
 
 STEPS, EVERY = 48, 6
-COSTS = (
-    "step_ms",
-    "tokens_per_s",
-    "padded_tokens_per_s",
-    "compile_s",
-    "wall_s",
-    "peak_bytes",
-    "compiled_peak_bytes",
-    "resumed_from",
-)
+TIMES = ("step_ms", "tokens_per_s", "padded_tokens_per_s", "compile_s", "wall_s", "resumed_from")
+PEAKS = ("peak_bytes", "compiled_peak_bytes")
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 PATIENCE_S = 300  # for anything that a process is to do
 
@@ -89,8 +81,8 @@ class Run:
     @contextlib.contextmanager
     def start_pair(self, *more: str) -> Iterator[tuple[Process, Process]]:
         """The command in two processes that train together."""
-        shared = ["--coordinator", free_address(), "--num-processes", "2", "--process-id"]
-        with self.start(*more, *shared, "0") as first, self.start(*more, *shared, "1") as second:
+        options = pair_options()
+        with self.start(*more, *options[0]) as first, self.start(*more, *options[1]) as second:
             yield first, second
 
     def finish(self, *more: str) -> tuple[int, str]:
@@ -132,10 +124,16 @@ class Run:
         return self.figures()["resumed_from"]
 
     def outcome(self) -> tuple[dict[str, Any], str]:
-        """What faults must not change: figures but costs, and the digest of what was trained."""
+        """What faults must not change: figures but times, and the digest of what was trained."""
         record = json.loads((self.checkpoints / str(STEPS) / "record" / "metadata").read_text())
-        figures = {name: x for name, x in self.figures().items() if name not in COSTS}
+        figures = {name: x for name, x in self.figures().items() if name not in TIMES}
         return figures, record["digest"]
+
+
+def pair_options() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Options by which two processes find each other."""
+    shared = ("--coordinator", free_address(), "--num-processes", "2", "--process-id")
+    return (*shared, "0"), (*shared, "1")
 
 
 class Process:

@@ -76,7 +76,7 @@ def _compare(family, method, meshes, accumulation=1, processes=1):
 
 
 def test_training_in_two_processes_is_training_on_one_device():
-    _compare("bert", "spt", [(1, 4, 2)], accumulation=2, processes=2)
+    _compare("bert", "spt", [(2, 2, 2)], accumulation=2, processes=2)
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.full)])
