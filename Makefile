@@ -3,7 +3,7 @@
 # make test-faults  faults, bad input and properties in full; writes docs/results/reliability.md
 # make docs       build the documentation, strictly, into build/site
 # make notebooks  run the notebooks offline on small inputs, and keep their outputs
-# make gpu-check  compile the GPU kernels for an H200, or GPU=A100, A10 or L4, that need not be there;
+# make gpu-check  compile the GPU kernels for an H200, or another, as GPU=A100, that need not be there;
 #                 its packages take 5 GB
 # make bench-gpu  time the GPU kernels on the GPU of this machine; make test-gpu tests them there
 # All set everything up first and need no network once the packages are installed.

@@ -72,7 +72,7 @@ class Options:
     seed: int = 0
     """Seed of the random inputs."""
     triton: bool = False
-    """On a GPU, also time the Triton kernels, which are the default before Hopper only."""
+    """On a GPU, also time the Triton kernels, the default on GPUs other than Hopper."""
     autotune: bool = False
     """Measure the kernels' tile sizes first, and keep the fastest for these shapes."""
 

@@ -31,7 +31,7 @@ def why_not_mosaic(dtype: DTypeLike = "bfloat16") -> str | None:
 def why_not_triton(dtype: DTypeLike = "bfloat16") -> str | None:
     """Why Triton kernels cannot take arrays of a type on the default device; None if they can.
 
-    They are what `implementation=None` takes on GPUs of compute capability 8.
+    They are what `implementation=None` takes on GPUs before Hopper and after it.
 
     Args:
       dtype: Type of the arrays.
@@ -65,8 +65,9 @@ def resolve(
     """Returns the function that runs an op.
 
     A named implementation is that implementation or an error, never another one. Without a name it
-    is `mosaic` on a Hopper GPU and `triton` on one of compute capability 8, where the arguments
-    fit, else `xla`; that a GPU before Hopper gets `xla` is logged once for each reason.
+    is `mosaic` on a Hopper GPU and `triton` on any other of compute capability 8.0 or later, where
+    the arguments fit, else `xla`; that a GPU other than Hopper gets `xla` is logged once for each
+    reason.
 
     Args:
       op: Name of the op, for error messages.
@@ -118,7 +119,7 @@ def _best(
     if "mosaic" in backends and reason_against("mosaic") is None:
         return "mosaic"
     capability = devices.compute_capability()
-    if "triton" in backends and capability is not None and capability < (9, 0):
+    if "triton" in backends and capability is not None and capability[0] != 9:
         reason = reason_against("triton")
         if reason is None:
             return "triton"
@@ -128,7 +129,7 @@ def _best(
 
 @functools.cache
 def _log_xla(reason: str) -> None:
-    """Says why a GPU before Hopper gets `xla`, once."""
+    """Says why a GPU other than Hopper gets `xla`, once."""
     logging.getLogger(__name__).warning(
         "kernels run as implementation 'xla', more slowly than 'triton' would: %s", reason
     )

@@ -32,9 +32,9 @@ LEAST_DOT = 16  # rows, columns and depth of a product, at least
 PACKAGES = {"jax-triton": ((0, 4, 1), (0, 5)), "triton": ((3, 7), (3, 10))}
 INSTALL = "pip install 'jax-triton>=0.4.1,<0.5' 'triton>=3.7,<3.10'"
 
-#: PTX that every CUDA 12.4 and later assembles; Triton's own choice may be newer than the
-#: assembler of the installed jax.
-PTX_VERSION = 84
+#: Least compute capability, and PTX that any CUDA which knows the GPU assembles: 12.4 and later,
+#: and 12.8 for Blackwell. Triton's own choice may be newer than the assembler of the installed jax.
+PTX_VERSIONS = {(10, 0): 87, (8, 0): 84}
 
 
 def interpreting() -> bool:
@@ -152,6 +152,9 @@ def launch(
         named = dict(zip(given, arrays, strict=True))
         if interpreting():
             return _interpret(kernel, named, wanted, grid, absent | constants)
+        capability = devices.compute_capability()
+        assert capability is not None
+        ptx_version = next(ptx for least, ptx in PTX_VERSIONS.items() if capability >= least)
         return _jax_triton().triton_call(
             kernel=kernel,
             out_type=tuple(wanted.values()),
@@ -159,8 +162,8 @@ def launch(
             name=name,
             num_warps=num_warps,
             num_stages=num_stages,
-            compute_capability=_architecture(),
-            backend_options={"ptx_version": PTX_VERSION, "enable_fp_fusion": True},
+            compute_capability=10 * capability[0] + capability[1],
+            backend_options={"ptx_version": ptx_version, "enable_fp_fusion": True},
             **named,
             **absent,
             **constants,
@@ -169,12 +172,6 @@ def launch(
     with jax.named_scope(name):
         results = jax.custom_batching.sequential_vmap(run)(*given.values())
     return dict(zip(wanted, results, strict=True))
-
-
-def _architecture() -> int:
-    capability = devices.compute_capability()
-    assert capability is not None
-    return 10 * capability[0] + capability[1]
 
 
 @functools.cache

@@ -60,7 +60,7 @@ class Config:
 
 
 def config_for(dtype: Any, block_m: int, columns: int, depth: int, products: int = 1) -> Config:
-    """Tile sizes that fit the shared memory of every GPU of compute capability 8, 99 KiB.
+    """Tile sizes that fit the shared memory of every GPU of compute capability 8 and later, 99 KiB.
 
     Args:
       dtype: Type of the operands.

@@ -135,7 +135,7 @@ class Problem(NamedTuple):
 
 
 def config_for(dtype: Any, width: int, block_q: int) -> Config:
-    """Tile sizes that fit the shared memory of every GPU of compute capability 8, 99 KiB.
+    """Tile sizes that fit the shared memory of every GPU of compute capability 8 and later, 99 KiB.
 
     Args:
       dtype: Type of queries, keys and values.

@@ -75,7 +75,13 @@ GPU_BACKENDS = {"mosaic": min, "triton": sum, **BACKENDS}
 
 @pytest.mark.parametrize(
     ("capability", "expected"),
-    [((8, 0), sum), ((8, 6), sum), ((8, 9), sum), ((7, 5), len), ((9, 0), min), (None, len)],
+    [
+        ((7, 5), len),
+        *(((8, minor), sum) for minor in (0, 6, 9)),
+        ((9, 0), min),
+        *(((major, 0), sum) for major in (10, 12)),
+        (None, len),
+    ],
 )
 def test_the_best_for_a_gpu(gpu, capability, expected):
     gpu(capability)
@@ -88,9 +94,13 @@ def test_the_best_for_a_gpu(gpu, capability, expected):
 
 @pytest.mark.parametrize(
     ("capability", "packages", "reason"),
-    [((7, 5), None, "of compute capability 7.5"), ((8, 0), "it needs triton", "it needs triton")],
+    [
+        ((7, 5), None, "of compute capability 7.5"),
+        ((8, 0), "it needs triton", "it needs triton"),
+        ((12, 0), "it needs triton", "it needs triton"),
+    ],
 )
-def test_says_once_that_an_older_gpu_gets_xla(gpu, caplog, capability, packages, reason):
+def test_says_once_that_a_gpu_gets_xla(gpu, caplog, capability, packages, reason):
     gpu(capability, packages)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -102,7 +112,7 @@ def test_says_once_that_an_older_gpu_gets_xla(gpu, caplog, capability, packages,
         resolve("op", "triton", GPU_BACKENDS)
 
 
-def test_newer_gpus_run_triton_if_asked(gpu):
+def test_hopper_runs_triton_if_asked(gpu):
     gpu((9, 0))
     assert resolve("op", "triton", GPU_BACKENDS) is sum
     assert why_not_triton() is None
