@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from spt_jax.errors import summary
 from spt_jax.training.data import check_labels, decode_text
 
 _DOWNLOAD_HOST = "https://dl.fbaipublicfiles.com/"
@@ -124,7 +125,7 @@ def read_split(task: GlueTask, split: str, data_dir: str | os.PathLike[str] | No
         rows = builder.as_data_source(split=split)
         examples = rows.__getitems__(range(len(rows))) if len(rows) else []
     except (ValueError, KeyError, IndexError, TypeError, RuntimeError, OSError) as error:
-        raise ValueError(f"cannot read {name}: {_first_line(error)}; {remedy}") from error
+        raise ValueError(f"cannot read {name}: {summary(error)}; {remedy}") from error
     if not examples:
         raise ValueError(f"{name} is empty: there is no example in it")
     for column in (*task.columns, "label"):
@@ -159,7 +160,7 @@ def _builder(task: GlueTask, data_dir: str | os.PathLike[str] | None) -> Any:
         except Exception as error:  # whatever TFDS meets in its files
             raise ValueError(
                 f"cannot read glue/{task.name}: {versions[-1]} or features.json is damaged "
-                f"({_first_line(error)}); remove {versions[-1].parent} and prepare it again"
+                f"({summary(error)}); remove {versions[-1].parent} and prepare it again"
             ) from error
     try:
         _ping(_DOWNLOAD_HOST)
@@ -172,7 +173,7 @@ def _builder(task: GlueTask, data_dir: str | os.PathLike[str] | None) -> Any:
         held = f"it has {', '.join(present)}" if present else "it has no GLUE task"
         raise OSError(
             f"glue/{task.name} is not in the TFDS data directory {root} ({held}), and cannot be "
-            f"downloaded: {_first_line(error)}"
+            f"downloaded: {summary(error)}"
         ) from error
     return builder
 
@@ -181,8 +182,3 @@ def _ping(url: str) -> None:
     """Fail within seconds where there is no network; TFDS itself retries for minutes."""
     with contextlib.suppress(urllib.error.HTTPError):  # an answer, whatever it says
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -19,6 +19,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from spt_jax.errors import summary
+
 #: Seconds without a sign of life after which a process counts as lost.
 HEARTBEAT_S = 30
 #: Seconds in which all processes must have come together.
@@ -98,7 +100,7 @@ def start_processes(
         if "must be called before" in str(error):  # a mistake of the program, not of its user
             raise
         raise ConnectionError(
-            f"the processes of the run cannot come together at {coordinator}: {_first_line(error)}"
+            f"the processes of the run cannot come together at {coordinator}: {summary(error)}"
         ) from None
 
 
@@ -113,7 +115,7 @@ def _wait_for(coordinator: str) -> None:
         except OSError as error:
             if time.monotonic() > deadline or isinstance(error, socket.gaierror):
                 raise ConnectionError(
-                    f"cannot reach the coordinator {coordinator} ({_first_line(error)}): start "
+                    f"cannot reach the coordinator {coordinator} ({summary(error)}): start "
                     "process 0 there, and see that no firewall keeps others out"
                 ) from None
         time.sleep(0.2)
@@ -178,7 +180,3 @@ def put(array: Any, place: jax.sharding.Sharding | None) -> jax.Array:
 def is_lost(error: BaseException) -> bool:
     """Whether an error says that another process is gone."""
     return several() and _LOST.search(str(error)) is not None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -23,6 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
+from spt_jax.errors import summary
 from spt_jax.processes import exchange, is_first, several, to_host
 
 _KEPT = 2
@@ -221,7 +222,7 @@ class Checkpoints:
             except Exception as error:
                 self._log(
                     f"passing over checkpoint {self.directory / str(step)}, which cannot be read "
-                    f"({_first_line(error)})"
+                    f"({summary(error)})"
                 )
                 self._set_aside(step)
                 continue
@@ -297,7 +298,7 @@ class Checkpoints:
             target, self._pending = self.directory / str(self._pending), None
             kept = f"; the last good checkpoint is {self.last_good}" if self.last_good else ""
             raise CheckpointError(
-                f"cannot write checkpoint {target}: {_first_line(error)}{kept}. "
+                f"cannot write checkpoint {target}: {summary(error)}{kept}. "
                 "Make room or choose another directory, then go on with --resume"
             ) from error
 
@@ -346,7 +347,7 @@ def _together[T](read: Callable[[], T]) -> T:
         value = read()
     except Exception as problem:
         error = problem
-    problems = exchange(None if error is None else _first_line(error))
+    problems = exchange(None if error is None else summary(error))
     if error is not None:
         raise error
     if others := [text for text in problems if text]:
@@ -367,11 +368,6 @@ def differences_between(found: Any, wanted: Any, name: str = "") -> Iterator[str
             yield from differences_between(found.get(key), wanted.get(key), inner)
     elif found != wanted:
         yield f"{name} was {found!r}, now {wanted!r}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def _empty(directory: Path) -> None:

@@ -17,6 +17,7 @@ from tests.reliability.bad_inputs import CASES, LIMIT_BYTES, LIMIT_S, BadInput
 
 pytestmark = pytest.mark.timeout(900)
 
+REPOSITORY = Path(__file__).parents[2]
 LONGEST = 1500  # characters of a message; a shape or two and a list of choices
 COMMANDS = {
     "unknown option": "experiments.glue --epoch 3",
@@ -78,7 +79,7 @@ def test_bad_input(case, tried, record):
         "bad_input",
         area=case.area,
         kind=case.kind,
-        message=said.replace(result["folder"], "…"),
+        message=said.replace(result["folder"], "…").replace(f"{REPOSITORY}/", ""),
         s=f"{result['s']:.1f}",
         MB=f"{result['bytes'] / 1e6:.0f}",
     )
@@ -133,6 +134,6 @@ def test_a_process_that_takes_too_much_is_noticed(tmp_path):
     )
     done = subprocess.run(
         [sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True,
-        cwd=Path(__file__).parents[2],
+        cwd=REPOSITORY,
     )  # fmt: skip
     assert done.stdout.split() == ["1"]
