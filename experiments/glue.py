@@ -24,7 +24,14 @@ from tokenizers import Tokenizer
 import spt_jax
 from experiments import acceptability, cli
 from experiments.glue_tasks import TASKS, GlueTask, Split, read_split
-from experiments.methods import Method, MethodOptions, results_table, speed_note, write_metrics
+from experiments.methods import (
+    Method,
+    MethodOptions,
+    device_line,
+    results_table,
+    speed_note,
+    write_metrics,
+)
 from spt_jax.models.config import ModelConfig, read_config
 from spt_jax.models.encoder_config import EncoderConfig
 from spt_jax.models.hub import find_files
@@ -235,6 +242,7 @@ def main() -> None:
     console = cli.console()
     options.out.mkdir(parents=True, exist_ok=True)  # fails now, not at the end of a long run
     tokenizer = spt_jax.load_tokenizer(options.model)
+    console.print(device_line(options.dtype))
     if options.task != "all":
         run_task(named_task(options.task), options, tokenizer, options.out, console)
         return

@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import jax
 from rich.table import Table
 
 import spt_jax
 from experiments import cli
+from pallas_kernels import best_implementation, why_not_mosaic, why_not_triton
 from spt_jax.config import LearningRateMultipliers
 from spt_jax.processes import is_first, several, start_processes
 from spt_jax.sharding import make_mesh, parse_mesh
@@ -235,6 +237,20 @@ class MethodOptions(Recipe):
         if not is_first():
             logging.getLogger("spt_jax").setLevel(logging.WARNING)
         self.check()
+
+
+def device_line(dtype: str) -> str:
+    """What a run trains on, in which type, with which kernels; on a GPU, why with no faster ones.
+
+    Args:
+        dtype: type that it computes in.
+    """
+    devices, kernels = jax.devices(), best_implementation(dtype)
+    line = f"{len(devices)} x {devices[0].device_kind}, {dtype}, kernels {kernels}"
+    if devices[0].platform != "gpu" or kernels != "xla":
+        return line
+    reasons = {"mosaic": why_not_mosaic(dtype), "triton": why_not_triton(dtype)}
+    return line + "".join(f"; not {name}: {why}" for name, why in reasons.items() if why)
 
 
 def results_table(title: str, results: Mapping[str, TrainResult]) -> Table:

@@ -31,6 +31,7 @@ from experiments.corpora import cpython_documentation, cut
 from experiments.methods import (
     Method,
     MethodOptions,
+    device_line,
     family,
     results_table,
     speed_note,
@@ -350,7 +351,9 @@ def main() -> None:
     options = cli.parse(Options, "experiments.wikitext", __doc__)
     options.start()
     options.out.mkdir(parents=True, exist_ok=True)  # fails now, not at the end of a long run
-    run(options, cli.console())
+    console = cli.console()
+    console.print(device_line(options.dtype))
+    run(options, console)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ def finished(tiny_model, tmp_path_factory):
 
 def test_a_run_ends_in_a_table_and_its_numbers_in_metrics_json(finished):
     out, output = finished
+    assert "float32, kernels " in output
     assert "built-in demonstration task" in output
     assert "\r" not in output  # no progress bar off a terminal
     metrics = json.loads((out / "metrics.json").read_text())
