@@ -3,12 +3,16 @@
 Every pair of a token and one of its blocks is a row. Rows are sorted by block, so the rows of a
 block are contiguous, and each block multiplies only as many tiles of rows as it was given: the
 trip count of the loop is data, which reverse mode cannot differentiate, hence the hand-written
-backward pass. A block's last tile may reach into the rows of the next block: forward, what it
-wrote there is overwritten by the next block; backward, such rows also count for nothing in sums.
+backward pass. A tile may reach into the rows of the next block: forward, what it wrote there is
+overwritten by the next block; backward, such rows also count for nothing in sums.
+
+Low-rank factors stay apart from the weights, `x w + (x a) b`: the sum would cost a pass over each
+weight, and lose small updates in 16 bits. Products with the factors that all blocks share are
+taken once for a token.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,10 +32,18 @@ _BY_BLOCK = frozenset(
 )
 
 
+_REACH = 63  # Rows of the next block that a tile may reach into.
+
+
 def _tile_rows(rows: int, num_blocks: int) -> tuple[int, ...]:
-    """Returns the rows of a tile, large ones first and then those that end a block."""
+    """Returns the rows of a tile, large ones first and then those that end a block.
+
+    A tile of few rows takes longer to read a weight than to multiply with it.
+    """
     share = rows // num_blocks
-    return (512, 64) if share >= 512 else (min(64, 8 << (share // 32).bit_length()),)
+    if share >= 128:
+        return (512 if share >= 512 else 256, 64)
+    return (min(64, 8 << (share // 32).bit_length()),)
 
 
 class _Plan(NamedTuple):
@@ -59,8 +71,8 @@ def _for_tiles(
 ) -> Any:
     """Runs `body(carry, row, size)` over tiles that cover the rows from start to stop."""
     for size in tiles:
-        rounding = size - 1 if size == tiles[-1] else 0
-        count = (stop - start + rounding) // size
+        rounding = size - 1 if size == tiles[-1] else min(_REACH, size // 8)
+        count = jnp.maximum(stop - start + rounding, 0) // size
         step = functools.partial(
             lambda i, carry, start, size: body(carry, start + i * size, size),
             start=start,
@@ -80,10 +92,14 @@ def _put(buffer: Array, tile: Array, row: Array) -> Array:
     return lax.dynamic_update_slice_in_dim(buffer, tile.astype(buffer.dtype), row, axis=0)
 
 
-def _weight(p: Arrays, name: str) -> Array:
-    """The effective weight of one block."""
-    w, a, b = p[f"w_{name}"], p.get(f"lora_a_{name}"), p.get(f"lora_b_{name}")
-    return w if a is None or b is None else (w + _dot(a, b)).astype(w.dtype)
+def _narrow(p: Arrays, names: Sequence[str]) -> Arrays:
+    """What x gives with the first factors of these projections, `[T, r]`."""
+    x = p["x"]
+    return {
+        f"xa_{name}": _dot(x, p[f"lora_a_{name}"]).astype(x.dtype)
+        for name in names
+        if f"lora_a_{name}" in p
+    }
 
 
 def _scan_blocks(
@@ -94,16 +110,21 @@ def _scan_blocks(
 ) -> tuple[Arrays, Any]:
     """Runs `step(buffers, arrays of one block, start, stop)` over the blocks."""
     blocks = {name: array for name, array in p.items() if name in _BY_BLOCK}
-    return lax.scan(
-        lambda carry, item: step(carry, p | item[0], item[1], item[2]),
-        buffers,
-        (blocks, plan.start, plan.stop),
-    )
+    # A dense weight cut into blocks of columns is read where it lies, not moved in memory.
+    side_by_side = {n: jnp.moveaxis(blocks.pop(n), 0, 1) for n in ("w_in", "w_gate") if n in blocks}
+
+    def of_block(buffers: Arrays, item: Any) -> tuple[Arrays, Any]:
+        number, block, start, stop = item
+        cut = {n: lax.dynamic_index_in_dim(w, number, 1, False) for n, w in side_by_side.items()}
+        return step(buffers, p | block | cut, start, stop)
+
+    numbers = jnp.arange(plan.start.size, dtype=jnp.int32)
+    return lax.scan(of_block, buffers, (numbers, blocks, plan.start, plan.stop))
 
 
 def _forward(
     activation: Activation, p: Arrays, block_index: Array, save: bool
-) -> tuple[Array, tuple[_Plan, Arrays]]:
+) -> tuple[Array, tuple[_Plan, Arrays, Array | None]]:
     del save  # what is not used is not kept
     x, (num_blocks, width, units) = p["x"], p["w_in"].shape
     active = block_index.shape[1]
@@ -112,26 +133,40 @@ def _forward(
     act = activation_function(activation)
     ups = ("in", "gate") if "w_gate" in p else ("in",)
     rows = plan.order.size
-    xs = x[plan.order // active]
+    inputs = {"x": x, **_narrow(p, ups)}
+    inputs = {name: value[plan.order // active] for name, value in inputs.items()}
 
     def step(buffers: Arrays, q: Arrays, start: Array, stop: Array) -> tuple[Arrays, Any]:
-        weight = {name: _weight(q, name) for name in (*ups, "out")}
-
         def body(buffers: Arrays, row: Array, size: int) -> Arrays:
-            x_tile = lax.dynamic_slice_in_dim(xs, row, size)
-            hidden = {name: _dot(x_tile, weight[name]) + q.get(f"b_{name}", 0) for name in ups}
+            tile = {k: lax.dynamic_slice_in_dim(v, row, size) for k, v in inputs.items()}
+            hidden = {name: _dot(tile["x"], q[f"w_{name}"]) + q.get(f"b_{name}", 0) for name in ups}
+            for name in ups:
+                if f"lora_b_{name}" in q:
+                    hidden[name] += _dot(tile[f"xa_{name}"], q[f"lora_b_{name}"])
             inner = act(hidden["gate"]) * hidden["in"] if "gate" in ups else act(hidden["in"])
-            hidden["out"] = _dot(inner.astype(x.dtype), weight["out"])
+            inner = inner.astype(x.dtype)
+            hidden["out"] = _dot(inner, q["w_out"])
+            if "ha" in buffers:
+                hidden["ha"] = _dot(inner, q["lora_a_out"])
             return {name: _put(buffers[name], hidden[name], row) for name in buffers}
 
         return _for_tiles(tiles, start, stop, body, buffers), None
 
     buffers = {name: jnp.zeros((rows, units), x.dtype) for name in ups}
     buffers["out"] = jnp.zeros((rows, width), x.dtype)
+    if "lora_a_out" in p:
+        buffers["ha"] = jnp.zeros((rows, p["lora_a_out"].shape[-1]), x.dtype)
     hidden, _ = _scan_blocks(step, buffers, p, plan)
-    ys = hidden.pop("out")[plan.rank].astype(jnp.float32)
-    y = (p["coefficients"].astype(jnp.float32)[:, :, None] * ys).sum(axis=1)
-    return (y + p.get("b_out", 0)).astype(x.dtype), (plan, hidden)
+
+    def of_tokens(name: str) -> Array:
+        values = hidden.pop(name)[plan.rank].astype(jnp.float32)
+        return (p["coefficients"].astype(jnp.float32)[:, :, None] * values).sum(axis=1)
+
+    y, ha = of_tokens("out"), None
+    if "lora_a_out" in p:
+        ha = of_tokens("ha").astype(x.dtype)
+        y += _dot(ha, p["lora_b_out"])
+    return (y + p.get("b_out", 0)).astype(x.dtype), (plan, hidden, ha)
 
 
 def _backward(
@@ -140,6 +175,7 @@ def _backward(
     p: Arrays,
     plan: _Plan,
     hidden: Arrays,
+    ha: Array | None,
     dy: Array,
 ) -> Arrays:
     """Gradients of the arrays named in `wanted`; nothing else is computed."""
@@ -152,9 +188,6 @@ def _backward(
     token = plan.order // active
     rows = plan.order.size
 
-    def rank_of(name: str) -> int:
-        return p[f"lora_a_{name}"].shape[-1]
-
     into_hidden = {"x"} | {
         f"{kind}_{name}" for name in ups for kind in ("w", "b", "lora_a", "lora_b")
     }
@@ -163,10 +196,9 @@ def _backward(
     inputs = {"dy": dy[token], "c": coefficients.ravel()[plan.order].astype(jnp.float32), **hidden}
     if wanted & {"w_in", "w_gate"}:
         inputs["x"] = x[token]
-    for name in ups:
-        if f"lora_b_{name}" in wanted:
-            inputs[f"xa_{name}"] = _dot(x, p[f"lora_a_{name}"]).astype(x.dtype)[token]
-    if "lora_a_out" in wanted:
+    narrow = _narrow(p, [name for name in ups if f"lora_b_{name}" in wanted])
+    inputs |= {name: value[token] for name, value in narrow.items()}
+    if "lora_b_out" in p:
         inputs["dyb"] = _dot(dy, p["lora_b_out"], (1, 1)).astype(x.dtype)[token]
     # Results by row, summed over the rows of a token afterwards.
     buffers = {}
@@ -175,14 +207,11 @@ def _backward(
     if "coefficients" in wanted:
         buffers["coefficients"] = jnp.zeros(rows, jnp.float32)
     for name in ups:
-        if f"lora_a_{name}" in wanted:
-            buffers[f"dhb_{name}"] = jnp.zeros((rows, rank_of(name)), x.dtype)
-    if "lora_b_out" in wanted:
-        buffers["ha"] = jnp.zeros((rows, rank_of("out")), x.dtype)
+        if f"lora_a_{name}" in p and wanted & {"x", f"lora_a_{name}"}:
+            rank = p[f"lora_a_{name}"].shape[-1]
+            buffers[f"dhb_{name}"] = jnp.zeros((rows, rank), x.dtype)
 
     def step(buffers: Arrays, q: Arrays, start: Array, stop: Array) -> tuple[Arrays, Any]:
-        weight = {name: _weight(q, name) for name in (*ups, "out")}
-
         def body(carry: tuple[Arrays, Arrays], row: Array, size: int) -> tuple[Arrays, Arrays]:
             buffers, sums = carry
             tile = {k: lax.dynamic_slice_in_dim(v, row, size) for k, v in inputs.items()}
@@ -197,17 +226,19 @@ def _backward(
             else:
                 slopes = {"in": slope}
             if needs_dh or "coefficients" in wanted:
-                d_inner = _dot(tile["dy"], weight["out"], (1, 1))
+                d_inner = _dot(tile["dy"], q["w_out"], (1, 1))
+                if "dyb" in tile:
+                    d_inner += _dot(tile["dyb"], q["lora_a_out"], (1, 1))
                 by_row["coefficients"] = (inner * d_inner).sum(axis=1)
             if needs_dh:
                 dh = {k: (c * d_inner * slopes[k]).astype(x.dtype) for k in ups}
                 if "x" in wanted:
-                    by_row["x"] = sum(_dot(dh[k], weight[k], (1, 1)) for k in ups)
+                    by_row["x"] = sum(_dot(dh[k], q[f"w_{k}"], (1, 1)) for k in ups)
                 for k in ups:
                     by_block[f"b_{k}"] = dh[k].astype(jnp.float32).sum(axis=0)
                     if f"w_{k}" in wanted:
                         by_block[f"w_{k}"] = _dot(tile["x"], dh[k], (0, 0))
-                    if f"lora_a_{k}" in wanted:
+                    if f"dhb_{k}" in buffers:
                         by_row[f"dhb_{k}"] = _dot(dh[k], q[f"lora_b_{k}"], (1, 1))
                     if f"lora_b_{k}" in wanted:
                         by_block[f"lora_b_{k}"] = _dot(tile[f"xa_{k}"], dh[k], (0, 0))
@@ -216,8 +247,6 @@ def _backward(
                 by_block["w_out"] = _dot(inner, tile["dy"], (0, 0))
             if "lora_a_out" in wanted:
                 by_block["lora_a_out"] = _dot(inner, tile["dyb"], (0, 0))
-            if "lora_b_out" in wanted:
-                by_row["ha"] = _dot(inner, q["lora_a_out"])
             buffers = {k: _put(v, by_row[k], row) for k, v in buffers.items()}
             sums = {k: v + by_block[k] for k, v in sums.items()}
             return buffers, sums
@@ -230,14 +259,19 @@ def _backward(
     by_token = {k: v[plan.rank].astype(jnp.float32) for k, v in buffers.items()}
     if "coefficients" in wanted:
         grads["coefficients"] = by_token.pop("coefficients")
-    by_token = {k: v.sum(axis=1).astype(x.dtype) for k, v in by_token.items()}
+    by_token = {k: v.sum(axis=1) for k, v in by_token.items()}
+    narrow = {k: v.astype(x.dtype) for k, v in by_token.items() if k != "x"}
     if "x" in wanted:
-        grads["x"] = by_token["x"]
+        lows = (
+            _dot(narrow[f"dhb_{k}"], p[f"lora_a_{k}"], (1, 1)) for k in ups if f"dhb_{k}" in narrow
+        )
+        grads["x"] = sum(lows, by_token["x"]).astype(x.dtype)
     for k in ups:
         if f"lora_a_{k}" in wanted:
-            grads[f"lora_a_{k}"] = _dot(x, by_token[f"dhb_{k}"], (0, 0))
+            grads[f"lora_a_{k}"] = _dot(x, narrow[f"dhb_{k}"], (0, 0))
     if "lora_b_out" in wanted:
-        grads["lora_b_out"] = _dot(by_token["ha"], dy, (0, 0))
+        assert ha is not None
+        grads["lora_b_out"] = _dot(ha, dy, (0, 0))
     if "b_out" in wanted:
         grads["b_out"] = dy.astype(jnp.float32).sum(axis=0)
     return grads
