@@ -160,28 +160,25 @@ L4 = GPU(
     clock_ghz=2.04,
     threads=1536,
 )
-B200 = GPU(
+B200 = replace(
+    H200,
     name="NVIDIA B200",
     capability=(10, 0),
     multiprocessors=148,
-    shared_memory_bytes=228 << 10,
-    block_shared_memory_bytes=227 << 10,
     l2_bytes=126 << 20,
     memory_bytes=191_000_000_000,
     memory_bytes_per_s=8_000_000_000_000,
     clock_ghz=1.965,
 )
-RTX_5090 = GPU(
+RTX_5090 = replace(
+    L4,
     name="NVIDIA GeForce RTX 5090",
     capability=(12, 0),
     multiprocessors=170,
-    shared_memory_bytes=100 << 10,
-    block_shared_memory_bytes=99 << 10,
     l2_bytes=96 << 20,
     memory_bytes=34_000_000_000,
     memory_bytes_per_s=1_792_000_000_000,
     clock_ghz=2.407,
-    threads=1536,
 )
 GPUS = {
     "H200": H200,

@@ -32,7 +32,7 @@ _BY_BLOCK = frozenset(
 )
 
 
-_REACH = 63  # Rows of the next block that a tile may reach into.
+_REACH = 63  # Rows of the next block that a large tile may reach into; fewer than the padding.
 
 
 def _tile_rows(rows: int, num_blocks: int) -> tuple[int, ...]:

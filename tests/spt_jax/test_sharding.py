@@ -14,9 +14,6 @@ from spt_jax.config import MeshConfig
 from spt_jax.sharding import make_mesh, parameter_spec, parse_mesh
 from tests.processes import free_address
 
-# A case of the full tests trains on ten meshes, each compiled anew.
-pytestmark = pytest.mark.timeout(3000)
-
 ROOT = Path(__file__).parents[2]
 MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
 #: Activations have rows of so many tokens: 16 sequences of 24.
@@ -93,6 +90,7 @@ def test_a_model_loaded_onto_a_mesh_is_trained_and_used_there(processes):
 
 
 @pytest.mark.full
+@pytest.mark.timeout(3000)  # ten meshes, each compiled anew
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("method", ["full", "lora", "spt"])
 @pytest.mark.parametrize("family", ["bert", "llama"])
