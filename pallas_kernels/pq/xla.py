@@ -8,6 +8,7 @@ which makes those counts sums of vectors.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ from pallas_kernels.pq.reference import (
 from pallas_kernels.pq.types import Selection, TileSelection, TokenSelection
 
 BLOCK_ELEMENTS = 2**19  # float32 elements of a block of scores
+STAGES = 4  # in which causal selection takes its queries, so that 3/8 of the scores are not made
+STAGE_QUERIES = 64  # fewer are not cut
 ENCODE_TOKENS = 512  # tokens of a block when encoding
 ENCODE_UNROLL = 16  # codewords compared in one pass over a block
 ONE = np.float32(1)  # counts stay float32 whatever the default type
@@ -103,20 +106,58 @@ def decode(
     return rows.reshape(batch * kv_heads, heads // kv_heads, length, -1)
 
 
-def block_shape(pairs: int, rows: int, length: int, limit: int = BLOCK_ELEMENTS) -> tuple[int, int]:
+class Stage(NamedTuple):
+    """Consecutive queries, and how many keys from the first on they may see.
+
+    Attributes:
+      first: Position of the first query.
+      queries: Their number.
+      keys: Keys that any of them may see.
+    """
+
+    first: int
+    queries: int
+    keys: int
+
+    def of_queries(self, a: jax.Array, axis: int) -> jax.Array:
+        """What belongs to its queries."""
+        return jax.lax.slice_in_dim(a, self.first, self.first + self.queries, axis=axis)
+
+    def of_keys(self, a: jax.Array, axis: int) -> jax.Array:
+        """What belongs to its keys."""
+        return jax.lax.slice_in_dim(a, 0, self.keys, axis=axis)
+
+
+def stages(length: int, causal: bool) -> list[Stage]:
+    """Cuts causal queries, so that most meet fewer keys than there are.
+
+    Example:
+        >>> [stage.keys for stage in stages(1000, causal=True)]
+        [256, 512, 768, 1000]
+    """
+    number = min(STAGES, -(-length // STAGE_QUERIES)) if causal else 1
+    size = -(-length // (8 * number)) * 8
+    starts = range(0, length, size)
+    return [Stage(s, min(size, length - s), min(s + size, length)) for s in starts]
+
+
+def block_shape(
+    pairs: int, rows: int, queries: int, keys: int, limit: int = BLOCK_ELEMENTS
+) -> tuple[int, int]:
     """Key heads and queries of a block whose scores have at most about `limit` elements.
 
     Args:
       pairs: Sequences times key heads.
       rows: Query heads of a key head.
-      length: Positions.
+      queries: Positions of queries.
+      keys: Keys of each.
       limit: Elements.
     """
-    block_q = min(length, max(1, limit // (rows * length)))
-    if block_q < length:
+    block_q = min(queries, max(1, limit // (rows * keys)))
+    if block_q < queries:
         return 1, max(8, block_q // 8 * 8)
-    most = max(1, limit // (rows * length * length))
-    return max(c for c in range(1, min(most, pairs) + 1) if pairs % c == 0), length
+    most = max(1, limit // (rows * queries * keys))
+    return max(c for c in range(1, min(most, pairs) + 1) if pairs % c == 0), queries
 
 
 def valid_block(
@@ -155,22 +196,21 @@ def _search(
     """The largest integer t in [low, high] at which enough(number of values >= t) holds.
 
     It must hold at `low`. A pass over the values counts for three integers at once: the counts are
-    the digits, to the base S + 1, of one float32 sum, as long as that is exact, and else for one.
+    the digits, to the base S + 1, of one int32 sum, as long as that does not overflow, and else for
+    one.
     """
-    base = np.float32(values.shape[1] + 1)
-    digits = 3 if base**3 <= 2**24 else 1
+    base = values.shape[1] + 1
+    digits = 3 if base**3 < 2**31 else 1
     widths = np.exp2(np.arange(0, 24, digits // 2 + 1), dtype=np.float32)
     passes = jnp.sum(widths <= jnp.max(high - low))
+    weights = [np.int32(sum(base**i for i in range(n))) for n in range(digits + 1)]
 
     def counts(marks: list[jax.Array]) -> list[jax.Array]:
-        first, *more = [values >= mark[:, None] for mark in marks]
-        if not more:
-            return [jnp.sum(jnp.where(first, ONE, 0), 1)]
-        top = jnp.where(more[1], 1 + base + base**2, 1 + base)
-        total = jnp.sum(jnp.where(more[0], top, jnp.where(first, ONE, 0)), 1)
-        third = jnp.floor(total / base**2)
-        second = jnp.floor((total - third * base**2) / base)
-        return [total - third * base**2 - second * base, second, third]
+        weight = jnp.int32(0)
+        for number, mark in enumerate(marks, start=1):
+            weight = jnp.where(values >= mark[:, None], weights[number], weight)
+        total = jnp.sum(weight, 1, dtype=jnp.int32)
+        return [total // np.int32(base**i) % np.int32(base) for i in range(digits)]
 
     def step(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, width = state
@@ -256,15 +296,40 @@ def _select_tokens(
     segment_ids: Int[Array, "B S"] | None,
 ) -> tuple[Int32[Array, "g r S"], Int32[Array, "g r S"], Bool[Array, "g S r S"] | None]:
     """Thresholds, tie radii and, of short sequences, the mask, keys first."""
-    pairs, rows, length, width = queries.shape
-    chunk, block = block_shape(pairs, rows, length)
-    blocks = -(-length // block)
-    key_mask, key_segments = per_pair(key_mask, pairs), per_pair(segment_ids, pairs)
-    queries = _pad(queries, blocks * block, 2)
-    segments = None
-    if key_segments is not None:
-        segments = _pad(key_segments, blocks * block, 1), key_segments
-    short = blocks == 1 and length <= 4 * width  # a byte a key, against a float32 query
+    pairs, _, length, width = queries.shape
+    masks = per_pair(key_mask, pairs), per_pair(segment_ids, pairs)
+    short = length <= 4 * width  # a byte a key, against a float32 query
+    found = [
+        _select_stage(stage, queries, keys, num_keys, causal, *masks, short)
+        for stage in stages(length, causal)
+    ]
+    levels, radii, kept = zip(*found, strict=True)
+    mask = jnp.concatenate([_pad(a, length, 1) for a in kept], -1) if short else None
+    return jnp.concatenate(levels, -1), jnp.concatenate(radii, -1), mask
+
+
+def _select_stage(
+    stage: Stage,
+    queries: Float[Array, "g r S w"],
+    keys: Float[Array, "g S w"],
+    num_keys: int,
+    causal: bool,
+    key_mask: Bool[Array, "g S"] | None,
+    segments: Int[Array, "g S"] | None,
+    with_mask: bool,
+) -> tuple[Int32[Array, "g r q"], Int32[Array, "g r q"], Bool[Array, "g k r q"] | None]:
+    """Thresholds, tie radii and, if asked for, the mask of a stage's queries."""
+    pairs, rows = queries.shape[:2]
+    chunk, block = block_shape(pairs, rows, stage.queries, stage.keys)
+    blocks = -(-stage.queries // block)
+    queries = _pad(stage.of_queries(queries, 2), blocks * block, 2)
+    keys = stage.of_keys(keys, 1)
+    if key_mask is not None:
+        key_mask = stage.of_keys(key_mask, 1)
+    sides = None
+    if segments is not None:
+        own = _pad(stage.of_queries(segments, 1), blocks * block, 1)
+        sides = own, stage.of_keys(segments, 1)
 
     def run(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         pair, first = index // blocks * chunk, index % blocks * block
@@ -275,30 +340,29 @@ def _select_tokens(
         def mine(a: jax.Array, axis: int) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(here(a), first, block, axis)
 
-        position = first + jnp.arange(block, dtype=jnp.int32)
+        position = stage.first + first + jnp.arange(block, dtype=jnp.int32)
         valid = valid_block(
             position,
-            length,
+            stage.keys,
             causal,
             None if key_mask is None else here(key_mask),
-            None if segments is None else (mine(segments[0], 1), here(segments[1])),
+            None if sides is None else (mine(sides[0], 1), here(sides[1])),
         )
         score = jnp.einsum("gkw,grqw->gkrq", here(keys), mine(queries, 2), precision="highest")
         if valid is not None:
             score = jnp.where(valid, score, -jnp.inf)
-        distance = tie_distance(position, length)
+        distance = tie_distance(position, stage.keys)
         level, radius = threshold(score, distance, num_keys)
-        kept = _kept(score, distance, level, radius) if short else None
+        kept = _kept(score, distance, level, radius) if with_mask else None
         return level.astype(jnp.int32), radius.astype(jnp.int32), kept
 
-    *found, kept = jax.lax.map(run, jnp.arange(pairs // chunk * blocks))
-
     def join(a: jax.Array) -> jax.Array:
-        a = a.reshape(pairs // chunk, blocks, chunk, rows, block).transpose(0, 2, 3, 1, 4)
-        return a.reshape(pairs, rows, -1)[..., :length]
+        a = a.reshape(pairs // chunk, blocks, chunk, -1, rows, block)
+        a = jnp.moveaxis(a, 1, 4).reshape(pairs, -1, rows, blocks * block)
+        return a[..., : stage.queries]
 
-    kept = kept.reshape(pairs, length, rows, length) if short else None
-    return join(found[0]), join(found[1]), kept
+    level, radius, kept = jax.lax.map(run, jnp.arange(pairs // chunk * blocks))
+    return join(level)[:, 0], join(radius)[:, 0], None if kept is None else join(kept)
 
 
 def _kept(

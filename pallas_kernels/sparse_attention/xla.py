@@ -174,7 +174,7 @@ def _token_blocks(given: Given, selection: TokenSelection, causal: bool) -> Toke
     """Cuts the queries into blocks."""
     q, k, v, key_mask, segment_ids = given
     pairs, rows, length, _ = q.shape
-    chunk, block = block_shape(pairs, rows, length)
+    chunk, block = block_shape(pairs, rows, length, length)
     blocks = -(-length // block)
     padded = blocks * block
     query_rows = _pad(decode(selection.query_codes, selection.query_codewords), padded, 2)

@@ -44,9 +44,9 @@ CASES = {
     "plain": Case(130, heads=3, kv_heads=1, num_keys=17, block_q=64, key_group=32),
     "groups_across_tiles": Case(70, num_keys=9, causal=True, block_q=24, key_group=16),
     "packed": Case(70, segments=True, block_q=16, key_group=1),
-    # four blocks of 80 queries, of more keys than three counts in one float32 sum allow
+    # four stages of at most 80 queries, all but the first in two blocks
     "several_blocks": Case(
-        300, 4, 2, 40, causal=True, key_mask=True, segments=True, batch=1, limit=48000
+        300, 4, 2, 40, causal=True, key_mask=True, segments=True, batch=1, limit=24000
     ),
     "everything": Case(33, num_keys=40, key_mask=True),
 }
@@ -143,6 +143,20 @@ def test_token_keeps_exactly_the_best_keys(name):
         np.testing.assert_array_equal(mask, kept)
     rule = dataclasses.replace(selection, kept=None)
     assert_equal(rule, selected(case, "token", "reference"))
+
+
+@pytest.mark.parametrize("length", [1289, 1290])  # three counts in one sum, and one
+def test_threshold_of_many_keys(length):
+    rng = np.random.default_rng(0)
+    score = rng.integers(-200, 200, (1, length, 1, 8)).astype(np.float32)
+    score[rng.random(score.shape) < 0.1] = -np.inf
+    distance = np.asarray(xla.tie_distance(jnp.arange(8) * 150, length))
+    level, radius = jax.jit(xla.threshold, static_argnums=2)(score, distance, 100)
+    for query in range(8):
+        order = np.lexsort((distance[:, query], -score[0, :, 0, query]))
+        last = order[99]
+        assert level[0, 0, query] == score[0, last, 0, query]
+        assert radius[0, 0, query] == distance[last, query]
 
 
 @pytest.mark.parametrize("name", CASES)
