@@ -99,6 +99,8 @@ def decode(
     """Rows of codewords, float32, the heads of a key head side by side."""
     batch, length, heads, spaces = codes.shape
     kv_heads = codewords.shape[0]
+    # Left to itself, XLA would encode and round anew for every element of the rows.
+    codes, codewords = jax.lax.optimization_barrier((codes, codewords))
     codes = codes.reshape(batch, length, kv_heads, -1, spaces).astype(jnp.int32)
     books = codewords.astype(jnp.float32)
     rows = books[jnp.arange(kv_heads)[:, None, None], jnp.arange(spaces), codes]
