@@ -187,6 +187,7 @@ def _token_blocks(given: Given, selection: TokenSelection, causal: bool) -> Toke
     key_segments = per_pair(segment_ids, pairs)
     segments = None if key_segments is None else (_pad(key_segments, padded, 1), key_segments)
     queries = _pad(q, padded, 2)
+    mask = None if selection.kept is None else _pad(selection.kept, padded, 3)
 
     def inputs(pair: jax.Array, first: jax.Array) -> Block:
         def here(a: jax.Array) -> jax.Array:
@@ -195,8 +196,8 @@ def _token_blocks(given: Given, selection: TokenSelection, causal: bool) -> Toke
         def mine(a: jax.Array, axis: int) -> jax.Array:
             return _slice(here(a), first, block, axis)
 
-        if selection.kept is not None:
-            return Block(here(queries), here(k), here(v), here(selection.kept))
+        if mask is not None:
+            return Block(mine(queries, 2), here(k), here(v), mine(mask, 3))
         position = first + jnp.arange(block, dtype=jnp.int32)
         score = jnp.einsum(
             "gkw,grqw->gkrq", here(key_rows), mine(query_rows, 2), precision="highest"

@@ -41,6 +41,8 @@ CASES = {
     "one_position": Case(1, causal=True),
     # two chunks of two key heads, two steps of tiles
     "grouped_heads": Case(17, 4, causal=True, key_mask=True, segments=True, limit=1200),
+    # three blocks of eight queries, whose selection comes with a mask
+    "mask_in_blocks": Case(17, 4, 1, causal=True, limit=600),
     "every_key": Case(67, heads=3, kv_heads=1, num_keys=67, block_q=24, key_group=16),
     "packed": Case(70, num_keys=16, key_mask=True, segments=True, block_q=16, key_group=1),
     # three blocks of 24 queries, three steps of tiles
