@@ -218,8 +218,7 @@ def oracle_keys(
     length = mass.shape[-1]
     if rule.granularity == "token":
         return _valid(_top(mass, min(num_keys, length)), causal)
-    own, _ = reference.tile_groups(length, rule.block_q, rule.key_group)
-    tiles, groups = own.shape
+    tiles, groups = -(-length // rule.block_q), -(-length // rule.key_group)
     pad = (0, tiles * rule.block_q - length), (0, groups * rule.key_group - length)
     mass = jnp.pad(mass, ((0, 0), (0, 0), *pad))
     mass = mass.reshape(*mass.shape[:2], tiles, rule.block_q, groups, rule.key_group)
@@ -245,7 +244,7 @@ def window_keys(length: int, rule: Rule, *, num_keys: int, causal: bool) -> Bool
             near = jnp.where(jnp.tri(length, dtype=bool), near, -2 * length)
         return _valid(_top(near, min(num_keys, length))[None, None], causal)
     own, away = reference.tile_groups(length, rule.block_q, rule.key_group)
-    near = jnp.asarray(np.where(own, 1, -away), jnp.float32)
+    near = jnp.where(own, 1, -away).astype(jnp.float32)
     kept = _top_groups(near, rule, length, num_keys, causal)
     return _valid(_keys_of(kept, rule, length)[None, None], causal)
 
@@ -319,12 +318,18 @@ def _top_groups(
     score: Float[Array, "*n Q G"], rule: Rule, length: int, num_keys: int, causal: bool
 ) -> Bool[Array, "*n Q G"]:
     """The groups of highest score that a tile sees."""
-    own, _ = reference.tile_groups(length, rule.block_q, rule.key_group)
     if causal:
-        tiles, groups = (np.arange(n) for n in own.shape)
+        tiles, groups = (np.arange(n) for n in score.shape[-2:])
         seen = groups * rule.key_group < (tiles[:, None] + 1) * rule.block_q
         score = jnp.where(seen, score, -jnp.inf)
-    count = reference.tile_list_length(own, num_keys, rule.key_group, causal=causal, segments=False)
+    count = reference.tile_list_length(
+        length,
+        num_keys,
+        block_q=rule.block_q,
+        key_group=rule.key_group,
+        causal=causal,
+        segments=False,
+    )
     return _top(score, count)
 
 

@@ -141,23 +141,29 @@ def tile_score(
 
 
 def tile_list_length(
-    own: Bool[np.ndarray, "Q G"], num_keys: int, key_group: int, *, causal: bool, segments: bool
+    length: int, num_keys: int, *, block_q: int, key_group: int, causal: bool, segments: bool
 ) -> int:
     """Groups that a tile keeps at most."""
-    least = int(own.sum(-1).max()) if causal or segments else 1
-    return min(own.shape[1], max(-(-num_keys // key_group), least))
+    first = np.arange(0, length, block_q)
+    last = np.minimum(first + block_q, length) - 1
+    own = int((last // key_group - first // key_group).max()) + 1
+    least = own if causal or segments else 1
+    return min(-(-length // key_group), max(-(-num_keys // key_group), least))
 
 
 def tile_groups(
     length: int, block_q: int, key_group: int
-) -> tuple[Bool[np.ndarray, "Q G"], Int32[np.ndarray, "Q G"]]:
-    """Whether a key group overlaps a tile of queries, and its tie distance from the tile."""
-    first = np.arange(0, length, block_q)[:, None]
-    last = np.minimum(first + block_q, length) - 1
-    group = np.arange(-(-length // key_group))
+) -> tuple[Bool[Array, "Q G"], Int32[Array, "Q G"]]:
+    """Whether a key group overlaps a tile of queries, and its tie distance from the tile.
+
+    Made on the device: of a long sequence they would be large constants of the program.
+    """
+    first = jnp.arange(0, length, block_q, dtype=jnp.int32)[:, None]
+    last = jnp.minimum(first + block_q, length) - 1
+    group = jnp.arange(-(-length // key_group), dtype=jnp.int32)
     d = group - first // key_group
     own = (group >= first // key_group) & (group <= last // key_group)
-    return own, (2 * np.abs(d) - (d < 0)).astype(np.int32)
+    return own, 2 * jnp.abs(d) - (d < 0)
 
 
 def select(
@@ -215,9 +221,14 @@ def select(
     listed = group_score > -jnp.inf
     own, away = tile_groups(length, block_q, key_group)
     list_length = tile_list_length(
-        own, num_keys, key_group, causal=causal, segments=segment_ids is not None
+        length,
+        num_keys,
+        block_q=block_q,
+        key_group=key_group,
+        causal=causal,
+        segments=segment_ids is not None,
     )
-    first = own if segment_ids is not None else np.zeros_like(own)
+    first = own if segment_ids is not None else jnp.zeros_like(own)
     order = jnp.lexsort(
         tuple(jnp.broadcast_to(a, listed.shape) for a in (away, -group_score, ~first, ~listed))
     )

@@ -151,7 +151,7 @@ def _select_tiles(
     weights = weights.reshape(*weights.shape[:2], tiles, -1, weights.shape[-1])
     scores = tile_score(weights, counted.reshape(*counted.shape[:2], tiles, -1))
     if packed:
-        own = jnp.asarray(tile_groups(length, block_q, key_group)[0])
+        own, _ = tile_groups(length, block_q, key_group)
         own = jnp.pad(own, ((0, 0), (0, scores.shape[-1] - own.shape[1])))
         scores = jnp.where(own & (scores > -jnp.inf), TILE_SCORES - 1, scores)
     level, radius = kernels.tile_thresholds(
@@ -233,11 +233,12 @@ def select(
             threshold=threshold,
             tie_radius=radius,
         )
-    overlaps, _ = tile_groups(length, block_q, key_group)
     packed, block = segment_ids is not None, sub_tile(block_q)
-    size = tile_list_length(overlaps, num_keys, key_group, causal=causal, segments=packed)
+    size = tile_list_length(
+        length, num_keys, block_q=block_q, key_group=key_group, causal=causal, segments=packed
+    )
     seen = _seen_words(length, block, key_group, causal, key_mask, segment_ids)
-    tiles, groups = overlaps.shape
+    tiles, groups = -(-length // block_q), -(-length // key_group)
     batch_chunk, head_chunk = _chunks(
         query_codes, key_codes, query_codewords, tiles, groups, tiles * (block_q // block)
     )

@@ -391,11 +391,12 @@ def _select_tiles(
 ) -> tuple[Int32[Array, "g r Q P"], Int32[Array, "g r Q"]]:
     """Lists of key groups and their lengths."""
     pairs, rows, length, _ = queries.shape
-    overlaps, away = tile_groups(length, block_q, key_group)
-    tiles, count = overlaps.shape
-    own, distance = jnp.asarray(overlaps), jnp.asarray(away.T)
+    own, away = tile_groups(length, block_q, key_group)
+    (tiles, count), distance = own.shape, away.T
     packed, block = segment_ids is not None, sub_tile(block_q)
-    size = tile_list_length(overlaps, num_keys, key_group, causal=causal, segments=packed)
+    size = tile_list_length(
+        length, num_keys, block_q=block_q, key_group=key_group, causal=causal, segments=packed
+    )
     visible = _visible(length, tiles * block_q, block, causal, key_mask, segment_ids)
     batch, tail = len(visible), count * key_group - length
     counted = jnp.ones((1, length), bool) if key_mask is None else key_mask
