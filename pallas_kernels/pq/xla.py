@@ -46,13 +46,13 @@ def encode(
     blocks = -(-tokens // block)
     passes = -(-num_codewords // ENCODE_UNROLL)
     books = codebooks.astype(jnp.float32)
-    norms = _pad(jnp.sum(books**2, -1), passes * ENCODE_UNROLL, 2, jnp.inf)
-    doubles = _pad(-2 * books, passes * ENCODE_UNROLL, 2)
+    norms = pad(jnp.sum(books**2, -1), passes * ENCODE_UNROLL, 2, jnp.inf)
+    doubles = pad(-2 * books, passes * ENCODE_UNROLL, 2)
     stacked = [
         jnp.moveaxis(a.reshape(kv_heads, spaces, passes, ENCODE_UNROLL, -1), 2, 0)
         for a in (norms, doubles)
     ]
-    parts = _pad(x.reshape(tokens, kv_heads, rows, spaces, width), blocks * block, 0)
+    parts = pad(x.reshape(tokens, kv_heads, rows, spaces, width), blocks * block, 0)
 
     def run(part: jax.Array) -> jax.Array:
         # Tokens last, so that a vector instruction serves several of them.
@@ -81,7 +81,7 @@ def encode(
     return codes.reshape(-1, heads, spaces)[:tokens].reshape(batch, length, heads, spaces)
 
 
-def _pad(a: jax.Array, size: int, axis: int, value: float = 0) -> jax.Array:
+def pad(a: jax.Array, size: int, axis: int, value: float = 0) -> jax.Array:
     """Pads one axis at its end to a size."""
     widths = [(0, 0)] * a.ndim
     widths[axis] = (0, size - a.shape[axis])
@@ -306,7 +306,7 @@ def _select_tokens(
         for stage in stages(length, causal)
     ]
     levels, radii, kept = zip(*found, strict=True)
-    mask = jnp.concatenate([_pad(a, length, 1) for a in kept], -1) if short else None
+    mask = jnp.concatenate([pad(a, length, 1) for a in kept], -1) if short else None
     return jnp.concatenate(levels, -1), jnp.concatenate(radii, -1), mask
 
 
@@ -324,13 +324,13 @@ def _select_stage(
     pairs, rows = queries.shape[:2]
     chunk, block = block_shape(pairs, rows, stage.queries, stage.keys)
     blocks = -(-stage.queries // block)
-    queries = _pad(stage.of_queries(queries, 2), blocks * block, 2)
+    queries = pad(stage.of_queries(queries, 2), blocks * block, 2)
     keys = stage.of_keys(keys, 1)
     if key_mask is not None:
         key_mask = stage.of_keys(key_mask, 1)
     sides = None
     if segments is not None:
-        own = _pad(stage.of_queries(segments, 1), blocks * block, 1)
+        own = pad(stage.of_queries(segments, 1), blocks * block, 1)
         sides = own, stage.of_keys(segments, 1)
 
     def run(index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -404,7 +404,7 @@ def _select_tiles(
         lambda q, mask: mean_rows(q, mask, block, tiles * block_q), (1, None), (1, None)
     )(queries, jnp.repeat(counted, pairs // len(counted), 0))
     counted = counted.reshape(pairs, 1, tiles, -1)
-    keys = _pad(keys, count * key_group, 1)
+    keys = pad(keys, count * key_group, 1)
     visible = jnp.pad(visible, ((0, 0), (0, 0), (0, tail)))
     steps = jnp.tile(exponent_step(score_unit), pairs // len(score_unit))
 

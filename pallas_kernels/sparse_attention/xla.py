@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.pq.types import Selection, TileSelection, TokenSelection
-from pallas_kernels.pq.xla import block_shape, decode, per_pair, tie_distance, valid_block
+from pallas_kernels.pq.xla import block_shape, decode, pad, per_pair, tie_distance, valid_block
 
 TILE_ELEMENTS = 2**19  # float32 elements of the logits of a step over tiles
 
@@ -145,12 +145,6 @@ def _slice(a: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(a, start, size, axis)
 
 
-def _pad(a: jax.Array, size: int, axis: int, value: float = 0) -> jax.Array:
-    widths = [(0, 0)] * a.ndim
-    widths[axis] = (0, size - a.shape[axis])
-    return jnp.pad(a, widths, constant_values=value)
-
-
 # Token granularity
 
 
@@ -177,17 +171,17 @@ def _token_blocks(given: Given, selection: TokenSelection, causal: bool) -> Toke
     chunk, block = block_shape(pairs, rows, length, length)
     blocks = -(-length // block)
     padded = blocks * block
-    query_rows = _pad(decode(selection.query_codes, selection.query_codewords), padded, 2)
+    query_rows = pad(decode(selection.query_codes, selection.query_codewords), padded, 2)
     key_rows = decode(selection.key_codes, selection.key_codewords)[:, 0]
     threshold, radius = (
-        _pad(a.reshape(pairs, rows, length), padded, 2)
+        pad(a.reshape(pairs, rows, length), padded, 2)
         for a in (selection.threshold, selection.tie_radius)
     )
     key_mask = per_pair(key_mask, pairs)
     key_segments = per_pair(segment_ids, pairs)
-    segments = None if key_segments is None else (_pad(key_segments, padded, 1), key_segments)
-    queries = _pad(q, padded, 2)
-    mask = None if selection.kept is None else _pad(selection.kept, padded, 3)
+    segments = None if key_segments is None else (pad(key_segments, padded, 1), key_segments)
+    queries = pad(q, padded, 2)
+    mask = None if selection.kept is None else pad(selection.kept, padded, 3)
 
     def inputs(pair: jax.Array, first: jax.Array) -> Block:
         def here(a: jax.Array) -> jax.Array:
@@ -266,8 +260,8 @@ def _token_backward(options: Options, saved: TokenSaved, grad: jax.Array) -> Gra
     chunk, block, blocks, inputs = _token_blocks(given, selection, options.causal)
     pairs, rows, length, width = given.q.shape
     padded = blocks * block
-    delta = _pad(_delta(out, grad), padded, 2)
-    lse, grad = _pad(lse, padded, 2, jnp.inf), _pad(grad, padded, 2)
+    delta = pad(_delta(out, grad), padded, 2)
+    lse, grad = pad(lse, padded, 2, jnp.inf), pad(grad, padded, 2)
 
     def chunk_gradients(pair: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         def run(
@@ -320,9 +314,9 @@ class Tiling(NamedTuple):
 
     def deal(self, a: jax.Array, value: float = 0) -> jax.Array:
         """`[pairs, rows, length, ...]` to `[pairs, steps * step, 1, block, ...]`."""
-        a = _pad(a, self.tiles * self.block, 2, value)
+        a = pad(a, self.tiles * self.block, 2, value)
         a = a.reshape(self.pairs, self.rows * self.tiles, 1, self.block, *a.shape[3:])
-        return _pad(a, self.steps * self.step, 1, value)
+        return pad(a, self.steps * self.step, 1, value)
 
     def collect(self, a: jax.Array) -> jax.Array:
         """`[pairs, steps, step, 1, block, ...]` back to `[pairs, rows, length, ...]`."""
@@ -361,13 +355,13 @@ def _tile_steps(given: Given, selection: TileSelection, causal: bool) -> TileSte
     tiling = Tiling(pairs, rows, length, tiles, block, step, steps)
 
     def grouped(a: jax.Array) -> jax.Array:
-        return _pad(a, number * size, 1).reshape(pairs, number, size, *a.shape[2:])
+        return pad(a, number * size, 1).reshape(pairs, number, size, *a.shape[2:])
 
     key_mask, segments = per_pair(given.key_mask, pairs), per_pair(given.segment_ids, pairs)
     keys_values = grouped(jnp.concatenate([given.k, given.v], -1))
     queries = tiling.deal(given.q)
-    lists = _pad(selection.groups.reshape(pairs, rows * tiles, listed), steps * step, 1)
-    counts = _pad(selection.counts.reshape(pairs, rows * tiles), steps * step, 1)
+    lists = pad(selection.groups.reshape(pairs, rows * tiles, listed), steps * step, 1)
+    counts = pad(selection.counts.reshape(pairs, rows * tiles), steps * step, 1)
 
     def inputs(pair: jax.Array, index: jax.Array) -> Block:
         item = index * step + jnp.arange(step)
