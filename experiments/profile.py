@@ -6,7 +6,8 @@
     python -m experiments.profile --block llama-4096 --max-length --target H200 --out DIR
 
 A step is forward, backward and AdamW, with donated buffers and random weights, in bfloat16 on a
-GPU and float32 on a CPU. Full fine-tuning keeps float32 master weights; LoRA and SPT keep frozen
+GPU and float32 on a CPU; the gradient of a block's output is the output itself, as that of half the
+sum of its squares. Full fine-tuning keeps float32 master weights; LoRA and SPT keep frozen
 weights in the compute dtype and train float32 factors. The dense baselines are the strongest at
 hand: cuDNN's attention on a GPU, and every form of LoRA that --lora-form names.
 
@@ -136,8 +137,8 @@ class Options(StepOptions):
     factored, skinny, skinny_float32 (as PEFT does)."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute dtype; by default bfloat16 on a GPU, float32 on a CPU."""
-    rounds: int = 2
-    """Turns in which they are taken."""
+    rounds: int = 4
+    """Turns in which they are taken, at least one step in each."""
     target: str | None = None
     """Compile for a described GPU, H200 or H100, and run nothing."""
     max_length: bool = False
@@ -164,8 +165,6 @@ class Options(StepOptions):
             if self.target is not None or self.max_length:
                 raise ValueError("--mesh is of devices at hand: leave out --target, --max-length")
             make_mesh(parse_mesh(self.mesh))
-        if self.rounds > self.steps:
-            raise ValueError(f"{self.steps} steps cannot be taken in {self.rounds} rounds")
         if self.memory_gb is not None and not self.max_length:
             raise ValueError("--memory-gb is what --max-length looks for a fit in")
         for work in workloads(self):
@@ -304,11 +303,7 @@ def training_step(step: BlockStep) -> tuple[Callable[..., Any], Callable[[jax.Ar
     optimizer = optax.adamw(1e-4)
 
     def arguments(key: jax.Array) -> Any:
-        work_key, cotangent_key = jax.random.split(key)
-        (trained, inputs), frozen = step.arguments(work_key)
-        if not isinstance(step, ModelStep):
-            cotangent = 1e-3 * jax.random.normal(cotangent_key, inputs.shape, inputs.dtype)
-            inputs = inputs, cotangent
+        (trained, inputs), frozen = step.arguments(key)
         return (trained, optimizer.init(trained)), frozen, inputs
 
     def run(state: Any, frozen: Any, inputs: Any) -> Any:
@@ -316,9 +311,9 @@ def training_step(step: BlockStep) -> tuple[Callable[..., Any], Callable[[jax.Ar
         if isinstance(step, ModelStep):
             result, gradient = jax.value_and_grad(step.loss)(trained, frozen, inputs)
         else:
-            x, cotangent = inputs
-            (_, aux), pullback = jax.vjp(lambda t, x: step.run((t, x), frozen), trained, x)
-            gradient, result = pullback((cotangent, jax.tree.map(jnp.ones_like, aux)))
+            (y, aux), pullback = jax.vjp(lambda t, x: step.run((t, x), frozen), trained, inputs)
+            # A gradient that did not depend on y would let XLA leave out the last product.
+            gradient, result = pullback((y, jax.tree.map(jnp.ones_like, aux)))
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, trained)
         return (optax.apply_updates(trained, updates), optimizer_state), result
 
@@ -383,6 +378,7 @@ class Program:
     ) -> None:
         run, arguments = training_step(work.step)
         self._key = jax.random.key(seed)
+        self._held: Any = None
         shapes = jax.eval_shape(arguments, self._key)
         devices = Devices(mesh)
         state, frozen, inputs = shapes
@@ -409,18 +405,28 @@ class Program:
 
     def prepare(self) -> None:
         """Compile what `time_ms` needs beside the step; unlike it, in several threads at once."""
-        self._arguments = self._arguments.lower(self._key).compile()
+        # It runs a few times at most, so that optimizing it takes longer than it saves.
+        options: Any = {"xla_backend_optimization_level": 1}
+        self._arguments = self._arguments.lower(self._key).compile(options)
 
-    def time_ms(self, steps: int) -> list[float]:
-        """Times of so many steps, after one that is not kept."""
-        state, frozen, inputs = self._arguments(self._key)
-        times = []
-        for _ in range(steps + 1):
+    def time_ms(self, steps: int, *, hold: bool) -> list[float]:
+        """Times of so many steps.
+
+        Args:
+            steps: their number.
+            hold: whether the next call goes on with the same arrays, kept in memory until then. A
+                call with new ones begins with a step whose time is not kept.
+        """
+        times, held = [], self._held
+        self._held = None
+        state, frozen, inputs = held or self._arguments(self._key)
+        for _ in range(steps if held else steps + 1):
             start = time.perf_counter()
             state, result = self._compiled(state, frozen, inputs)
             jax.block_until_ready((state, result))
             times.append(1e3 * (time.perf_counter() - start))
-        return times[1:]
+        self._held = (state, frozen, inputs) if hold else None
+        return times[-steps:]
 
 
 def measure(
@@ -455,15 +461,16 @@ def measure(
             advance(f"{work.block} {work.module} {work.name}")
         found += [measured[work] for work in group]
         ready.sort(key=lambda pair: pair[0].planned_bytes)  # so that each can set the peak
-        for number in range(0 if target is not None else options.rounds):
-            share = options.steps * (number + 1) // options.rounds
-            share -= options.steps * number // options.rounds
+        hold = device_peak_bytes() is None  # where a peak is reported it is to be of one method
+        rounds = min(options.rounds, options.steps)
+        for number in range(0 if target is not None else rounds):
+            share = options.steps * (number + 1) // rounds - options.steps * number // rounds
             for program, measurement in ready:
                 if measurement.failure is not None:
                     continue
                 before = device_peak_bytes() or 0
                 try:
-                    measurement.times_ms += program.time_ms(share)
+                    measurement.times_ms += program.time_ms(share, hold=hold)
                 except FAILURES as error:
                     measurement.failure, measurement.times_ms = failure_of(error), []
                 if (peak := device_peak_bytes() or 0) > before:

@@ -9,7 +9,7 @@ import os
 import platform
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,32 +17,30 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Float, Num
-from scipy import stats
-from sklearn import metrics as sk
 
-
-def _correlation(
-    measure: Callable[..., Any],
-) -> Callable[[np.ndarray, np.ndarray], float]:
-    def correlation(labels: np.ndarray, predictions: np.ndarray) -> float:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", stats.ConstantInputWarning)
-            value = float(measure(labels, predictions).statistic)
-        # undefined for constant input, which shows no correlation
-        return 0.0 if math.isnan(value) and np.isfinite(predictions).all() else value
-
-    return correlation
-
-
-_CLASSIFICATION: dict[str, Callable[..., float]] = {
-    "accuracy": sk.accuracy_score,
-    "f1": sk.f1_score,
-    "matthews": sk.matthews_corrcoef,
+#: By our names, those of scikit-learn and of SciPy; these take a second to import and wait for it.
+_CLASSIFICATION = {
+    "accuracy": "accuracy_score",
+    "f1": "f1_score",
+    "matthews": "matthews_corrcoef",
 }
-_REGRESSION = {
-    "pearson": _correlation(stats.pearsonr),
-    "spearman": _correlation(stats.spearmanr),
-}
+_REGRESSION = {"pearson": "pearsonr", "spearman": "spearmanr"}
+
+
+def _classification(name: str, labels: np.ndarray, predictions: np.ndarray) -> float:
+    from sklearn import metrics
+
+    return float(getattr(metrics, _CLASSIFICATION[name])(labels, predictions))
+
+
+def _correlation(name: str, labels: np.ndarray, predictions: np.ndarray) -> float:
+    from scipy import stats
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.ConstantInputWarning)
+        value = float(getattr(stats, _REGRESSION[name])(labels, predictions).statistic)
+    # undefined for constant input, which shows no correlation
+    return 0.0 if math.isnan(value) and np.isfinite(predictions).all() else value
 
 
 def glue_metrics(
@@ -70,9 +68,9 @@ def glue_metrics(
     values = {}
     for name in names:
         if name in _CLASSIFICATION:
-            values[name] = float(_CLASSIFICATION[name](labels, outputs.argmax(-1)))
+            values[name] = _classification(name, labels, outputs.argmax(-1))
         else:
-            values[name] = _REGRESSION[name](labels, outputs[:, 0])
+            values[name] = _correlation(name, labels, outputs[:, 0])
     return values
 
 
