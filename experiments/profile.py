@@ -11,16 +11,17 @@ sum of its squares. Full fine-tuning keeps float32 master weights; LoRA and SPT 
 weights in the compute dtype and train float32 factors. The dense baselines are the strongest at
 hand: cuDNN's attention on a GPU, and every form of LoRA that --lora-form names.
 
-Methods take turns, so that a machine that changes its speed changes it for all; a method has the
-device for itself while it runs. A table shows medians and, in brackets, the interquartile range;
+Methods take turns, so that a machine that changes its speed changes it for all. On a device that
+reports its peak of memory a method is alone while it runs; elsewhere all keep their arrays until
+the last turn. A table shows medians and, in brackets, the interquartile range;
 the compiler's peak of memory (parameters, optimizer state, temporaries) and the device's where it
 reports one that the step set; how many times as fast as full fine-tuning and as the fastest form of
 LoRA a step is, and how many the number of operations allows. With --target it compiles for a GPU
 that is not there and shows memory alone. Writes profile.csv, plots and, last, metrics.json under
 --out.
 
-With --batch-size 2 --seq-len 256 the first command takes three minutes on 2 cores of an EPYC with
-AVX2, and SPT's block comes out 1.2 times as fast as LoRA's and 1.8 times as full fine-tuning's.
+With --batch-size 2 --seq-len 256 the first command takes under three minutes on 2 cores of an EPYC
+with AVX2, and SPT's block comes out 1.2 times as fast as LoRA's and 1.8 times as full fine-tuning's.
 """
 
 from __future__ import annotations
