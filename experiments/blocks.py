@@ -21,9 +21,10 @@ from spt_jax.layers import (
     RotaryAngles,
     RoutedFFN,
     SparseAttention,
+    rematerialized,
     rotary_angles,
 )
-from spt_jax.models.common import rematerialized, sum_aux
+from spt_jax.models.common import sum_aux
 from spt_jax.models.decoder import Decoder, DecoderLayer
 from spt_jax.models.decoder_config import DecoderConfig, parse_decoder_config
 from spt_jax.models.encoder import Encoder, EncoderLayer

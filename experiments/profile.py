@@ -21,7 +21,7 @@ that is not there and shows memory alone. Writes profile.csv, plots and, last, m
 --out.
 
 With --batch-size 2 --seq-len 256 the first command takes under three minutes on 2 cores of an EPYC
-with AVX2, and SPT's block comes out 1.2 times as fast as LoRA's and 1.8 times as full fine-tuning's.
+with AVX2. SPT's block comes out 1.2 times as fast as LoRA's and 1.8 times as full fine-tuning's.
 """
 
 from __future__ import annotations

@@ -289,7 +289,8 @@ class TrainConfig:
         weight_decay: decoupled weight decay of matrices; vectors and codebooks have none.
         clip_norm: global norm to which gradients are clipped; None for no clipping.
         dropout: whether the model's dropout layers are on in training.
-        remat: recompute activations in the backward pass instead of keeping them.
+        remat: recompute activations in the backward pass instead of keeping them. The keys that SPT
+            chose by tile, and the FFN blocks, are kept.
         eval_every: steps between evaluations; None evaluates at the end of each epoch. The last
             step is always evaluated.
         eval_batch_size: examples an evaluation step; None takes `batch_size`.

@@ -45,19 +45,22 @@ def encode(
     block = min(tokens, ENCODE_TOKENS)
     blocks = -(-tokens // block)
     passes = -(-num_codewords // ENCODE_UNROLL)
-    books = codebooks.astype(jnp.float32)
-    norms = pad(jnp.sum(books**2, -1), passes * ENCODE_UNROLL, 2, jnp.inf)
-    doubles = pad(-2 * books, passes * ENCODE_UNROLL, 2)
+    codebooks = codebooks.astype(jnp.float32)
+    norms = pad(jnp.sum(codebooks**2, -1), passes * ENCODE_UNROLL, 2, jnp.inf)
+    doubles = pad(-2 * codebooks, passes * ENCODE_UNROLL, 2)
     stacked = [
         jnp.moveaxis(a.reshape(kv_heads, spaces, passes, ENCODE_UNROLL, -1), 2, 0)
         for a in (norms, doubles)
     ]
+    stacked.append(jnp.arange(passes, dtype=jnp.int32) * ENCODE_UNROLL)
     parts = pad(x.reshape(tokens, kv_heads, rows, spaces, width), blocks * block, 0)
 
     def run(part: jax.Array) -> jax.Array:
         # Tokens last, so that a vector instruction serves several of them.
         part = part.astype(jnp.float32).transpose(1, 3, 4, 2, 0)
-        part = jax.lax.optimization_barrier(part.reshape(kv_heads, spaces, width, -1))
+        part = part.reshape(kv_heads, spaces, width, -1)
+        # With the codewords, which XLA may cut up and spread before the loop: five times slower.
+        part, books = jax.lax.optimization_barrier((part, stacked))
 
         def step(
             best: tuple[jax.Array, jax.Array], codewords: tuple[jax.Array, ...]
@@ -73,8 +76,7 @@ def encode(
 
         shape = (kv_heads, spaces, part.shape[-1])
         start = jnp.full(shape, jnp.inf), jnp.zeros(shape, jnp.int32)
-        firsts = jnp.arange(passes, dtype=jnp.int32) * ENCODE_UNROLL
-        code = jax.lax.scan(step, start, (*stacked, firsts))[0][1].astype(jnp.uint8)
+        code = jax.lax.scan(step, start, tuple(books))[0][1].astype(jnp.uint8)
         return code.reshape(kv_heads, spaces, rows, -1).transpose(3, 0, 2, 1)
 
     codes = jax.lax.map(run, parts.reshape(blocks, block, *parts.shape[1:]))

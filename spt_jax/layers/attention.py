@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Int8, UInt8
 
 from pallas_kernels import (
     Selection,
+    TileSelection,
     pq_encode,
     pq_select,
     score_unit,
@@ -26,6 +27,7 @@ from spt_jax.config import SparseAttentionConfig
 from spt_jax.layers.linear import Linear, split_key
 from spt_jax.layers.quantizer import codebook_loss
 from spt_jax.layers.recording import record
+from spt_jax.layers.rematerialization import choice
 from spt_jax.layers.rotary import rotate
 from spt_jax.layers.variables import CalibrationStat, CodebookParam
 
@@ -195,6 +197,8 @@ class SparseAttention(nnx.Module):
         codes = self.codes(q, k)
         granularity = config.granularity_at(capacity)
         selection = self._select(codes, num_keys=num_keys, granularity=granularity, **masks)
+        if isinstance(selection, TileSelection):  # one by token is as large as queries and keys
+            selection = choice(selection)
         out = sparse_attention(q, k, v, selection, implementation=config.implementation, **masks)
         aux = {}
         if config.codebook_loss_weight > 0:

@@ -27,6 +27,7 @@ from spt_jax.layers.attention import AuxLosses
 from spt_jax.layers.linear import Linear, split_key
 from spt_jax.layers.lora import dense_dot
 from spt_jax.layers.recording import record
+from spt_jax.layers.rematerialization import choice
 from spt_jax.layers.variables import CalibrationStat, RouterParam
 
 
@@ -221,12 +222,12 @@ class RoutedFFN(nnx.Module):
         """Probabilities of all blocks; the active ones, and their coefficients."""
         probabilities = self.probabilities(rows)
         tokens = P(sharding.BATCH)
-        choose = sharding.locally(
-            lambda p: tuple(jax.lax.top_k(p, self.config.active_blocks)),
-            (tokens,),
-            (tokens, tokens),
-        )
-        top, index = choose(probabilities)
+
+        def choose(p: jax.Array) -> tuple[jax.Array, jax.Array]:
+            index = choice(jax.lax.top_k(p, self.config.active_blocks)[1])
+            return jnp.take_along_axis(p, index, 1), index
+
+        top, index = sharding.locally(choose, (tokens,), (tokens, tokens))(probabilities)
         return probabilities, index.astype(jnp.int32), (2 * top).astype(rows.dtype)
 
     def absent_outputs(self, x: Float[Array, "T D"]) -> Float[Array, "T G D"]:

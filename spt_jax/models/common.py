@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,12 +39,6 @@ def positions_in_segments(
         starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
         before = before - jax.lax.cummax(jnp.where(starts, before, 0), axis=1)
     return before
-
-
-def rematerialized(layer: Callable[..., Any]) -> Callable[..., Any]:
-    """`layer`, whose activations are computed again in the backward pass."""
-    # a function of its own for every call: checkpoint caches by function what it closed over
-    return jax.checkpoint(lambda *args: layer(*args))
 
 
 def sum_aux(*losses: AuxLosses) -> AuxLosses:

@@ -22,6 +22,7 @@ from spt_jax.layers import (
     RotaryAngles,
     dense_dot,
     dropout,
+    rematerialized,
     rotary_angles,
     split_key,
 )
@@ -31,7 +32,6 @@ from spt_jax.models.common import (
     check_inputs,
     layer_norm,
     positions_in_segments,
-    rematerialized,
     sum_aux,
 )
 from spt_jax.models.decoder_config import DecoderConfig

@@ -18,6 +18,7 @@ from spt_jax.layers import (
     HeadParam,
     Linear,
     dropout,
+    rematerialized,
     split_key,
 )
 from spt_jax.models.common import (
@@ -26,7 +27,6 @@ from spt_jax.models.common import (
     check_inputs,
     layer_norm,
     positions_in_segments,
-    rematerialized,
     sum_aux,
 )
 from spt_jax.models.encoder_config import EncoderConfig, EncoderType

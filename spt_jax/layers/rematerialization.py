@@ -1,0 +1,30 @@
+"""Activations computed again in the backward pass, but for the choices of keys and blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+_CHOICE = "spt_choice"
+
+
+def rematerialized(layer: Callable[..., Any]) -> Callable[..., Any]:
+    """`layer`, whose activations are computed again in the backward pass.
+
+    What it passes to `choice` is kept.
+    """
+    # a function of its own for every call: checkpoint caches by function what it closed over
+    policy = jax.checkpoint_policies.save_only_these_names(_CHOICE)
+    return jax.checkpoint(lambda *args: layer(*args), policy=policy)
+
+
+def choice[Tree](chosen: Tree) -> Tree:
+    """`chosen`, small integers that take long to find, which `rematerialized` keeps.
+
+    So the backward pass is of what the forward pass chose, however activations that are computed
+    again are rounded.
+    """
+    return jax.tree.map(lambda array: checkpoint_name(array, _CHOICE), chosen)
