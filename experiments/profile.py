@@ -6,19 +6,18 @@
     python -m experiments.profile --block llama-4096 --max-length --target H200 --out DIR
 
 A step is forward, backward and AdamW, with donated buffers and random weights, in bfloat16 on a
-GPU and float32 on a CPU; the gradient of a block's output is the output itself, as that of half the
-sum of its squares. Full fine-tuning keeps float32 master weights; LoRA and SPT keep frozen
-weights in the compute dtype and train float32 factors. The dense baselines are the strongest at
-hand: cuDNN's attention on a GPU, and every form of LoRA that --lora-form names.
+GPU and float32 on a CPU; the gradient of a block's output is its square. Full fine-tuning keeps
+float32 master weights; LoRA and SPT keep frozen weights in the compute dtype and train float32
+factors. The dense baselines are the strongest at hand: cuDNN's attention on a GPU, and every form
+of LoRA that --lora-form names.
 
 Methods take turns, so that a machine that changes its speed changes it for all. On a device that
 reports its peak of memory a method is alone while it runs; elsewhere all keep their arrays until
-the last turn. A table shows medians and, in brackets, the interquartile range;
-the compiler's peak of memory (parameters, optimizer state, temporaries) and the device's where it
-reports one that the step set; how many times as fast as full fine-tuning and as the fastest form of
-LoRA a step is, and how many the number of operations allows. With --target it compiles for a GPU
-that is not there and shows memory alone. Writes profile.csv, plots and, last, metrics.json under
---out.
+the last turn. A table shows medians and, in brackets, the interquartile range; the compiler's peak
+of memory (parameters, optimizer state, temporaries) and the device's where it reports one that the
+step set; how many times as fast as full fine-tuning and as the fastest form of LoRA a step is, and
+how many the number of operations allows. With --target it compiles for a GPU that is not there and
+shows memory alone. Writes profile.csv, plots and, last, metrics.json under --out.
 
 With --batch-size 2 --seq-len 256 the first command takes under three minutes on 2 cores of an EPYC
 with AVX2. SPT's block comes out 1.2 times as fast as LoRA's and 1.8 times as full fine-tuning's.
@@ -313,8 +312,9 @@ def training_step(step: BlockStep) -> tuple[Callable[..., Any], Callable[[jax.Ar
             result, gradient = jax.value_and_grad(step.loss)(trained, frozen, inputs)
         else:
             (y, aux), pullback = jax.vjp(lambda t, x: step.run((t, x), frozen), trained, inputs)
-            # A gradient that did not depend on y would let XLA leave out the last product.
-            gradient, result = pullback((y, jax.tree.map(jnp.ones_like, aux)))
+            # Did it not depend on y, XLA would leave out the last product. Of a normed y the square
+            # still has a gradient, the sum of squares none.
+            gradient, result = pullback((y * y, jax.tree.map(jnp.ones_like, aux)))
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, trained)
         return (optax.apply_updates(trained, updates), optimizer_state), result
 

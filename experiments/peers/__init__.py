@@ -7,7 +7,7 @@ It needs torch, transformers and peft, which the project does not. `pip install 
 peft` makes an environment that has both; its huggingface-hub may be older than the one that
 constraints.txt pins, since transformers wants one below 2.
 
-A step is forward, backward with the output as its own gradient, down to that of the input, and
+A step is forward, backward from the output's square as its gradient, down to that of the input, and
 AdamW. The layer is transformers' own (`OPTDecoderLayer`, `LlamaDecoderLayer`, `BertLayer`) with
 random weights, sizes of the same name in `experiments.profile`, no dropout and no padding mask; its
 halves are its own submodules with norm and residual connection. Attention is

@@ -182,7 +182,7 @@ class TrainingStep:
         self.x.grad = None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             y = self._forward(self.x)
-        y.backward(y.detach())
+        y.backward((y * y).detach())
         assert self.x.grad is not None
         return self.x.grad
 
