@@ -9,6 +9,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 from pallas_kernels import mosaic
+from tests.jaxprs import equations
 
 
 @contextlib.contextmanager
@@ -32,15 +33,7 @@ def launches(function, *arguments):
     """How often the jaxpr of a function, traced as for a Hopper GPU, launches each kernel."""
     with mock.patch.object(mosaic, "unfit_device", return_value=None):
         jaxpr = jax.make_jaxpr(function)(*arguments)
-    return dict(collections.Counter(_launches(jaxpr.jaxpr)))
-
-
-def _launches(jaxpr):
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "mpmd_map":  # what plgpu.kernel becomes
-            yield equation.params["name"]
-            continue
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from _launches(inner)
+    kernel = "mpmd_map"  # what plgpu.kernel becomes
+    found = equations(jaxpr.jaxpr, whole=(kernel,))
+    names = (e.params["name"] for e in found if e.primitive.name == kernel)
+    return dict(collections.Counter(names))

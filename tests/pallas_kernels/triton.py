@@ -8,6 +8,7 @@ import pytest
 
 from pallas_kernels import devices, triton
 from pallas_kernels.triton import interpreting
+from tests.jaxprs import equations
 
 if (devices.compute_capability() or (0, 0)) < (8, 0):
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
@@ -24,15 +25,9 @@ def half():
 
 def launches(function, *arguments):
     """How often the jaxpr of a function runs each kernel, by the kernel's name."""
-    return dict(collections.Counter(_launches(jax.make_jaxpr(function)(*arguments).jaxpr)))
-
-
-def _launches(jaxpr):
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "custom_vmap_call":
-            yield str(equation.source_info.name_stack).split("/")[-1]
-            continue
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from _launches(inner)
+    kernel = "custom_vmap_call"
+    found = equations(jax.make_jaxpr(function)(*arguments).jaxpr, whole=(kernel,))
+    names = (
+        str(e.source_info.name_stack).split("/")[-1] for e in found if e.primitive.name == kernel
+    )
+    return dict(collections.Counter(names))

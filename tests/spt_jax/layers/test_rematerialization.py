@@ -12,6 +12,7 @@ import pytest
 
 from experiments.blocks import BlockStep, bert_config, llama_config, opt_config
 from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
+from tests.jaxprs import equations
 
 CONFIGS = {
     "bert": bert_config(width=32, heads=2, hidden=64, layers=2),
@@ -50,21 +51,6 @@ def arguments_of(step):
     return trained, x, frozen
 
 
-def count_equations(jaxpr):
-    """Equations of a jaxpr and of those in it, by primitive and by name."""
-    counts = Counter()
-    for equation in jaxpr.eqns:
-        counts[equation.primitive.name] += 1
-        if "name" in equation.params:
-            counts[equation.params["name"]] += 1
-        for parameter in equation.params.values():
-            for inner in parameter if isinstance(parameter, list | tuple) else [parameter]:
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    counts += count_equations(inner)
-    return counts
-
-
 @pytest.mark.parametrize(
     ("name", "granularity"), [("bert", "tile"), ("opt", "token"), ("llama", "tile")]
 )
@@ -84,7 +70,9 @@ def test_no_gradient_changes(name, granularity):
 def test_choices_are_made_once(granularity):
     """Lists of tiles and the blocks of tokens are kept; a choice by token is too large for that."""
     step = step_of("opt", granularity, remat=True)
-    counts = count_equations(jax.make_jaxpr(gradient_of(step))(*arguments_of(step)).jaxpr)
+    found = list(equations(jax.make_jaxpr(gradient_of(step))(*arguments_of(step)).jaxpr))
+    counts = Counter(equation.primitive.name for equation in found)
+    counts += Counter(e.params["name"] for e in found if "name" in e.params)
     layers = step.config.num_layers
     assert counts["remat2"] == layers
     assert counts["top_k"] == layers
