@@ -1,4 +1,4 @@
-"""Reads `model.safetensors`, whole or in shards, one tensor at a time."""
+"""Reads `model.safetensors`, whole or in shards, or a GGUF file, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from spt_jax.models.gguf import GGUFTensors, find_gguf, read_gguf
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -32,6 +34,7 @@ class Checkpoint:
 
     Attributes:
         names: all tensors.
+        described_in: what tells the model's sizes.
 
     Args:
         files: the safetensors files.
@@ -39,6 +42,8 @@ class Checkpoint:
     Raises:
         ValueError: a file is truncated or corrupt, or two hold a tensor of one name.
     """
+
+    described_in = "config.json"
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._owner: dict[str, Path] = {}
@@ -65,30 +70,63 @@ class Checkpoint:
         Raises:
             ValueError: it is of another type, or its bytes cannot be read.
         """
-        path, shape = self._owner[name], self._shapes[name]
+        shape = self._shapes[name]
         array = _aligned(shape[::-1] if transpose else shape, dtype)
         rows = array.T if transpose else array
         band = max(1, _BAND * len(rows) // max(1, array.nbytes))
         for start in range(0, len(rows), band):
             end = min(start + band, len(rows))
-            with _naming(path), safe_open(path, framework="numpy") as file:
-                part = file.get_slice(name)
-                if part.get_dtype() not in _FLOATS:
-                    raise ValueError(
-                        f"{path}: tensor {name} has dtype {part.get_dtype()}; supported: "
-                        f"{', '.join(_FLOATS)}"
-                    )
-                rows[start:end] = part[start:end].astype(dtype, copy=False)
+            rows[start:end] = self._rows(name, start, end).astype(dtype, copy=False)
         return array
 
+    def _rows(self, name: str, start: int, end: int) -> np.ndarray:
+        path = self._owner[name]
+        with _naming(path), safe_open(path, framework="numpy") as file:
+            part = file.get_slice(name)
+            if part.get_dtype() not in _FLOATS:
+                raise ValueError(
+                    f"{path}: tensor {name} has dtype {part.get_dtype()}; supported: "
+                    f"{', '.join(_FLOATS)}"
+                )
+            return part[start:end]
 
-def open_checkpoint(directory: Path) -> Checkpoint:
-    """Open `model.safetensors`, or the shards of `model.safetensors.index.json`.
+
+class GGUFCheckpoint(Checkpoint):
+    """The tensors of a GGUF file under Hugging Face's names, dequantized when asked for.
+
+    Args:
+        path: the file.
 
     Raises:
-        ValueError: there are no safetensors, the index is wrong, or a file is truncated or corrupt;
+        ValueError: as `read_gguf` and `GGUFTensors`.
+    """
+
+    described_in = "metadata"
+
+    def __init__(self, path: Path) -> None:
+        self._tensors = GGUFTensors(read_gguf(path))
+        self._shapes = {name: tensor.shape for name, tensor in self._tensors.names.items()}
+        self.names = list(self._shapes)
+
+    def _rows(self, name: str, start: int, end: int) -> np.ndarray:
+        return self._tensors.rows(name, start, end)
+
+
+def open_checkpoint(source: Path) -> Checkpoint:
+    """Open a checkpoint.
+
+    Args:
+        source: a directory with `model.safetensors`, or with the shards of
+            `model.safetensors.index.json`; or a GGUF file, or a directory with one and without
+            `config.json`.
+
+    Raises:
+        ValueError: there are no weights, the index is wrong, or a file is truncated or corrupt;
             the message names the file.
     """
+    if (file := find_gguf(source, instead_of="config.json")) is not None:
+        return GGUFCheckpoint(file)
+    directory = source
     single = directory / WEIGHTS_FILE
     if single.is_file():
         return Checkpoint([single])

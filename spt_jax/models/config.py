@@ -1,4 +1,4 @@
-"""Reads a Hugging Face `config.json` into the configuration of its family."""
+"""Reads a Hugging Face `config.json`, or a GGUF file's metadata, into a configuration."""
 
 from __future__ import annotations
 
@@ -9,18 +9,29 @@ from typing import Any
 
 from spt_jax.models.decoder_config import DECODER_TYPES, DecoderConfig, parse_decoder_config
 from spt_jax.models.encoder_config import ENCODER_TYPES, EncoderConfig, parse_encoder_config
+from spt_jax.models.gguf import config_fields, find_gguf, read_gguf
 
 ModelConfig = EncoderConfig | DecoderConfig
 MODEL_TYPES: tuple[str, ...] = (*ENCODER_TYPES, *DECODER_TYPES)
 
 
-def read_config(directory: Path) -> ModelConfig:
-    """Parse `directory/config.json`.
+def read_config(source: Path) -> ModelConfig:
+    """Parse `source/config.json`, or the metadata of a GGUF file.
+
+    Args:
+        source: the directory, with a GGUF file where it has no `config.json`; or such a file.
 
     Raises:
         ValueError: the file is absent, no JSON object, of another model family, or has a missing
             or wrong field, which the message names.
     """
+    if (file := find_gguf(source, instead_of="config.json")) is not None:
+        gguf = read_gguf(file)
+        try:
+            return parse_config(config_fields(gguf))
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+    directory = source
     path = directory / "config.json"
     if not path.is_file():
         raise ValueError(f"{directory} has no config.json; give the directory of a saved model")

