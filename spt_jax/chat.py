@@ -17,6 +17,8 @@ import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from spt_jax.models.gguf import find_gguf, read_gguf
+from spt_jax.models.gguf_tokenizer import tokenizer_config
 from spt_jax.training.text import Document, unlimited
 
 Message = Mapping[str, Any]  # of "role", "content" and what else the template reads
@@ -64,13 +66,15 @@ class ChatTemplate:
     def load(
         cls, directory: str | os.PathLike[str], *, now: datetime.datetime | None = None
     ) -> ChatTemplate:
-        """The template of a Hugging Face model directory.
+        """The template of a Hugging Face model directory, or of a GGUF file.
 
         It is `chat_template.jinja`, or else `chat_template` in `tokenizer_config.json`, of several
-        the one named "default". Special tokens are those of `tokenizer_config.json`.
+        the one named "default". Special tokens are those of `tokenizer_config.json`. A GGUF file
+        has both in its metadata.
 
         Args:
-            directory: the model.
+            directory: the model; with a GGUF file where it has no `tokenizer_config.json`, or such
+                a file itself.
             now: see the attribute.
 
         Raises:
@@ -78,10 +82,10 @@ class ChatTemplate:
         """
         directory = Path(directory)
         path = directory / "tokenizer_config.json"
-        try:
-            config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
+        if (file := find_gguf(directory, instead_of=path.name)) is not None:
+            config: Any = tokenizer_config(read_gguf(file))
+        else:
+            config = _read_json(path) if path.exists() else {}
         if not isinstance(config, dict):
             raise ValueError(f"{path} is no JSON object")
         alone = directory / "chat_template.jinja"
@@ -97,8 +101,8 @@ class ChatTemplate:
         if not isinstance(source, str):
             raise ValueError(
                 f"{directory} has no chat template (chat_template.jinja, or chat_template in "
-                "tokenizer_config.json): it holds a base model; choose a template, for example "
-                "ChatTemplate.plain(eos_token=...)"
+                "tokenizer_config.json or a GGUF file's metadata): it holds a base model; choose a "
+                "template, for example ChatTemplate.plain(eos_token=...)"
             )
         tokens = {
             name: token["content"] if isinstance(token, dict) else token
@@ -233,6 +237,13 @@ def _to_json(
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def _raise(message: str) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,8 @@ from spt_jax.export.modules import describe, sparse_modules, write_modules
 from spt_jax.models.checkpoint import INDEX_FILE, WEIGHTS_FILE
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.encoder import Encoder
+from spt_jax.models.gguf import find_gguf, read_gguf
+from spt_jax.models.gguf_tokenizer import read_tokenizer, tokenizer_config
 from spt_jax.models.hub import find_files
 from spt_jax.models.pretrained import Task, checked_dtype
 from spt_jax.models.slots import Slot, module_at, tensor_slots
@@ -93,7 +95,8 @@ def save_pretrained(
         model: a model of `load_pretrained`, adapted or not.
         out_dir: the directory, absent or empty.
         tokenizer: where to copy the tokenizer's files and `generation_config.json` from: a
-            directory, model package or Hub id, as for `load_tokenizer`; None for no copy.
+            directory, GGUF file, model package or Hub id, as for `load_tokenizer`; None for no
+            copy.
         dtype: dtype of the weights; None for the model's own.
         max_shard_bytes: where a file would grow beyond this, another is begun.
         overwrite: replace the whole of an earlier export in `out_dir`.
@@ -111,13 +114,13 @@ def save_pretrained(
     stored = None if dtype is None else checked_dtype("dtype", dtype)
     out = Path(out_dir)
     check_replaceable(out, overwrite=overwrite)
-    copied = [] if tokenizer is None else _tokenizer_files(tokenizer)
+    files = {} if tokenizer is None else _tokenizer_files(tokenizer)
     tensors = _tensors(model, stored)
     with new_directory(out, overwrite=overwrite) as directory:
         write_json(directory / "config.json", _config(model, tensors))
         _write_weights(directory, tensors, max_shard_bytes)
-        for path in copied:
-            shutil.copyfile(path, directory / path.name)
+        for name, content in files.items():
+            (directory / name).write_bytes(content)
         if sparse_modules(model):
             write_modules(model, directory, with_head=False)
     if sparse_modules(model):
@@ -129,12 +132,18 @@ def save_pretrained(
         )
 
 
-def _tokenizer_files(source: str | os.PathLike[str]) -> list[Path]:
+def _tokenizer_files(source: str | os.PathLike[str]) -> dict[str, bytes]:
+    """Contents of the files by their names; what a GGUF file says in its metadata as such files."""
     directory = find_files(source, files=TOKENIZER_FILES)
+    if (file := find_gguf(directory, instead_of="tokenizer.json")) is not None:
+        gguf = read_gguf(file)
+        config = json.dumps(tokenizer_config(gguf), indent=2, ensure_ascii=False)
+        texts = {"tokenizer.json": read_tokenizer(gguf).to_str(), "tokenizer_config.json": config}
+        return {name: text.encode() for name, text in texts.items()}
     found = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
     if not any(path.stem in ("tokenizer", "vocab") for path in found):
         raise ValueError(f"{directory} has no tokenizer: none of {', '.join(TOKENIZER_FILES[:-1])}")
-    return found
+    return {path.name: path.read_bytes() for path in found}
 
 
 def _unties(model: Encoder | Decoder) -> bool:

@@ -242,8 +242,8 @@ def config_fields(gguf: GGUF) -> dict[str, Any]:
     """The fields of a `config.json` that say what the file's metadata and tensors say.
 
     Raises:
-        ValueError: the architecture or one of its keys is not supported, or a key is missing. Values
-            are left to `parse_config` to check.
+        ValueError: the architecture or one of its keys is not supported, or a key is missing.
+            Values are left to `parse_config` to check.
     """
     raw = gguf.metadata
     kind, arch = raw.get("general.type", "model"), raw.get("general.architecture")
@@ -313,8 +313,10 @@ def _rope_scaling(
     if kind == "none":
         return None
     if kind not in ("linear", "yarn") or (kind == "linear" and gain != 1):
-        what = f"rope.scaling.type={kind}"
-        raise ValueError(f"{what} with attn_factor={gain} is not supported: linear (1) and yarn are")
+        raise ValueError(
+            f"rope.scaling.type={kind} with rope.scaling.attn_factor={gain} is not supported; "
+            "supported: none, linear with 1, yarn"
+        )
     scaling = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
         original = own.get("rope.scaling.original_context_length")
@@ -331,10 +333,11 @@ def _llama3_scaling(gguf: GGUF, fields: Mapping[str, Any]) -> dict[str, Any]:
     A frequency `f` in the band is divided by `1 / ((1 - s) / factor + s)`, where
     `s = (original f / 2 pi - low) / (high - low)`.
     """
-    width, theta = fields.get("head_dim"), fields.get("rope_theta", 10000.0)
+    width: Any = fields.get("head_dim")
+    theta = fields.get("rope_theta", 10000.0)
     tensor = gguf.tensors[_ROPE_FACTORS]
-    fits = isinstance(width, int) and isinstance(theta, float) and theta > 0
-    if fits and tensor.kind == 0 and tensor.shape == (width // 2,):
+    usual = isinstance(width, int) and isinstance(theta, float) and theta > 0
+    if usual and tensor.kind == 0 and tensor.shape == (width // 2,):
         stored = _bytes(gguf, tensor, 0, 4 * tensor.shape[0]).view(np.float32).astype(np.float64)
         turns = theta ** -(np.arange(0, width, 2) / width) / (2 * math.pi)
         low, high = _LLAMA3.values()

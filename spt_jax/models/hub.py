@@ -51,7 +51,8 @@ def find_files(
         The directory or the file.
 
     Raises:
-        ValueError: there is no such directory, file, package or Hub model, or access to it is refused.
+        ValueError: there is no such directory, file, package or Hub model, or access to it is
+            refused.
         ConnectionError: the Hub cannot be reached and its model is not in the cache.
     """
     name = os.fspath(source)

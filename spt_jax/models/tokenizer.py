@@ -7,6 +7,8 @@ import os
 import numpy as np
 from tokenizers import Tokenizer
 
+from spt_jax.models.gguf import find_gguf, read_gguf
+from spt_jax.models.gguf_tokenizer import read_tokenizer
 from spt_jax.models.hub import TOKENIZER_FILES, find_files
 
 
@@ -33,10 +35,13 @@ def load_tokenizer(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Tokenizer:
-    """Load `tokenizer.json`, with padding and truncation off: both are the caller's to set.
+    """Load `tokenizer.json`, or build the tokenizer that a GGUF file describes.
+
+    Padding and truncation are off: both are the caller's to set.
 
     Args:
-        source: a directory, a model package or a Hub id, as for `load_pretrained`.
+        source: a directory, a GGUF file, a model package or a Hub id, as for `load_pretrained`. In
+            a directory `tokenizer.json` comes before a GGUF file.
         revision: branch, tag or commit on the Hub.
         cache_dir: where downloads are kept; None for `huggingface_hub`'s cache.
         local_files_only: take Hub models from the cache only.
@@ -45,7 +50,8 @@ def load_tokenizer(
         The tokenizer.
 
     Raises:
-        ValueError: the source is not found, or has no usable tokenizer.json.
+        ValueError: the source is not found, or has no usable tokenizer.json, or a GGUF file's
+            tokenizer is of a kind that is not supported.
         ConnectionError: the Hub cannot be reached.
 
     Example:
@@ -59,6 +65,8 @@ def load_tokenizer(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
+    if (file := find_gguf(directory, instead_of="tokenizer.json")) is not None:
+        return read_tokenizer(read_gguf(file))
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise ValueError(
