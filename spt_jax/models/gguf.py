@@ -172,7 +172,7 @@ class _Header:
         return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
 
     def text(self) -> str:
-        return self.take(self.number("Q")).decode()
+        return self.texts(1)[0]
 
     def value(self) -> Any:
         kind = self.number("I")
@@ -184,7 +184,16 @@ class _Header:
         if (code := _SCALARS.get(kind)) is not None:
             data = self.take(count * struct.calcsize(f"<{code}"))
             return list(struct.unpack(f"<{count}{code}", data))
-        return [self.scalar(kind) for _ in range(count)]
+        if kind != _STRING:
+            raise EOFError(f"an array in its header is of the unknown type {kind}")
+        return self.texts(count)
+
+    def texts(self, count: int) -> list[str]:
+        texts, length = [], struct.Struct("<Q")
+        for _ in range(count):
+            (size,) = length.unpack(self.take(8))
+            texts.append(self.take(size).decode())
+        return texts
 
     def scalar(self, kind: int) -> Any:
         if kind == _STRING:

@@ -79,6 +79,10 @@ def read_tokenizer(gguf: GGUF) -> Tokenizer:
         twice = next(token for i, token in enumerate(tokens) if vocabulary[token] != i)
         raise ValueError(f"{gguf.path}: tokenizer.ggml.tokens holds {twice!r} twice{_ORIGINAL}")
     merges: list[Any] = [tuple(merge.split(" ")) for merge in _texts(gguf, "merges")]
+    if wrong := [" ".join(merge) for merge in merges if len(merge) != 2]:
+        raise ValueError(
+            f"{gguf.path}: tokenizer.ggml.merges holds {wrong[0]!r}, not two tokens{_ORIGINAL}"
+        )
     try:
         tokenizer = Tokenizer(BPE(vocabulary, merges, ignore_merges=kind.whole_words))
     except Exception as error:  # the bindings raise Exception itself
