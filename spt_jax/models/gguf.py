@@ -275,8 +275,11 @@ def config_fields(gguf: GGUF) -> dict[str, Any]:
         if isinstance(value, list):
             raise ValueError(f"{arch}.{key} is a list of {len(value)} values; one is supported")
         if key not in known and value not in (0, ""):
-            raise ValueError(f"{arch}.{key} = {value!r} is not supported")
+            raise ValueError(
+                f"{arch}.{key} = {value!r} is not supported; choose a model without it"
+            )
     heads, width = own["attention.head_count"], own["embedding_length"]
+    ends = [raw[key] for key in _END_IDS if key in raw]
     fields = {
         "model_type": arch,
         "hidden_act": "silu",
@@ -285,7 +288,7 @@ def config_fields(gguf: GGUF) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in gguf.tensors,
         "attention_bias": "blk.0.attn_q.bias" in gguf.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in gguf.tensors,
-        "eos_token_id": list(dict.fromkeys(raw[key] for key in _END_IDS if key in raw)),
+        "eos_token_id": [end for i, end in enumerate(ends) if end not in ends[:i]],
     }
     fields |= {field: raw.get(key) for field, key in _SPECIAL_IDS.items()}
     fields |= {field: own[key] for key, field in (_REQUIRED | _OPTIONAL).items() if key in own}
@@ -348,20 +351,21 @@ def _llama3_scaling(gguf: GGUF, fields: Mapping[str, Any]) -> dict[str, Any]:
     usual = isinstance(width, int) and isinstance(theta, float) and theta > 0
     if usual and tensor.kind == 0 and tensor.shape == (width // 2,):
         stored = _bytes(gguf, tensor, 0, 4 * tensor.shape[0]).view(np.float32).astype(np.float64)
-        turns = theta ** -(np.arange(0, width, 2) / width) / (2 * math.pi)
         low, high = _LLAMA3.values()
         factor = stored.max(initial=1.0)
         with np.errstate(all="ignore"):
+            turns = theta ** -(np.arange(0, width, 2) / width) / (2 * math.pi)
             kept = (1 / stored - 1 / factor) / (1 - 1 / factor)
             lengths = (kept * (high - low) + low) / turns
-            original = np.median(lengths[(kept > 0.01) & (kept < 0.99)])
+            within = lengths[(kept > 0.01) & (kept < 0.99) & np.isfinite(lengths)]
+            original = round(np.median(within)) if len(within) else 0
             kept = np.clip((original * turns - low) / (high - low), 0, 1)
             error = np.abs((kept + (1 - kept) / factor) * stored - 1).max(initial=0.0)
-        if error < 1e-3:
+        if original > 0 and error < 1e-3:
             return {
                 "rope_type": "llama3",
                 "factor": float(factor),
-                "original_max_position_embeddings": round(float(original)),
+                "original_max_position_embeddings": original,
             } | _LLAMA3
     raise ValueError(
         f"{_ROPE_FACTORS} of shape {tensor.shape} does not hold the factors of LLaMA 3's scaling "

@@ -68,7 +68,7 @@ def read_tokenizer(gguf: GGUF) -> Tokenizer:
             f"{gguf.path}: tokenizer.ggml.model {model!r} is not supported; supported: 'gpt2', "
             f"which is byte-level BPE{_ORIGINAL}"
         )
-    if pre not in KINDS:
+    if not isinstance(pre, str) or pre not in KINDS:
         raise ValueError(
             f"{gguf.path}: tokenizer.ggml.pre {pre!r} is not supported; supported: "
             f"{', '.join(KINDS)}{_ORIGINAL}"

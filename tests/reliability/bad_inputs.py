@@ -39,6 +39,7 @@ from spt_jax.training.data import check_labels
 from tests.experiments.tfds_directory import random_rows, write_task
 from tests.reliability import runs
 from tests.spt_jax.models.builders import GOLDEN, edited
+from tests.spt_jax.models.gguf_files import write_golden
 
 LIMIT_S = 10
 LIMIT_BYTES = 2 << 30
@@ -130,6 +131,31 @@ def with_tensors(change: Callable[[dict[str, np.ndarray]], object], **options: A
     return lambda folder: load(edited(folder / "model", tensors=change), **options)
 
 
+def with_gguf(change: Callable[[bytes], bytes] = bytes, **options: Any) -> Act:
+    """Load a GGUF file of LLaMA, written with other metadata or tensors, with other bytes."""
+
+    def act(folder: Path) -> None:
+        path = write_golden(folder / "model.gguf", **options)
+        path.write_bytes(change(path.read_bytes()))
+        load(path)
+
+    return act
+
+
+def overwritten(after: bytes, skipped: int, number: int) -> Callable[[bytes], bytes]:
+    """Put a number of 8 bytes so far after the first occurrence of a text."""
+
+    def change(content: bytes) -> bytes:
+        start = content.index(after) + len(after) + skipped
+        return content[:start] + number.to_bytes(8, "little") + content[start + 8 :]
+
+    return change
+
+
+def renamed(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
+    return lambda content: content.replace(old, new, 1)
+
+
 LAYER = "bert.encoder.layer.1.output.dense.weight"
 EMBEDDING = "roberta.embeddings.word_embeddings.weight"
 
@@ -215,6 +241,81 @@ CHECKPOINTS = {
     ),
     "shard missing": (with_index(in_map("model-9.safetensors")), ("model-9", "does not exist")),
     "index nested 200,000 deep": (with_index(lambda *_: NESTED), ("is no index", "weight_map")),
+    "gguf: empty": (with_gguf(lambda b: b""), ("is no GGUF file", "save it again")),
+    "gguf: another format": (
+        with_gguf(lambda b: b"PK\3\4" + b[4:]),
+        ("is no GGUF file", r"PK\x03\x04", "save it again"),
+    ),
+    "gguf: version 1": (
+        with_gguf(lambda b: b[:4] + b"\1\0\0\0" + b[8:]),
+        ("GGUF version 1", "supported: 2, 3", "convert"),
+    ),
+    "gguf: big-endian": (
+        with_gguf(lambda b: b[:4] + b"\0\0\0\3" + b[8:]),
+        ("big-endian", "convert"),
+    ),
+    "gguf: header cut short": (with_gguf(lambda b: b[:500]), BROKEN),
+    "gguf: tensors cut short": (with_gguf(lambda b: b[:-2000]), ("ends at byte", *BROKEN)),
+    "gguf: 2^62 tensors": (
+        with_gguf(lambda b: b[:8] + (1 << 62).to_bytes(8, "little") + b[16:]),
+        BROKEN,
+    ),
+    "gguf: text of 2^62 bytes": (
+        with_gguf(overwritten(b"tokenizer.ggml.model", 4, 1 << 62)),
+        BROKEN,
+    ),
+    "gguf: array of 2^62 values": (
+        with_gguf(overwritten(b"tokenizer.ggml.tokens", 8, 1 << 62)),
+        (str(1 << 62), *BROKEN),
+    ),
+    "gguf: text that is not UTF-8": (with_gguf(renamed(b"gpt2", b"gp\xff2")), BROKEN),
+    "gguf: shape whose size overflows": (
+        with_gguf(overwritten(b"token_embd.weight", 4, 1 << 62)),
+        ("token_embd.weight", *BROKEN),
+    ),
+    "gguf: one tensor twice": (
+        with_gguf(renamed(b"blk.1.attn_k.weight", b"blk.0.attn_k.weight")),
+        ("blk.0.attn_k.weight twice", "save it again"),
+    ),
+    "gguf: one key twice": (
+        with_gguf(renamed(b"ggml.eos_token_id", b"ggml.bos_token_id")),
+        ("tokenizer.ggml.bos_token_id twice", "save it again"),
+    ),
+    "gguf: type that is not dequantized": (
+        with_gguf(tensors={"output_norm.weight": np.ones(32, np.int32)}),
+        ("output_norm.weight", "I32", "quantize the model otherwise"),
+    ),
+    "gguf: transposed tensor": (
+        with_gguf(tensors={"blk.1.ffn_up.weight": np.ones((32, 48), np.float32)}),
+        ("mlp.up_proj.weight", "(32, 48)", "expected (48, 32)"),
+    ),
+    "gguf: key missing": (
+        with_gguf(changes={"llama.block_count": None}),
+        ("needs llama.block_count",),
+    ),
+    "gguf: another architecture": (
+        with_gguf(arch="mamba"),
+        ("general.architecture 'mamba'", "supported: llama, qwen2, qwen3"),
+    ),
+    "gguf: experts": (
+        with_gguf(changes={"llama.expert_count": 8}),
+        ("llama.expert_count = 8", "not supported"),
+    ),
+    "gguf: one of several parts": (
+        with_gguf(changes={"split.count": 3}),
+        ("split.count is 3", "llama-gguf-split --merge"),
+    ),
+    "gguf: several in a folder": (
+        lambda folder: (
+            [write_golden(folder / name) for name in ("a.gguf", "b.gguf")],
+            load(folder),
+        ),
+        ("several GGUF files: a.gguf, b.gguf", "give the path of one"),
+    ),
+    "gguf: no such file": (
+        lambda folder: load(folder / "model.gguf"),
+        ("model.gguf", "check the path"),
+    ),
     "config.json missing": (
         lambda folder: (
             (edited(folder / "model") / "config.json").unlink(),
@@ -305,6 +406,14 @@ def tokenizer(content: bytes | Callable[[dict[str, Any]], object]) -> Act:
     return act
 
 
+def gguf_tokenizer(**changes: Any) -> Act:
+    """Load the tokenizer of a GGUF file with other metadata."""
+    values = {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+    return lambda folder: spt_jax.load_tokenizer(
+        write_golden(folder / "model.gguf", changes=values)
+    )
+
+
 BAD_TOKENIZER = ("tokenizer.json is not a valid tokenizer", "save")
 TOKENIZERS = {
     "missing": (spt_jax.load_tokenizer, ("has no tokenizer.json", "save one")),
@@ -330,6 +439,22 @@ TOKENIZERS = {
     "negative token id": (
         tokenizer(lambda raw: raw["model"]["vocab"].update({"the": -1})),
         BAD_TOKENIZER,
+    ),
+    "gguf: another pre-tokenizer": (
+        gguf_tokenizer(pre="tekken"),
+        ("tokenizer.ggml.pre 'tekken'", "supported: default, gpt-2", "original tokenizer.json"),
+    ),
+    "gguf: SentencePiece": (
+        gguf_tokenizer(model="llama"),
+        ("tokenizer.ggml.model 'llama'", "supported: 'gpt2'", "original tokenizer.json"),
+    ),
+    "gguf: merges of unknown tokens": (
+        gguf_tokenizer(merges=["no where"]),
+        ("tokenizer.ggml.merges", "out of vocabulary", "original tokenizer.json"),
+    ),
+    "gguf: fewer types than tokens": (
+        gguf_tokenizer(token_type=[1, 1]),
+        ("tokenizer.ggml.token_type must be a list of 97 types", "original tokenizer.json"),
     ),
     "tokens that the model does not know": (
         lambda folder: command(

@@ -14,7 +14,7 @@ TOKENS = [*SPECIAL, *BYTES, *(merge.replace(" ", "") for merge in MERGES), "whol
 KINDS = [2, 3, 3, *[1] * (len(TOKENS) - 5), 4, 5]
 TEXTS = (
     "It's 1999, she'LL say \"no\"...  twice\n\n\tand  more ",
-    "Größe ２３ 中文字 é́ ½ Ⅻ\r\nx=3.14*r**2 # 🙂🙂",
+    "Größe \uff12\uff13 中文字 é́ ½ Ⅻ\r\nx=3.14*r**2 # 🙂🙂",
     "   \n  \n a\u00a0b\u2003c",
     "",
 )
@@ -153,5 +153,5 @@ def test_what_is_wrong_is_named(changes, message, tmp_path):
 
 
 def test_a_base_model_has_no_template(tmp_path):
-    with pytest.raises(ValueError, match="GGUF file's metadata.: it holds a base model"):
+    with pytest.raises(ValueError, match=r"GGUF file's metadata\): it holds a base model"):
         ChatTemplate.load(make(tmp_path))
