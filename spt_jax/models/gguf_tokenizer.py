@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -46,6 +47,9 @@ KINDS = {
     "smollm": _Kind((r"\p{N}", _GPT2)),
 }
 
+#: What SentencePiece writes for a space.
+_SPACE = "\u2581"
+
 #: Types of tokens.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 #: What Hugging Face calls a token -> how its key in the metadata begins.
@@ -61,23 +65,42 @@ def read_tokenizer(gguf: GGUF) -> Tokenizer:
     Raises:
         ValueError: there is none, it is of a kind that is not supported, or it is not well-formed.
     """
-    raw = gguf.metadata
-    model, pre = raw.get("tokenizer.ggml.model"), raw.get("tokenizer.ggml.pre")
-    if model != "gpt2":
+    model = gguf.metadata.get("tokenizer.ggml.model")
+    if model not in ("gpt2", "llama"):
         raise ValueError(
-            f"{gguf.path}: tokenizer.ggml.model {model!r} is not supported; supported: 'gpt2', "
-            f"which is byte-level BPE{_ORIGINAL}"
+            f"{gguf.path}: tokenizer.ggml.model {model!r} is not supported; supported: 'gpt2' "
+            f"(byte-level BPE) and 'llama' (BPE of SentencePiece){_ORIGINAL}"
         )
+    tokens = _texts(gguf, "tokens")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    if len(vocabulary) < len(tokens):
+        twice = next(token for i, token in enumerate(tokens) if vocabulary[token] != i)
+        raise ValueError(f"{gguf.path}: tokenizer.ggml.tokens holds {twice!r} twice{_ORIGINAL}")
+    kinds = _numbers(gguf, "token_type", len(tokens), default=_NORMAL)
+    if model == "gpt2":
+        tokenizer, begins = _byte_level(gguf, vocabulary)
+    else:
+        tokenizer, begins = _sentence_piece(gguf, vocabulary, kinds), True
+    special, own = (
+        [token for token, kind in zip(tokens, kinds, strict=True) if kind in chosen]
+        for chosen in ((_UNKNOWN, _CONTROL), (_USER_DEFINED,))
+    )
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in own])
+    begins = _flag(gguf, "add_bos_token", default=begins)
+    _add_template(gguf, tokenizer, tokens, begins=begins, ends=_flag(gguf, "add_eos_token"))
+    return tokenizer
+
+
+def _byte_level(gguf: GGUF, vocabulary: dict[str, int]) -> tuple[Tokenizer, bool]:
+    """A byte-level BPE, and whether texts begin with BOS where the metadata does not say."""
+    pre = gguf.metadata.get("tokenizer.ggml.pre")
     if not isinstance(pre, str) or pre not in KINDS:
         raise ValueError(
             f"{gguf.path}: tokenizer.ggml.pre {pre!r} is not supported; supported: "
             f"{', '.join(KINDS)}{_ORIGINAL}"
         )
-    kind, tokens = KINDS[pre], _texts(gguf, "tokens")
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    if len(vocabulary) < len(tokens):
-        twice = next(token for i, token in enumerate(tokens) if vocabulary[token] != i)
-        raise ValueError(f"{gguf.path}: tokenizer.ggml.tokens holds {twice!r} twice{_ORIGINAL}")
+    kind = KINDS[pre]
     merges: list[Any] = [tuple(merge.split(" ")) for merge in _texts(gguf, "merges")]
     if wrong := [" ".join(merge) for merge in merges if len(merge) != 2]:
         raise ValueError(
@@ -93,12 +116,39 @@ def read_tokenizer(gguf: GGUF) -> Tokenizer:
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    _add_tokens(gguf, tokenizer, tokens)
-    begins, ends = (
-        _flag(gguf, f"add_{name}_token", default=default)
-        for name, default in (("bos", kind.begins), ("eos", False))
+    return tokenizer, kind.begins
+
+
+def _sentence_piece(gguf: GGUF, vocabulary: dict[str, int], kinds: list[Any]) -> Tokenizer:
+    """SentencePiece's BPE, which makes the piece of the highest score of two that are adjacent.
+
+    Every way to make a piece of two others is a merge, those of a higher score first.
+    """
+    scores = _numbers(gguf, "scores", len(vocabulary))
+    normal = {
+        token: score
+        for token, score, kind in zip(vocabulary, scores, kinds, strict=True)
+        if kind == _NORMAL
+    }
+    ways = [
+        (-score, -i, piece[:i], piece[i:])
+        for piece, score in normal.items()
+        for i in range(1, len(piece))
+        if piece[:i] in normal and piece[i:] in normal
+    ]
+    merges = [(left, right) for *_, left, right in sorted(ways)]
+    unknown = _special_id(gguf, "unk", len(vocabulary))
+    name = next(itertools.islice(vocabulary, unknown or 0, None), None)
+    tokenizer = Tokenizer(
+        BPE(vocabulary, merges, unk_token=name, fuse_unk=True, byte_fallback=True)
     )
-    _add_template(gguf, tokenizer, tokens, begins=begins, ends=ends)
+    prefixed = _flag(gguf, "add_space_prefix", default=True)
+    first = [normalizers.Prepend(_SPACE)] if prefixed else []
+    tokenizer.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", _SPACE)])
+    last = [decoders.Strip(" ", 1, 0)] if prefixed else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *last]
+    )
     return tokenizer
 
 
@@ -128,7 +178,21 @@ def _texts(gguf: GGUF, name: str) -> list[str]:
     return texts
 
 
-def _flag(gguf: GGUF, name: str, *, default: bool) -> bool:
+def _numbers(gguf: GGUF, name: str, count: int, *, default: int | None = None) -> list[Any]:
+    """A number for each token; they are the default where the key is absent and there is one."""
+    numbers: Any = gguf.metadata.get(f"tokenizer.ggml.{name}")
+    if numbers is None and default is not None:
+        return [default] * count
+    fits = isinstance(numbers, list) and len(numbers) == count
+    if not fits or not all(isinstance(number, int | float) for number in numbers):
+        raise ValueError(
+            f"{gguf.path}: tokenizer.ggml.{name} must be a list of {count} numbers, one a token"
+            f"{_ORIGINAL}"
+        )
+    return numbers
+
+
+def _flag(gguf: GGUF, name: str, *, default: bool = False) -> bool:
     value = gguf.metadata.get(f"tokenizer.ggml.{name}", default)
     if not isinstance(value, bool):
         raise ValueError(
@@ -145,21 +209,6 @@ def _special_id(gguf: GGUF, name: str, vocab_size: int) -> int | None:
             f"{gguf.path}: {key} must be an id below {vocab_size}, got {value!r}{_ORIGINAL}"
         )
     return value
-
-
-def _add_tokens(gguf: GGUF, tokenizer: Tokenizer, tokens: list[str]) -> None:
-    kinds = gguf.metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
-    if not isinstance(kinds, list) or len(kinds) != len(tokens):
-        raise ValueError(
-            f"{gguf.path}: tokenizer.ggml.token_type must be a list of {len(tokens)} types, one a "
-            f"token{_ORIGINAL}"
-        )
-    special, own = (
-        [token for token, kind in zip(tokens, kinds, strict=True) if kind in chosen]
-        for chosen in ((_UNKNOWN, _CONTROL), (_USER_DEFINED,))
-    )
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in own])
 
 
 def _add_template(

