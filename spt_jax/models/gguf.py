@@ -19,6 +19,7 @@ VERSIONS = (2, 3)
 _MAGIC = b"GGUF"
 _ALIGNMENT = 32  # bytes, where general.alignment is absent
 _MOST_DIMENSIONS = 4
+_LONGEST_NAME = 256
 _MOST_VALUES = 1 << 24  # of an array; fifty times the largest vocabulary
 #: Code of a value's type -> its `struct` format.
 _SCALARS = {
@@ -150,7 +151,7 @@ def read_gguf(path: Path) -> GGUF:
         ) from None
     if (parts := gguf.metadata.get("split.count", 0)) not in (0, 1):
         raise ValueError(
-            f"{path} is one part of a model in several (split.count is {parts}); join them with "
+            f"{path} is one part of a model in several (split.count is {parts!r}); join them with "
             "`llama-gguf-split --merge`"
         )
     return gguf
@@ -173,6 +174,12 @@ class _Header:
 
     def text(self) -> str:
         return self.texts(1)[0]
+
+    def name(self) -> str:
+        name = self.text()
+        if len(name) > _LONGEST_NAME or not name.isprintable():
+            raise EOFError("a name in its header is not readable")
+        return name
 
     def value(self) -> Any:
         kind = self.number("I")
@@ -220,13 +227,13 @@ def _read(path: Path, file: BinaryIO, size_bytes: int) -> GGUF:
     num_tensors, num_keys = header.number("Q"), header.number("Q")
     metadata: dict[str, Any] = {}
     for _ in range(num_keys):
-        key = header.text()
+        key = header.name()
         if key in metadata:
             raise ValueError(f"{path} has the key {key} twice; download or save it again")
         metadata[key] = header.value()
     found: list[StoredTensor] = []
     for _ in range(num_tensors):
-        name, dimensions = header.text(), header.number("I")
+        name, dimensions = header.name(), header.number("I")
         if dimensions > _MOST_DIMENSIONS:
             raise EOFError(f"tensor {name} is said to have {dimensions} dimensions")
         sizes = [header.number("Q") for _ in range(dimensions)]
@@ -234,7 +241,7 @@ def _read(path: Path, file: BinaryIO, size_bytes: int) -> GGUF:
     alignment = metadata.get("general.alignment", _ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"{path}: general.alignment must be a positive integer, got {alignment!r}")
-    begin = -(header.left - size_bytes) + alignment - 1
+    begin = size_bytes - header.left + alignment - 1
     begin -= begin % alignment
     tensors: dict[str, StoredTensor] = {}
     for one in found:
@@ -320,13 +327,13 @@ def _rope_scaling(
     gain = 1.0 if options["attn_factor"] is None else options["attn_factor"]
     if _ROPE_FACTORS in gguf.tensors:
         if kind != "none":
-            raise ValueError(f"{_ROPE_FACTORS} is not supported beside rope.scaling.type={kind}")
+            raise ValueError(f"{_ROPE_FACTORS} is not supported beside rope.scaling.type={kind!r}")
         return _llama3_scaling(gguf, fields)
     if kind == "none":
         return None
     if kind not in ("linear", "yarn") or (kind == "linear" and gain != 1):
         raise ValueError(
-            f"rope.scaling.type={kind} with rope.scaling.attn_factor={gain} is not supported; "
+            f"rope.scaling.type={kind!r} with rope.scaling.attn_factor={gain} is not supported; "
             "supported: none, linear with 1, yarn"
         )
     scaling = {"rope_type": kind, "factor": factor}

@@ -269,6 +269,7 @@ CHECKPOINTS = {
         (str(1 << 62), *BROKEN),
     ),
     "gguf: text that is not UTF-8": (with_gguf(renamed(b"gpt2", b"gp\xff2")), BROKEN),
+    "gguf: name of two lines": (with_gguf(renamed(b"output_norm", b"output\nnorm")), BROKEN),
     "gguf: shape whose size overflows": (
         with_gguf(overwritten(b"token_embd.weight", 4, 1 << 62)),
         ("token_embd.weight", *BROKEN),

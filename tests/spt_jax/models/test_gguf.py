@@ -194,7 +194,7 @@ REFUSED = {
     "a list of heads": (changed(attention__head_count=[4, 4]), "head_count is a list of 2 values"),
     "partial rotation": (changed(rope__dimension_count=4), "rope.dimension_count = 4.*of width 8"),
     "other values": (changed(attention__value_length=4), "attention.value_length = 4"),
-    "longrope": (changed(rope__scaling__type="longrope"), "rope.scaling.type=longrope"),
+    "longrope": (changed(rope__scaling__type="longrope"), "rope.scaling.type='longrope'"),
     "other factors": (
         refused(tensors={"rope_freqs.weight": np.array([1, 2, 3, 4], np.float32)}),
         "rope_freqs.weight of shape .4,. does not hold the factors of LLaMA 3",
