@@ -40,8 +40,9 @@ $(STAMP): pyproject.toml constraints.txt tools/find_python.sh
 	@touch $@
 
 glue: OUT ?= runs/glue
+glue: GLUE_ARGS ?=
 glue: $(STAMP)
-	$(PYTHON) -m experiments.glue --method spt,lora --out $(OUT) --overwrite
+	$(PYTHON) -m experiments.glue --method spt,lora --out $(OUT) --overwrite $(GLUE_ARGS)
 
 test: $(STAMP)
 	$(PYTHON) -m pytest -n auto --dist loadfile $(if $(DATA_DIR),--data-dir=$(DATA_DIR)) $(PYTEST_ARGS)

@@ -6,6 +6,7 @@ from unittest import mock
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 from pallas_kernels import mosaic
@@ -27,6 +28,11 @@ def running():
 def on_hopper():
     """Whether the kernels run on a GPU here."""
     return mosaic.unfit_device() is None
+
+
+def named(cases, one):
+    """Names of cases as parameters; one of them is for other versions of jax too."""
+    return [pytest.param(n, marks=[pytest.mark.versions] * (n == one)) for n in cases]
 
 
 def launches(function, *arguments):

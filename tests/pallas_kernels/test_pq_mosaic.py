@@ -14,6 +14,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from pallas_kernels import mosaic as m
 from pallas_kernels import pq_encode, pq_select, scoring_codewords
 from pallas_kernels.pq import mosaic, reference, selection
+from tests.pallas_kernels.mosaic import named
 
 
 def interpret(function, *args):
@@ -49,7 +50,7 @@ ENCODE = {
 }
 
 
-@pytest.mark.parametrize("name", ENCODE)
+@pytest.mark.parametrize("name", named(ENCODE, "width_2"))
 def test_encode_finds_the_nearest_and_lowest(name):
     case = ENCODE[name]
     rng = np.random.default_rng(0)
@@ -163,14 +164,14 @@ def assert_equal(actual, expected):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", TOKEN)
+@pytest.mark.parametrize("name", named(TOKEN, "padded"))
 def test_token_equals_the_specification(name):
     case = TOKEN[name]
     expected = jax.jit(selecting(case, "token", "reference"))(*inputs(case))
     assert_equal(interpret(selecting(case, "token"), *inputs(case)), expected)
 
 
-@pytest.mark.parametrize("name", TILE)
+@pytest.mark.parametrize("name", named(TILE, "grouped"))
 def test_tile_equals_the_specification(name):
     case = TILE[name]
     expected = jax.jit(selecting(case, "tile", "reference"))(*inputs(case))
@@ -205,6 +206,7 @@ def test_selection_under_vmap(granularity):
             np.testing.assert_array_equal(a[i], b)
 
 
+@pytest.mark.versions
 def test_every_kernel_is_launched_once():
     case = Select(64)
     x, books = jnp.zeros((1, 64, 1, 32), jnp.bfloat16), jnp.zeros((1, 8, 16, 4))

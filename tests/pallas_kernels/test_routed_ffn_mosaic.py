@@ -92,7 +92,7 @@ def check(case, dtype=jnp.bfloat16, argnums=(0, 1, 2, 3)):
     assert_trees_close(actual, expected, reduction, dtype)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", mosaic.named(CASES, "everything"))
 def test_matches_reference(name):
     check(CASES[name])
 
@@ -183,6 +183,7 @@ def launches(case, argnums):
     return mosaic.launches(run if argnums == () else jax.grad(run, argnums), *arguments)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     ("case", "argnums", "expected"),
     [

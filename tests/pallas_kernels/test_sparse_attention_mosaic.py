@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -47,10 +48,14 @@ TOKEN = {
 }
 #: Sizes that differ from others in one number; a program of each takes half a minute to interpret.
 SLOW = {"large_groups", "shared_lists", "three_warpgroups", "width_80", "width_96", "packed"}
+#: One program of each kernel, for other versions of jax.
+VERSIONS = {("tile", "one_group"), ("token", "one_position")}
 CASES = [
-    pytest.param(granularity, name, marks=[pytest.mark.slow] if name in SLOW else [])
-    for granularity, names in (("tile", TILE), ("token", TOKEN))
-    for name in names
+    pytest.param(
+        *case,
+        marks=[pytest.mark.slow] * (case[1] in SLOW) + [pytest.mark.versions] * (case in VERSIONS),
+    )
+    for case in (*itertools.product(["tile"], TILE), *itertools.product(["token"], TOKEN))
 ]
 HALF = [("tile", "grouped_heads"), ("token", "grouped_heads"), ("tile", "width_80")]
 
@@ -175,6 +180,7 @@ def test_under_shard_map():
     check(actual, run(case, "tile", "reference", jnp.float32), case)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("granularity", ["tile", "token"])
 @pytest.mark.parametrize("implementation", ["mosaic", None])
 def test_launches_the_kernels(granularity, implementation):

@@ -80,14 +80,20 @@ def resume(run: Run, expected: Run) -> str:
     return errors
 
 
-def kill(run: Run, moment: Callable[[Process], bool]) -> bool:
+def kill(run: Run, moment: Callable[[Process], bool], *more: str) -> bool:
     """Whether SIGKILL at a moment came before the end of the run."""
-    with run.start() as process:
+    with run.start(*more) as process:
         reached = moment(process)
         process.send(signal.SIGKILL)
         code, errors = process.end()
     assert not reached or code in (0, -signal.SIGKILL), errors
     return reached and code == -signal.SIGKILL
+
+
+def kill_again(run: Run) -> None:
+    """Go on, and SIGKILL once a further checkpoint is whole."""
+    before = run.completed()
+    kill(run, lambda process: process.wait_for(lambda: run.completed() != before), "--resume")
 
 
 def test_sigkill_at_random_moments(straight, full, seed, tmp_path, record):
@@ -107,6 +113,7 @@ def test_sigkill_at_random_moments(straight, full, seed, tmp_path, record):
         run = expected.elsewhere(tmp_path / f"run-{tries}")
         if kill(run, moment):
             amid += any("tmp" in name for name in run.names())
+            kill_again(run)
             resume(run, expected)
             resumed.append(run.resumed_from() or 0)
             print(f"seed {seed}: killed {delay:.3f} s after the first write began")
@@ -164,6 +171,7 @@ def test_sigterm(straight, full, seed, tmp_path, record):
         said = message(errors)
         step = max(run.completed())
         assert f"stopped by SIGTERM at step {step} of {STEPS}" in said  # no step is lost
+        assert "--resume" in said
         resume(run, expected)
         stopped.append(step)
         if len(stopped) == (3 if full else 1):

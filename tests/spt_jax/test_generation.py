@@ -46,6 +46,7 @@ def until(rows, end):
     return [row[: row.index(end)] if end in row else row for row in rows.tolist()]
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("name", ["opt", "llama", "mistral", "qwen3"])
 def test_greedy_tokens_are_those_of_transformers(name):
     model, arrays = golden_model(name), golden(name)

@@ -90,6 +90,7 @@ def test_a_step_is_that_of_xla(adapted, granularity):
         assert error <= 0.05 * np.linalg.norm(np.asarray(b, np.float32))
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("implementation", ["mosaic", None])
 def test_launches(adapted, implementation):
     function, adapter = gradients(adapted, implementation)

@@ -78,6 +78,7 @@ def assert_close(actual, expected, valid=...):
     )
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("name", FAMILIES)
 def test_outputs_equal_transformers(name):
     inputs, hidden_states, logits = golden(name)
@@ -93,6 +94,7 @@ def test_outputs_equal_transformers(name):
     assert_close(hidden @ model.output_kernel(), logits, valid)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("source", ["llama", "llama_backbone"])
 def test_backbone_equals_transformers(source):
     inputs, expected, _ = golden("llama")
@@ -100,6 +102,7 @@ def test_backbone_equals_transformers(source):
     assert_close(hidden, expected, inputs["attention_mask"] == 1)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("name", ["opt_classify", "llama_classify"])
 def test_classifiers_equal_transformers(name):
     inputs, _, expected = golden(name)
@@ -118,6 +121,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_variants_equal_transformers(name, variant, tmp_path):
     golden = json.loads((GOLDEN / name / "variants.json").read_text())

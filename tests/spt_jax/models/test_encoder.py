@@ -34,6 +34,7 @@ def tokens(shape, seed=0):
     return jax.random.randint(jax.random.key(seed), shape, 3, 97)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_states_equal_transformers(family):
     inputs, expected, _ = golden(family)
@@ -42,6 +43,7 @@ def test_hidden_states_equal_transformers(family):
     np.testing.assert_allclose(hidden, expected, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(family):
     inputs, _, expected = golden(family)
@@ -51,6 +53,7 @@ def test_logits_equal_transformers(family):
     np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.versions
 def test_real_minilm_equals_transformers():
     with np.load(GOLDEN / "minilm.npz") as file:
         arrays = dict(file)
