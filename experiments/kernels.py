@@ -32,7 +32,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,6 +75,43 @@ class Options:
     """On a GPU, also time the Triton kernels, the default on GPUs other than Hopper."""
     autotune: bool = False
     """Measure the kernels' tile sizes first, and keep the fastest for these shapes."""
+    rehearse: bool = False
+    """Go through what a GPU runs on a CPU, at tiny sizes, in plain JAX and, with --triton, in
+    Triton's interpreter (TRITON_INTERPRET=1): nothing of it is a measurement."""
+
+    @property
+    def sizes(self) -> comparisons.GPUSizes:
+        """Of what a GPU runs."""
+        if not self.rehearse:
+            return comparisons.GPUSizes()
+        # Triton's interpreter computes bfloat16 wrongly.
+        return replace(comparisons.REHEARSAL, dtype=jnp.float32 if self.triton else jnp.bfloat16)
+
+    @property
+    def platform(self) -> str:
+        """Where it runs: with `rehearse` on a CPU."""
+        return "cpu" if self.rehearse else self.device
+
+    def check(self) -> None:
+        """Raise a ValueError for any mistake in the options."""
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
+        for name in ("triton", "rehearse"):
+            if getattr(self, name) and self.device != "gpu":
+                raise ValueError(f"--{name}: it is of what a GPU runs; add --device gpu")
+
+    def comparisons(self) -> list[Comparison]:
+        """Those to run."""
+        if self.device == "cpu":
+            chosen = comparisons.cpu_comparisons()
+        else:
+            of_gpu = comparisons.with_triton if self.triton else comparisons.gpu_comparisons
+            chosen = of_gpu(self.sizes)
+        every = {comparison.name: comparison for comparison in chosen}
+        if self.only is None:
+            return list(every.values())
+        names = cli.known_names(self.only, every, what="--only")
+        return [comparison for name, comparison in every.items() if name in names]
 
 
 @dataclass(frozen=True)
@@ -102,11 +139,6 @@ MIN_MEASUREMENT_MS = {"cpu": 0.0, "gpu": 50.0}
 FAILURES = (RuntimeError, ValueError)
 OUT_OF_MEMORY = "out of memory"
 COMPILER_THREADS = 8
-
-COMPARISONS: dict[str, Callable[[], Iterator[Comparison]]] = {
-    "cpu": comparisons.cpu_comparisons,
-    "gpu": comparisons.gpu_comparisons,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,17 +425,13 @@ def run(options: Options) -> tuple[dict[str, Any], list[str]]:
     figures: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
-    chosen = list(comparisons.with_triton() if options.triton else COMPARISONS[options.device]())
-    if options.only is not None:
-        known = [comparison.name for comparison in chosen]
-        names = cli.known_names(options.only, known, what="--only")
-        chosen = [comparison for comparison in chosen if comparison.name in names]
+    chosen = options.comparisons()
     keys = jax.random.split(jax.random.key(options.seed), len(chosen))
     total = len(chosen) * (options.rounds + 1)
     with tqdm(total=total, disable=not sys.stderr.isatty(), unit="round") as progress:
         for comparison, key in zip(chosen, keys, strict=True):
             progress.set_description(comparison.name)
-            least_ms = MIN_MEASUREMENT_MS[options.device]
+            least_ms = MIN_MEASUREMENT_MS[options.platform]
             measured = measure(
                 comparison, key, options.rounds, least_ms, progress.update, options.autotune
             )
@@ -420,7 +448,7 @@ def run(options: Options) -> tuple[dict[str, Any], list[str]]:
     _plot(options.out / "kernels.png", rows)
     if any(row["length"] is not None for row in rows):
         _plot_sweep(options.out / "attention.png", rows)
-    if options.device == "gpu":
+    if options.platform == "gpu":
         _plot_limits(options.out / "limits.png", rows)
     return figures, failures
 
@@ -519,12 +547,9 @@ def _require(device: str) -> None:
 def main() -> None:
     """Run the comparisons of a device."""
     options = cli.parse(Options, "experiments.kernels", __doc__)
-    if options.rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {options.rounds}")
-    if options.triton and options.device != "gpu":
-        raise ValueError("--triton: the Triton kernels run on a GPU; add --device gpu")
-    _require(options.device)
-    if options.triton and (reason := why_not_triton()) is not None:
+    options.check()
+    _require(options.platform)
+    if options.triton and (reason := why_not_triton(options.sizes.dtype)) is not None:
         raise ValueError(f"--triton: {reason}")
     options.out.mkdir(parents=True, exist_ok=True)
     figures, failures = run(options)

@@ -14,7 +14,10 @@ from flax import nnx
 
 from experiments import cli, comparisons, kernels
 from experiments.blocks import BlockStep, attention_operations, llama_config, opt_config
+from experiments.kernels import step_function
 from spt_jax.models.decoder import Decoder
+from tests.jaxprs import needed
+from tests.pallas_kernels import mosaic
 
 TINY_STACK = BlockStep(
     config=llama_config(width=32, heads=2, kv_heads=1, hidden=64, layers=1),
@@ -49,9 +52,8 @@ def test_figures_are_written_and_printed(monkeypatch, capsys, tmp_path):
         "sparse_attention": ("dense", "sparse_attention"),
         "llama_stack": ("lora_merged", "llama_stack_spt"),
     }
-    monkeypatch.setitem(
-        kernels.COMPARISONS, "cpu", lambda: _only(comparisons.cpu_comparisons(), kept)
-    )
+    found = [*_only(comparisons.cpu_comparisons(), kept)]
+    monkeypatch.setattr(comparisons, "cpu_comparisons", lambda: iter(found))
     monkeypatch.setattr(sys, "argv", ["kernels", "--rounds", "2", "--out", str(tmp_path)])
     cli.run(kernels.main)
     figures = json.loads((tmp_path / "metrics.json").read_text())["figures"]
@@ -75,7 +77,8 @@ def test_figures_are_written_and_printed(monkeypatch, capsys, tmp_path):
 TINY = comparisons.GPUSizes(
     lengths=(128,),
     densities=(1 / 4,),
-    parts_lengths=(128, 2048),
+    token_parts_length=128,
+    parts_lengths=(2048,),
     heads=2,
     head_width=16,
     tokens=256,
@@ -95,9 +98,8 @@ def test_what_a_gpu_runs(monkeypatch, capsys, tmp_path):
         "sparse_attention_s128": ("dense", "sparse_attention_s128_token_d4"),
         "parts_s2048_tile": ("dense", "parts_s2048_tile_encode"),
     }
-    monkeypatch.setitem(
-        kernels.COMPARISONS, "cpu", lambda: _only(comparisons.gpu_comparisons(TINY), kept)
-    )
+    found = [*_only(comparisons.gpu_comparisons(TINY), kept)]
+    monkeypatch.setattr(comparisons, "cpu_comparisons", lambda: iter(found))
     monkeypatch.setitem(kernels.LIMITS, "cpu", kernels.Limits(1e12, 1e11))
     monkeypatch.setitem(kernels.MIN_MEASUREMENT_MS, "cpu", 1.0)
     monkeypatch.setattr(sys, "argv", ["kernels", "--rounds", "1", "--out", str(tmp_path)])
@@ -130,6 +132,7 @@ def test_methods_of_a_gpu():
         "sparse_attention_s256_token_d8",
         "sparse_attention_s65536_tile_d16",
         "parts_s8192_tile_select",
+        "parts_s32768_tile_text_dkv",
     } <= names
     assert "sparse_attention_s512_token_d8" not in names  # the library takes tiles there
 
@@ -143,6 +146,25 @@ def test_triton_runs_beside_the_others():
         assert {name for name in two.density if name in added} == {
             f"{name}_triton" for name in one.density
         }
+
+
+@pytest.mark.mosaic
+@pytest.mark.parametrize(
+    ("part", "kernels"),
+    {"attend": {"dq", "dkv"}, "dq": {"dq"}, "dkv": {"dkv"}}.items(),
+)
+def test_a_part_runs_its_kernels_alone(part, kernels):
+    """What the other gradient needs is dead code, which XLA drops as this does."""
+    sizes = dataclasses.replace(comparisons.REHEARSAL, implementation="mosaic")
+    comparison = comparisons.attention_parts(sizes, 128, "tile")
+    method = comparison.candidates[f"parts_s128_tile_{part}"]
+    expected = {f"sparse_attention_{kernel}" for kernel in ("forward", *kernels)}
+    assert set(method.kernels) == expected
+    with mosaic.traced():
+        trained, frozen = jax.eval_shape(lambda: method.arguments(jax.random.key(0)))
+        y = jax.eval_shape(method.function, trained, frozen)
+        step = jax.make_jaxpr(step_function(method))(trained, frozen, y)
+    assert mosaic.names(needed(step)) == dict.fromkeys(expected, 1)
 
 
 def test_triton_needs_a_gpu(tmp_path, monkeypatch, capsys):
@@ -178,7 +200,7 @@ def test_failures_are_reported_and_stop_nothing(monkeypatch, capsys, tmp_path, o
         },
         candidates={"ours": _method("ours", lambda x, _: 2 * x)},
     )
-    monkeypatch.setitem(kernels.COMPARISONS, "cpu", lambda: iter([comparison]))
+    monkeypatch.setattr(comparisons, "cpu_comparisons", lambda: iter([comparison]))
     monkeypatch.setattr(sys, "argv", ["kernels", "--rounds", "1", "--out", str(tmp_path)])
     if optional:
         cli.run(kernels.main)
