@@ -40,7 +40,7 @@ from pallas_kernels import (
     scoring_codewords,
     sparse_attention,
 )
-from spt_jax.config import SparseAttentionConfig
+from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
 from spt_jax.layers import lora_dot
 from spt_jax.models.decoder_config import DecoderConfig
 
@@ -410,7 +410,7 @@ class _Sparse:
             qkv = trained | given
             return self.attend((qkv["q"], qkv["k"], qkv["v"]), selection)
 
-        def attention(name: str, trained: str, operations: float, kernels: tuple[str, ...]) -> Method:
+        def attention(name: str, trained: str, operations: float, *kernels: str) -> Method:
             total = self.operations()
             return Method(
                 name=f"{name}, {self.granularity}",
@@ -434,9 +434,9 @@ class _Sparse:
                 arguments=codes,
                 kernels=(f"pq_{self.granularity}_*",),
             ),
-            "attend": attention("attend", "qkv", 3.5, ("forward", "dq", "dkv")),
-            "dq": attention("gradient of queries", "q", 2.5, ("forward", "dq")),
-            "dkv": attention("gradients of keys and values", "kv", 3.0, ("forward", "dkv")),
+            "attend": attention("attend", "qkv", 3.5, "forward", "dq", "dkv"),
+            "dq": attention("gradient of queries", "q", 2.5, "forward", "dq"),
+            "dkv": attention("gradients of keys and values", "kv", 3.0, "forward", "dkv"),
         }
 
 
@@ -653,7 +653,7 @@ def with_implementation(step: BlockStep, implementation: Implementation | None) 
     return replace(
         step,
         attention=replace(step.attention, implementation=implementation),
-        ffn=replace(step.ffn, implementation=implementation),
+        ffn=step.ffn and replace(step.ffn, implementation=implementation),
     )
 
 
@@ -680,7 +680,8 @@ def block_comparison(sizes: GPUSizes) -> Comparison:
         for form, text in forms.items()
     }
     token = replace(spt, attention=replace(spt.attention, granularity="token"))
-    quarter = replace(spt, ffn=replace(spt.ffn, active_blocks=1))
+    ffn = RoutedFFNConfig(active_blocks=1, implementation=sizes.implementation)
+    quarter = replace(spt, ffn=ffn)
     return Comparison(
         name="block",
         shape=str(full),

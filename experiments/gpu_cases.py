@@ -399,9 +399,7 @@ def cases(
     sizes = GPUSizes(implementation=implementation)
     if not all_lengths:
         ends = (sizes.lengths[0], sizes.lengths[-1])
-        sizes = replace(
-            sizes, lengths=ends, densities=sizes.densities[-1:], parts_lengths=(8192,)
-        )
+        sizes = replace(sizes, lengths=ends, densities=sizes.densities[-1:], parts_lengths=(8192,))
     steps = Case(
         name="bert_training_step",
         kind="training step",

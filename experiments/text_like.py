@@ -125,9 +125,12 @@ def selected(
 ) -> TileSelection:
     """Key groups of an eighth of the keys for tiles of 64 queries, causally, by `codebooks`."""
     books = codebooks(q[:, :, :: q.shape[2] // k.shape[2]], k)
+    query_codewords, key_codewords = scoring_codewords(*books)
     selection = pq_select(
-        *(pq_encode(x, book, implementation="xla") for x, book in zip((q, k), books, strict=True)),
-        *scoring_codewords(*books),
+        pq_encode(q, books[0], implementation="xla"),
+        pq_encode(k, books[1], implementation="xla"),
+        query_codewords,
+        key_codewords,
         num_keys=q.shape[1] // 8,
         granularity="tile",
         block_q=BLOCK,

@@ -44,6 +44,4 @@ def names(jaxpr):
     """How often a jaxpr launches each kernel, by name."""
     kernel = "mpmd_map"  # what plgpu.kernel becomes
     found = equations(jaxpr, whole=(kernel,))
-    return dict(
-        collections.Counter(e.params["name"] for e in found if e.primitive.name == kernel)
-    )
+    return dict(collections.Counter(e.params["name"] for e in found if e.primitive.name == kernel))
