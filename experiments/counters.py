@@ -124,7 +124,9 @@ def main() -> None:
     if shutil.which("ncu") is None:
         raise ValueError("ncu, of NVIDIA Nsight Compute, is not on the PATH")
     options.out.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(command(options), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command(options), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     (options.out / "ncu.csv").write_text(done.stdout, encoding="utf-8")
     lines = done.stdout.splitlines()
     if done.returncode:

@@ -211,7 +211,7 @@ PHASES: Mapping[str, Phase] = {
         Phase(
             name="smoke",
             answers="Do all kernels give what their references give, output and every gradient?",
-            estimate_s=60,
+            estimate_s=45,
             limit_s=120,
             jobs=_smoke,
             columns=(
@@ -228,7 +228,7 @@ PHASES: Mapping[str, Phase] = {
             name="attention",
             answers="What do encoding, selection, the forward pass and the two gradient kernels of "
             "attention take at 512 to 32,768 tokens, beside cuDNN; what do random keys overstate?",
-            estimate_s=110,
+            estimate_s=100,
             limit_s=150,
             jobs=_attention,
             columns=_COMPARED,
@@ -237,7 +237,7 @@ PHASES: Mapping[str, Phase] = {
             name="blocks",
             answers="How fast, and in what memory, is SPT's training step of a block beside full "
             "fine-tuning's and every form of LoRA's?",
-            estimate_s=100,
+            estimate_s=90,
             limit_s=150,
             jobs=_blocks,
             columns=(
@@ -262,7 +262,7 @@ PHASES: Mapping[str, Phase] = {
         Phase(
             name="triton",
             answers="What do the Triton kernels take beside Mosaic's?",
-            estimate_s=45,
+            estimate_s=40,
             limit_s=75,
             jobs=_triton,
             columns=_COMPARED,
@@ -271,8 +271,8 @@ PHASES: Mapping[str, Phase] = {
             name="training",
             answers="Trained for as long as LoRA, what loss does SPT reach: its adapter on the "
             "dense model, and the model as trained?",
-            estimate_s=110,
-            limit_s=150,
+            estimate_s=130,
+            limit_s=170,
             jobs=_training,
             columns=(
                 Column("tokens", "length"),
@@ -292,7 +292,7 @@ PHASES: Mapping[str, Phase] = {
         Phase(
             name="peers",
             answers="What does the same step take in PyTorch with PEFT?",
-            estimate_s=55,
+            estimate_s=50,
             limit_s=90,
             jobs=_peers,
             columns=(*_STEPS, _DEVICE_MB, _REMARK),

@@ -167,7 +167,9 @@ def run_limited(
 
 def last_words(log: Path) -> str:
     """What a command said last: its last error, or its last line."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    lines = [
+        line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+    ]
     errors = [line for line in lines if line.startswith("error: ")]
     said = (errors or [line for line in lines if line] or ["nothing"])[-1]
     return said.removeprefix("error: ")[:300]
@@ -337,9 +339,7 @@ def run(options: Options, phases: Sequence[Phase], report: Callable[[str], None]
         if outcome.rows:
             rows = [marked | row if options.rehearse else row for row in outcome.rows]
             write_csv(options.out / f"{phase.name}.csv", rows)
-        write_json_atomic(
-            options.out / f"{phase.name}.json", marked | record | outcome.record()
-        )
+        write_json_atomic(options.out / f"{phase.name}.json", marked | record | outcome.record())
         figures = {o.phase.name: o.record() for o in outcomes}
         write_metrics(options.out, "gpu_run", options, figures, **marked, **record)
         write_page(options, outcomes, record)
@@ -354,6 +354,7 @@ def main() -> None:
     phases = options.check()
     options.out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_platforms", "cpu")  # the GPU is the phases'
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # stops what runs, too
     outcomes = run(options, phases, lambda line: print(line, flush=True))
     unfinished = [o.phase.name for o in outcomes if o.status in ("failed", "cut short")]
     print(f"wrote {options.out / 'gpu-run.md'}")

@@ -137,7 +137,7 @@ def _on_cpu(sizes: Sizes) -> tuple[list[jax.Array], list[jax.Array], tuple[jax.A
     books = [_rounded(key, sizes.heads, sizes.width // 4, 16, 4) for key in keys[4:]]
     pairs = zip(arrays[1:3], books, strict=True)
     codes = [pq_encode(x, b, implementation="reference") for x, b in pairs]
-    return arrays, codes, scoring_codewords(*books)
+    return arrays, codes, scoring_codewords(books[0], books[1])
 
 
 def _selection(
@@ -297,9 +297,9 @@ def rows_of(options: Options) -> Iterator[list[dict[str, Any]]]:
         else:
             yield [
                 row
-                | {"result": r.name, "error_share": r.share}
-                | ({"failure": r.text} if r.share > 1 else {})
-                for r in found
+                | {"result": name, "error_share": share}
+                | ({"failure": text} if share > 1 else {})
+                for name, share, text in found
             ]
     for name, why in missing.items():
         yield [{"op": "all", "implementation": name, "left_out": why}]
@@ -326,7 +326,8 @@ def main() -> None:
     cli.console(160).print(table)
     wrong = [row for row in rows if "failure" in row]
     shares = [row["error_share"] for row in rows if "error_share" in row]
-    figures = {"results": len(shares), "wrong": len(wrong), **asdict(TINY if options.rehearse else FULL)}
+    figures = {"results": len(shares), "wrong": len(wrong), "worst": max(shares, default=None)}
+    figures["sizes"] = asdict(TINY if options.rehearse else FULL)
     write_metrics(options.out, "smoke", options, figures)
     if wrong:
         first = wrong[0]
