@@ -7,11 +7,10 @@ can be compiled for a machine that is not there.
 from __future__ import annotations
 
 import importlib.util
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +59,9 @@ class Method:
       operations: of its products, forward and then forward with backward; None if not counted.
       kernels: those that it must launch on a GPU that has them; `*` stands for anything.
       optional: whether a machine without it is complete.
+      eager: whether `arguments` consists of programs that methods share, and is not jitted itself.
+      program_of: name of the method of the comparison whose programs it runs, on its own
+        arguments; None if it has its own.
     """
 
     name: str
@@ -68,6 +70,8 @@ class Method:
     operations: tuple[float, float] | None = None
     kernels: tuple[str, ...] = ()
     optional: bool = False
+    eager: bool = False
+    program_of: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,13 +390,14 @@ class _Sparse:
             arguments=partial(self.arguments, dtype),
             operations=self.operations(),
             kernels=("pq_*", "sparse_attention_*"),
+            eager=True,
         )
 
     def parts(self, dtype: Any) -> dict[str, Method]:
         """The parts alone.
 
-        The first two have no backward pass, and the last two one gradient kernel each, whose time
-        is that of their backward pass; that of the forward kernel is their forward pass.
+        Encoding and selection have no backward pass. The others have one gradient kernel each,
+        whose time is that of their backward pass; the forward kernel's is their forward pass.
         """
 
         def codes(key: jax.Array) -> tuple[Trained, Frozen]:
@@ -418,6 +423,7 @@ class _Sparse:
                 arguments=partial(selected, trained=trained),
                 operations=total and (total[0], operations * total[0]),
                 kernels=tuple(f"sparse_attention_{kernel}" for kernel in kernels),
+                eager=True,
             )
 
         # Of the products of a query and a key, the forward pass takes two, dq three and dkv four.
@@ -427,14 +433,15 @@ class _Sparse:
                 function=lambda _, given: self.encode(*given),
                 arguments=lambda key: ((), self.arguments(dtype, key)),
                 kernels=("pq_encode",),
+                eager=True,
             ),
             "select": Method(
                 name=f"select, {self.granularity}",
                 function=lambda _, given: self.select(*given),
                 arguments=codes,
                 kernels=(f"pq_{self.granularity}_*",),
+                eager=True,
             ),
-            "attend": attention("attend", "qkv", 3.5, "forward", "dq", "dkv"),
             "dq": attention("gradient of queries", "q", 2.5, "forward", "dq"),
             "dkv": attention("gradients of keys and values", "kv", 3.0, "forward", "dkv"),
         }
@@ -521,7 +528,7 @@ class GPUSizes:
       lengths: of the sequences of the attention sweep.
       densities: of that sweep.
       token_parts_length: of sequences whose parts, by token, are timed alone.
-      parts_lengths: the same by tile, with random queries and keys and with such as of text.
+      parts_lengths: the same by tile.
       heads: attention heads.
       head_width: of them.
       tokens: batch times length, or one sequence where that is longer.
@@ -630,21 +637,31 @@ def attention_sweep(sizes: GPUSizes, length: int) -> Comparison:
 
 
 def attention_parts(
-    sizes: GPUSizes,
-    length: int,
-    granularity: Literal["token", "tile"],
-    inputs: Inputs = "random",
+    sizes: GPUSizes, length: int, granularity: Literal["token", "tile"]
 ) -> Comparison:
-    """Sparse attention at density 1/8 and its parts, each against dense attention."""
+    """Sparse attention at density 1/8 and its parts, each against dense attention.
+
+    Queries and keys are such as those of text. The names of what also runs on random ones, the
+    same programs, end in `_random`.
+    """
     shape = _sweep_shape(sizes, length, 1 / 8)
-    name = f"parts_s{length}_{granularity}" + "_text" * (inputs == "text")
-    sparse = _Sparse(shape, granularity, sizes.implementation, inputs)
-    parts = {"whole": sparse.method(sizes.dtype)} | sparse.parts(sizes.dtype)
+    name = f"parts_s{length}_{granularity}"
+
+    def methods(inputs: Inputs) -> dict[str, Method]:
+        sparse = _Sparse(shape, granularity, sizes.implementation, inputs)
+        parts = {"whole": sparse.method(sizes.dtype)} | sparse.parts(sizes.dtype)
+        return {f"{name}_{part}": method for part, method in parts.items()}
+
+    random = {
+        f"{part}_random": replace(method, name=f"{method.name}, random keys", program_of=part)
+        for part, method in methods("random").items()
+        if not part.endswith(("_encode", "_select"))  # whose time does not depend on keys
+    }
     return Comparison(
         name=name,
-        shape=f"{shape}, {inputs} queries and keys",
+        shape=str(shape),
         baselines=_dense_attention(sizes, length),
-        candidates={f"{name}_{part}": method for part, method in parts.items()},
+        candidates=methods("text") | random,
     )
 
 
@@ -711,8 +728,8 @@ def gpu_comparisons(sizes: GPUSizes | None = None) -> Iterator[Comparison]:
     for length in sizes.lengths:
         yield attention_sweep(sizes, length)
     yield attention_parts(sizes, sizes.token_parts_length, "token")
-    for length, inputs in itertools.product(sizes.parts_lengths, get_args(Inputs)):
-        yield attention_parts(sizes, length, "tile", inputs)
+    for length in sizes.parts_lengths:
+        yield attention_parts(sizes, length, "tile")
 
 
 def with_triton(sizes: GPUSizes | None = None) -> Iterator[Comparison]:
@@ -721,7 +738,11 @@ def with_triton(sizes: GPUSizes | None = None) -> Iterator[Comparison]:
     others = gpu_comparisons(replace(sizes, implementation="triton"))
     for comparison, other in zip(gpu_comparisons(sizes), others, strict=True):
         more = {
-            f"{name}_triton": replace(method, name=f"{method.name}, triton")
+            f"{name}_triton": replace(
+                method,
+                name=f"{method.name}, triton",
+                program_of=method.program_of and f"{method.program_of}_triton",
+            )
             for name, method in other.candidates.items()
         }
         density = {f"{name}_triton": value for name, value in other.density.items()}

@@ -64,10 +64,10 @@ def run_kernels(options: Options) -> None:
     """Launch the three kernels, once each."""
     sizes = REHEARSAL if options.rehearse else GPUSizes(implementation="mosaic")
     length = sizes.tokens if options.rehearse else options.length
-    comparison = attention_parts(sizes, length, "tile", "text")
-    method = comparison.candidates[f"{comparison.name}_attend"]
-    trained, frozen = jax.jit(method.arguments)(jax.random.key(0))
-    y = jnp.ones_like(trained["q"])
+    comparison = attention_parts(sizes, length, "tile")
+    method = comparison.candidates[f"{comparison.name}_whole"]
+    trained, frozen = method.arguments(jax.random.key(0))
+    y = jnp.ones_like(trained[0])
     jax.block_until_ready(jax.jit(step_function(method))(trained, frozen, y))
 
 

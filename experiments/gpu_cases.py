@@ -372,10 +372,12 @@ def _block_cases(implementation: Implementation | None) -> Iterator[Case]:
 def _benchmark_cases(sizes: GPUSizes) -> Iterator[Case]:
     """The programs of `experiments.kernels --device gpu`; blocks are cases of their own."""
     for comparison in gpu_comparisons(sizes):
-        if comparison.name == "block" or comparison.name.endswith("_text"):  # the same programs
+        if comparison.name == "block":
             continue
         methods = {f"{comparison.name}_{name}": m for name, m in comparison.baselines.items()}
         for name, method in (methods | comparison.candidates).items():
+            if method.program_of is not None:
+                continue
             yield Case(
                 name=f"benchmark_{name}",
                 kind="benchmark",

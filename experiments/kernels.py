@@ -64,7 +64,7 @@ class Options:
     device: Literal["cpu", "gpu"] = "cpu"
     """Platform that runs the kernels."""
     only: str | None = None
-    """Comparisons to run, separated by commas; by default all of the device's."""
+    """Comparisons to run, in order, separated by commas; by default all of the device's."""
     out: Path = Path("runs/kernels")
     """Folder for the results."""
     rounds: int = 7
@@ -110,8 +110,7 @@ class Options:
         every = {comparison.name: comparison for comparison in chosen}
         if self.only is None:
             return list(every.values())
-        names = cli.known_names(self.only, every, what="--only")
-        return [comparison for name, comparison in every.items() if name in names]
+        return [every[name] for name in cli.known_names(self.only, every, what="--only")]
 
 
 @dataclass(frozen=True)
@@ -146,18 +145,24 @@ class Program:
     """A compiled function with its arguments.
 
     Attributes:
-      call: runs it.
+      compiled: the function.
+      arguments: what it is called with.
       operations: of its products, if they were counted.
       moved_bytes: its arguments and results.
       peak_bytes: its temporaries and results.
       launches: kernels that it launches, by name.
     """
 
-    call: Callable[[], Any]
+    compiled: Callable[..., Any]
+    arguments: tuple[Any, ...]
     operations: float | None
     moved_bytes: int
     peak_bytes: int
     launches: dict[str, int]
+
+    def call(self) -> Any:
+        """Run it."""
+        return self.compiled(*self.arguments)
 
     def limit_share(self, ms: float, device_kind: str) -> float | None:
         """Share of the device's limit that a time comes to; None where a number is missing."""
@@ -232,7 +237,8 @@ def _program(function: Callable[..., Any], arguments: Any, operations: float | N
         raise NotImplementedError("this platform reports no memory use of compiled programs")
     results = memory.output_size_in_bytes
     return Program(
-        call=lambda: compiled(*arguments),
+        compiled=compiled,
+        arguments=arguments,
         operations=operations,
         moved_bytes=memory.argument_size_in_bytes + results,
         peak_bytes=memory.temp_size_in_bytes + results,
@@ -249,9 +255,23 @@ def _step(method: Method, arguments: Any) -> tuple[Callable[..., Any], tuple[Any
     return step_function(method), (*arguments, cotangent)
 
 
+def _arguments(method: Method, key: jax.Array) -> Any:
+    return (method.arguments if method.eager else jax.jit(method.arguments))(key)
+
+
+def _on_others(programs: tuple[Program, Program], method: Method, key: jax.Array) -> Any:
+    """The programs with the arguments of a method of the same shapes."""
+    arguments = _arguments(method, key)
+    forward, step = programs
+    others = replace(forward, arguments=arguments)
+    if step is forward:
+        return others, others
+    return others, replace(step, arguments=(*arguments, *step.arguments[len(arguments) :]))
+
+
 def _compile(method: Method, key: jax.Array) -> tuple[Program, Program]:
     """The forward pass, and forward with backward; the same where nothing is differentiated."""
-    arguments = jax.jit(method.arguments)(key)
+    arguments = _arguments(method, key)
     forward_operations, step_operations = method.operations or (None, None)
     forward = _program(method.function, arguments, forward_operations)
     step, step_arguments = _step(method, arguments)
@@ -267,7 +287,7 @@ def _tune(method: Method, key: jax.Array) -> None:
         tqdm.write(line, file=sys.stderr)
 
     try:
-        step, arguments = _step(method, jax.jit(method.arguments)(key))
+        step, arguments = _step(method, _arguments(method, key))
         autotune(step, *arguments, report=report)
     except FAILURES as error:
         report(f"{method.name} keeps its tile sizes: {failure_of(error)}")
@@ -333,13 +353,18 @@ def measure(
         except FAILURES as error:
             return failure_of(error)
 
+    own = {name: method for name, method in methods.items() if method.program_of is None}
     if tune:
-        for method in methods.values():
+        for method in own.values():
             if method.kernels:
                 _tune(method, key)
     # All are compiled before any runs: compilation would slow the calls that are timed.
-    programs = [result for _, result in in_threads(compiled, list(methods.values()))]
-    for (name, method), found in zip(methods.items(), programs, strict=True):
+    results = in_threads(compiled, list(own.values()))
+    programs = {name: found for name, (_, found) in zip(own, results, strict=True)}
+    for name, method in methods.items():
+        found = programs[method.program_of or name]
+        if method.program_of is not None and not isinstance(found, str):
+            found = _on_others(found, method, key)
         if isinstance(found, str):
             done[name] = Measurement(method=method, failure=found)
             continue

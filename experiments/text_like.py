@@ -16,6 +16,7 @@ attention. Drawn, 4 heads of 128: 1.65, 1.26 and 0.83. Of normal numbers: 2.66, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,14 @@ BASE = 1e5
 BLOCK = 64
 
 
+@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
 def text_like(
     key: jax.Array, batch: int, length: int, heads: int, width: int, dtype: Any
 ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]:
     """Draws queries and keys whose logits fall with distance and gather by topic.
 
     A token's query and key share a vector of its place, rotated as rotary embedding rotates, and
-    one of its topic, which drifts from token to token (AR(1)); the rest is their own. Logits are
+    one of its topic, which fades from token to token; the rest is their own. Logits are
     <q, k> / sqrt(H), and do not depend on H but for their spread.
 
     Args:
@@ -79,12 +81,12 @@ def text_like(
     angle = jnp.arange(length)[:, None, None] * frequency + phase
     place = (2 / width) ** 0.5 * jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
 
+    # Noise, coloured: its spectrum is that of AR(1), around the sequence.
     fade = jnp.exp(-1 / TOPIC_TOKENS)
-    first = (jnp.arange(length) == 0)[None, :, None, None]
-    news = unit(topic_key) * jnp.where(first, 1, jnp.sqrt(1 - fade**2))
-    _, topic = jax.lax.associative_scan(
-        lambda a, b: (a[0] * b[0], a[1] * b[0] + b[1]), (jnp.full(size, fade), news), axis=1
-    )
+    turns = 2 * jnp.pi * jnp.arange(length // 2 + 1) / length
+    colour = jnp.sqrt((1 - fade**2) / (1 - 2 * fade * jnp.cos(turns) + fade**2))
+    spectrum = jnp.fft.rfft(unit(topic_key), axis=1) * colour[:, None, None]
+    topic = jnp.fft.irfft(spectrum, n=length, axis=1)
     shared = PLACE**0.5 * place + TOPIC**0.5 * topic
     own = (OWN**0.5 * width**0.25 * unit(k) for k in own_keys)
     q, k = ((width**0.25 * (shared + part)).astype(dtype) for part in own)
