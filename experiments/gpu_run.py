@@ -23,6 +23,7 @@ import contextlib
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,8 @@ Status = Literal["done", "failed", "cut short", "left out"]
 #: How many times as long as on a GPU a rehearsal may take.
 PATIENCE = 10
 PROBE_LIMIT_S = 60
+#: Folder of compiled programs, which goes when the run ends.
+COMPILED = "compiled"
 REHEARSAL = "**A rehearsal at tiny sizes on a CPU: nothing on this page is a measurement.**"
 
 
@@ -121,7 +124,7 @@ def variables(options: Options) -> dict[str, str]:
     found = {
         "PYTHONUNBUFFERED": "1",
         # Programs that phases share are compiled once.
-        "JAX_COMPILATION_CACHE_DIR": str((options.out / "compiled").absolute()),
+        "JAX_COMPILATION_CACHE_DIR": str((options.out / COMPILED).absolute()),
         # A program that was stopped may hold its memory for a moment.
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
@@ -355,7 +358,10 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_platforms", "cpu")  # the GPU is the phases'
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # stops what runs, too
-    outcomes = run(options, phases, lambda line: print(line, flush=True))
+    try:
+        outcomes = run(options, phases, lambda line: print(line, flush=True))
+    finally:
+        shutil.rmtree(options.out / COMPILED, ignore_errors=True)
     unfinished = [o.phase.name for o in outcomes if o.status in ("failed", "cut short")]
     print(f"wrote {options.out / 'gpu-run.md'}")
     if unfinished:
