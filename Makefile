@@ -73,7 +73,7 @@ gpu-run: $(if $(filter $(VENV)/%,$(PYTHON)),$(STAMP))
 gpu-wheels: WHEELS := wheels
 gpu-wheels: $(STAMP)
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary :all: --python-version 3.12 \
-	    --platform manylinux_2_27_x86_64 --platform manylinux2014_x86_64 --platform any \
+	    --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
 	    --constraint constraints.txt --dest $(WHEELS) $(RUN_PACKAGES)
 
 notebooks: $(STAMP)
