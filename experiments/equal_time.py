@@ -2,12 +2,12 @@
 
     python -m experiments.equal_time --model ID_OR_DIR --text-file FILE --lengths 2048,8192
 
-Every method trains for --seconds at each length of a row; compilation and calibration are counted
-apart. What is compared is the mean loss on held-out text of the adapter merged into the dense
-model, which is what people deploy, beside that of the model as trained (SPT's sparse form) and of
-the untouched one. Rows are cut from one stream of tokens and have no padding, so that on a GPU the
-dense attention of LoRA, and of every evaluation of a dense model, is cuDNN's. Writes equal_time.csv
-after every method and, last, metrics.json to --out.
+Every method trains for --seconds at each length of a row; calibration, and compilation, which is of
+all methods at once, are counted apart. What is compared is the mean loss on held-out text of the
+adapter merged into the dense model, which is what people deploy, beside that of SPT's sparse form
+as trained and of the untouched model. Rows are cut from one stream of tokens and have no padding,
+so that on a GPU the dense attention of LoRA, and of every evaluation of a dense model, is cuDNN's.
+Writes equal_time.csv after every method and, last, metrics.json to --out.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ import spt_jax
 from experiments import cli
 from experiments.blocks import DenseAttention, FlashAttention
 from experiments.corpora import cpython_documentation
-from experiments.kernels import FAILURES, failure_of
+from experiments.kernels import FAILURES, failure_of, in_threads
 from experiments.methods import Method, MethodOptions, device_line, write_metrics
 from experiments.reports import write_csv
-from spt_jax.layers import SparseAttention
+from spt_jax.layers import RoutedFFN, SparseAttention
 from spt_jax.models import Decoder
 from spt_jax.training import (
     Examples,
@@ -51,6 +51,7 @@ from spt_jax.training.loop import compiled_peak_bytes
 
 METHODS: tuple[Method, ...] = tuple(name for name in get_args(Method) if name != "full")
 WARMUP_STEPS = 10
+MOST_STEPS = 1_000_000  # the time is over before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,62 +178,98 @@ def loss_of(model: Decoder, data: Examples, options: Options) -> float:
     return found["eval_loss"]
 
 
-def compared(
-    method: Method, train: Examples, evaluation: Examples, options: Options
-) -> dict[str, Any]:
-    """Train with a method, and evaluate; times in seconds, losses in nats a token."""
-    length = train.length
+@dataclass(kw_only=True)
+class Training:
+    """A method about to train.
+
+    Attributes:
+        model: adapted.
+        parts: it, cut in what trains and what is frozen.
+        state: before the first step.
+        step: the training step.
+        batches: endless.
+        first: of them.
+        calibrated_s: time that adapting took.
+    """
+
+    model: Decoder
+    parts: Any
+    state: Any
+    step: Any
+    batches: Iterator[Any]
+    first: Any
+    calibrated_s: float
+
+
+def prepared(method: Method, train: Examples, options: Options) -> Training:
+    """The model with a method's adapter, and its training step."""
     model = load(options.model, options)
     begun = time.perf_counter()
     config = MethodOptions().spt_config(method)
     assert config is not None
-    few = np.arange(min(len(train), max(1, options.calibration_tokens // length)))
+    few = np.arange(min(len(train), max(1, options.calibration_tokens // train.length)))
     calibration = train.take(few).columns
     rngs = nnx.Rngs(options.seed)
     model = spt_jax.adapt(model, config, calibration_batch=calibration, rngs=rngs)
     calibrated_s = time.perf_counter() - begun
     set_dense_attention(model, _fastest_dense())
-
     train_config = spt_jax.TrainConfig(
-        steps=1_000_000, learning_rate=options.learning_rate, schedule="constant",
+        steps=MOST_STEPS, learning_rate=options.learning_rate, schedule="constant",
         warmup=WARMUP_STEPS, seed=options.seed,
     )  # fmt: skip
-    batch_size = max(1, options.step_tokens // length)
+    batch_size = max(1, options.step_tokens // train.length)
     batches = train_batches(train, batch_size, seed=options.seed)
     parts = partition(model, "adapter")
-    state, step = start(parts, train_config, total_steps=1_000_000, objective=unmasked)
+    state, step = start(parts, train_config, total_steps=MOST_STEPS, objective=unmasked)
+    first = jax.device_put(next(batches))
+    return Training(
+        model=model, parts=parts, state=state, step=step, batches=batches, first=first,
+        calibrated_s=calibrated_s,
+    )  # fmt: skip
+
+
+def compiled_step(training: Training) -> tuple[jax.stages.Compiled, float]:
+    """The step as a program, and the seconds that compiling it took."""
     begun = time.perf_counter()
-    batch = jax.device_put(next(batches))
-    compiled = jax.jit(step, donate_argnums=0).lower(state, parts.frozen, batch).compile()
-    compiled_s = time.perf_counter() - begun
+    jitted = jax.jit(training.step, donate_argnums=0)
+    arguments = training.state, training.parts.frozen, training.first
+    return jitted.lower(*arguments).compile(), time.perf_counter() - begun
+
+
+def trained(
+    training: Training, compiled: jax.stages.Compiled, evaluation: Examples, options: Options
+) -> dict[str, Any]:
+    """Train for the time given, and evaluate; losses in nats a token.
+
+    The loss as trained is of sparse models alone: LoRA's is dense as it is.
+    """
+    model, state, batch = training.model, training.state, training.first
     steps, trained_s, finite = 0, 0.0, True
     while trained_s < options.seconds and finite:
         begun = time.perf_counter()
-        state, metrics = compiled(state, parts.frozen, batch)
-        batch = jax.device_put(next(batches))
+        state, metrics = compiled(state, training.parts.frozen, batch)
+        batch = jax.device_put(next(training.batches))
         finite = bool(metrics["finite"])  # waits for the step
         trained_s += time.perf_counter() - begun
         steps += 1
     if not finite:
         raise RuntimeError(f"the loss of step {steps} is not finite; lower --learning-rate")
     write_back(model, state.params)
-    as_trained = loss_of(model, evaluation, options)
+    losses = {}
+    if any(isinstance(m, SparseAttention | RoutedFFN) for _, m in nnx.iter_modules(model)):
+        losses["loss_as_trained"] = loss_of(model, evaluation, options)
     set_dense_attention(model, None)
     with tempfile.TemporaryDirectory() as folder:
         logging.getLogger("spt_jax.export").setLevel(logging.ERROR)  # that it is dense is wanted
         spt_jax.save_pretrained(model, Path(folder) / "merged")
-        del model
         merged = load(Path(folder) / "merged", options)
     set_dense_attention(merged, _fastest_dense())
     return {
         "steps": steps,
         "trained_s": trained_s,
         "step_ms": 1e3 * trained_s / steps,
-        "calibrated_s": calibrated_s,
-        "compiled_s": compiled_s,
         "loss_dense": loss_of(merged, evaluation, options),
-        "loss_as_trained": as_trained,
-        "planned_bytes": compiled_peak_bytes(compiled),
+        **losses,
     }
 
 
@@ -254,13 +291,30 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
         set_dense_attention(untouched, _fastest_dense())
         before = loss_of(untouched, evaluation, options)
         del untouched
-        for method in methods:
+        ready = [prepared(method, train, options) for method in methods]
+        # All are compiled before any trains: compilation would slow its steps.
+        programs = [*in_threads(_attempt, ready)]
+        for method, (training, found) in zip(methods, programs, strict=True):
             row = {"length": length, "method": method, "loss_before": before}
+            row["calibrated_s"] = training.calibrated_s
+            if isinstance(found, str):
+                yield row | {"failure": found}
+                continue
+            compiled, row["compiled_s"] = found
+            row["planned_bytes"] = compiled_peak_bytes(compiled)
             try:
-                yield row | compared(method, train, evaluation, options)
+                yield row | trained(training, compiled, evaluation, options)
             except FAILURES as error:
                 yield row | {"failure": failure_of(error)}
-            jax.clear_caches()
+        del ready, programs
+        jax.clear_caches()
+
+
+def _attempt(training: Training) -> tuple[jax.stages.Compiled, float] | str:
+    try:
+        return compiled_step(training)
+    except FAILURES as error:
+        return failure_of(error)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ FORMS = "merged,factored,skinny,skinny_float32"
 #: Tokens of a sequence in the phase of attention; what matters most comes first.
 LENGTHS = (8192, 32768, 2048, 512)
 #: Seconds that each method trains for at each length.
-TRAINING_S = 12
+TRAINING_S = 10
 
 
 class LeftOut(Exception):
@@ -271,8 +271,8 @@ PHASES: Mapping[str, Phase] = {
             name="training",
             answers="Trained for as long as LoRA, what loss does SPT reach: its adapter on the "
             "dense model, and the model as trained?",
-            estimate_s=130,
-            limit_s=170,
+            estimate_s=150,
+            limit_s=190,
             jobs=_training,
             columns=(
                 Column("tokens", "length"),
