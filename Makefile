@@ -6,6 +6,8 @@
 # make gpu-check  compile the GPU kernels for an H200, or another, as GPU=A100, that need not be there;
 #                 its packages take 5 GB
 # make bench-gpu  time the GPU kernels on the GPU of this machine; make test-gpu tests them there
+# make gpu-run    all measurements on a GPU in nine minutes, as PHASES=smoke,attention MODEL=... say;
+#                 ends in a page; make gpu-wheels downloads what its interpreter may lack
 # All set everything up first and need no network once the packages are installed.
 
 # Large temporary arrays in huge pages: a fifth off a training step on a CPU. Unknown to a C library
@@ -27,7 +29,10 @@ PYTEST_ARGS ?=
 GPU_PACKAGES := jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm \
     nvidia-cudnn-cu13 jax-triton triton
 
-.PHONY: setup glue test test-faults test-gpu bench-gpu gpu-check gpu-check-setup notebooks docs \
+# What the run imports that environments with JAX, Flax, Optax, Orbax and PyTorch often lack.
+RUN_PACKAGES := array-record docstring-parser grain jax-triton portpicker tensorboardX typeguard tyro
+
+.PHONY: setup glue test test-faults test-gpu bench-gpu gpu-run gpu-wheels gpu-check gpu-check-setup notebooks docs \
     lint clean
 
 setup: $(STAMP)
@@ -59,6 +64,18 @@ test-gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(STAMP))
 bench-gpu: OUT ?= runs/kernels
 bench-gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(STAMP))
 	$(PYTHON) -m experiments.kernels --device gpu --out $(OUT)
+
+gpu-run: OUT ?= runs/gpu-run
+gpu-run: $(if $(filter $(VENV)/%,$(PYTHON)),$(STAMP))
+	PYTHON=$(PYTHON) WHEELS=$(WHEELS) sh tools/gpu_run.sh --out $(OUT) $(if $(PHASES),--phases $(PHASES)) \
+	    $(if $(MODEL),--model $(MODEL)) $(if $(TEXT),--text-file $(TEXT)) $(if $(REHEARSE),--rehearse)
+
+# For an interpreter with JAX, Flax, Optax, Orbax and PyTorch that has no network.
+gpu-wheels: WHEELS := wheels
+gpu-wheels: $(STAMP)
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary :all: --python-version 3.12 \
+	    --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
+	    --constraint constraints.txt --dest $(WHEELS) $(RUN_PACKAGES)
 
 notebooks: $(STAMP)
 	JAX_PLATFORMS=cpu $(PYTHON) -m tools.run_notebooks

@@ -178,7 +178,7 @@ class BlockStep:
       method: "full" trains the weights, "lora" and "spt" the adapter; all pass a gradient to x.
       lora_form: how products with LoRA factors are taken; None for the library's choice.
       attention: sparse attention of SPT.
-      ffn: routed FFN of SPT.
+      ffn: routed FFN of SPT; None leaves it dense.
       remat: whether a layer's activations are computed again in the backward pass.
       dense_attention: implementation of dense attention: "cudnn", or "xla" where there is no GPU.
       dtype: of activations and frozen weights; what an adapter trains is float32.
@@ -191,7 +191,7 @@ class BlockStep:
     method: BlockMethod
     lora_form: LoRAForm | None = None
     attention: SparseAttentionConfig = field(default_factory=SparseAttentionConfig)
-    ffn: RoutedFFNConfig = field(default_factory=RoutedFFNConfig)
+    ffn: RoutedFFNConfig | None = field(default_factory=RoutedFFNConfig)
     remat: bool = False
     dense_attention: DenseAttention = "cudnn"
     dtype: Any = jnp.bfloat16
@@ -229,8 +229,8 @@ class BlockStep:
         for layer in layers:
             if self.part != "ffn":
                 layer.attention.sparse = cast(Any, self._attention(rngs))
-            if self.part != "mha" and self.method == "spt":
-                layer.ffn = cast(Any, self._routed(layer.ffn, rngs))
+            if self.part != "mha" and self.method == "spt" and self.ffn is not None:
+                layer.ffn = cast(Any, self._routed(layer.ffn, self.ffn, rngs))
 
     def _layer(self, index: int, options: dict[str, Any]) -> Layer:
         config = self.config
@@ -277,9 +277,9 @@ class BlockStep:
             causal=self.causal,
         )
 
-    def _routed(self, ffn: FeedForward, rngs: nnx.Rngs) -> RoutedFFN:
-        width, blocks = self.config.width, self.ffn.num_blocks
-        rank = self.ffn.effective_absent_rank
+    def _routed(self, ffn: FeedForward, config: RoutedFFNConfig, rngs: nnx.Rngs) -> RoutedFFN:
+        width, blocks = self.config.width, config.num_blocks
+        rank = config.effective_absent_rank
         return RoutedFFN(
             ffn,
             permutation=jnp.arange(self.config.hidden),
@@ -288,7 +288,7 @@ class BlockStep:
             absent_output=jnp.zeros((blocks, width)),
             absent_a=jnp.zeros((width, blocks, rank)) if rank else None,
             absent_b=jnp.zeros((blocks, rank, width)) if rank else None,
-            config=self.ffn,
+            config=config,
         )
 
     def _split(self, model: nnx.Module) -> tuple[Any, nnx.State, nnx.State]:
@@ -341,7 +341,7 @@ class BlockStep:
         projections = 2 * config.width * (heads + num_kv_heads(config)) * width
         ffn = (3.0 if gated else 2.0) * config.width * config.hidden
         if self.method == "spt":
-            ffn *= self.ffn.density
+            ffn *= 1 if self.ffn is None else self.ffn.density
             kept = self.attention.num_keys(self.length)
         weights = projections * (self.part != "ffn") + ffn * (self.part != "mha")
         dense = 2.0 * layers * self.batch * self.length * weights

@@ -22,7 +22,9 @@ from experiments.blocks import (
     LoRAForm,
     attention_operations,
     llama_config,
+    opt_config,
 )
+from experiments.text_like import codebooks, text_like
 from pallas_kernels import (
     Activation,
     Implementation,
@@ -37,7 +39,7 @@ from pallas_kernels import (
     scoring_codewords,
     sparse_attention,
 )
-from spt_jax.config import SparseAttentionConfig
+from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
 from spt_jax.layers import lora_dot
 from spt_jax.models.decoder_config import DecoderConfig
 
@@ -57,6 +59,9 @@ class Method:
       operations: of its products, forward and then forward with backward; None if not counted.
       kernels: those that it must launch on a GPU that has them; `*` stands for anything.
       optional: whether a machine without it is complete.
+      eager: whether `arguments` consists of programs that methods share, and is not jitted itself.
+      program_of: name of the method of the comparison whose programs it runs, on its own
+        arguments; None if it has its own.
     """
 
     name: str
@@ -65,6 +70,8 @@ class Method:
     operations: tuple[float, float] | None = None
     kernels: tuple[str, ...] = ()
     optional: bool = False
+    eager: bool = False
+    program_of: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,13 +310,22 @@ def ffn_comparison(
     )
 
 
-def _attention_inputs(shape: AttentionShape, dtype: Any, key: jax.Array) -> tuple[Trained, Frozen]:
-    """Random queries, keys and values, and codebooks of 16 codewords of width 4 made of them."""
+#: Queries and keys: normal numbers, or such as those of text.
+Inputs = Literal["random", "text"]
+
+
+def _attention_inputs(
+    shape: AttentionShape, dtype: Any, key: jax.Array, *, inputs: Inputs = "random"
+) -> tuple[Trained, Frozen]:
+    """Queries, keys and random values, and codebooks of 16 codewords of width 2 made of them."""
     size = (shape.batch, shape.length, shape.heads, shape.head_width)
-    qkv = tuple(jax.random.normal(k, size, dtype) for k in jax.random.split(key, 3))
-    vectors = (t[0, :16].astype(jnp.float32) for t in qkv[:2])
-    codebooks = tuple(jnp.moveaxis(v.reshape(16, shape.heads, -1, 2), 0, 2) for v in vectors)
-    return qkv, codebooks
+    q_key, k_key, v_key = jax.random.split(key, 3)
+    v = jax.random.normal(v_key, size, dtype)
+    if inputs == "text":
+        q, k = text_like(q_key, *size, dtype)
+    else:
+        q, k = (jax.random.normal(key, size, dtype) for key in (q_key, k_key))
+    return (q, k, v), codebooks(q, k)
 
 
 @dataclass(frozen=True)
@@ -319,6 +335,11 @@ class _Sparse:
     shape: AttentionShape
     granularity: Literal["token", "tile"]
     implementation: Implementation | None = None
+    inputs: Inputs = "random"
+
+    def arguments(self, dtype: Any, key: jax.Array) -> tuple[Trained, Frozen]:
+        """Queries, keys and values, and codebooks."""
+        return _attention_inputs(self.shape, dtype, key, inputs=self.inputs)
 
     @property
     def num_keys(self) -> int:
@@ -366,42 +387,63 @@ class _Sparse:
         return Method(
             name=f"sparse, {self.granularity}, density {self.shape.density:g}",
             function=self.whole,
-            arguments=partial(_attention_inputs, self.shape, dtype),
+            arguments=partial(self.arguments, dtype),
             operations=self.operations(),
             kernels=("pq_*", "sparse_attention_*"),
+            eager=True,
         )
 
     def parts(self, dtype: Any) -> dict[str, Method]:
-        """The parts alone; the first two have no backward pass."""
+        """The parts alone.
+
+        Encoding and selection have no backward pass. The others have one gradient kernel each,
+        whose time is that of their backward pass; the forward kernel's is their forward pass.
+        """
 
         def codes(key: jax.Array) -> tuple[Trained, Frozen]:
-            qkv, codebooks = _attention_inputs(self.shape, dtype, key)
+            qkv, codebooks = self.arguments(dtype, key)
             return (), (self.encode(qkv, codebooks), codebooks)
 
-        def selected(key: jax.Array) -> tuple[Trained, Frozen]:
-            qkv, codebooks = _attention_inputs(self.shape, dtype, key)
-            return qkv, self.select(self.encode(qkv, codebooks), codebooks)
+        def selected(key: jax.Array, trained: str) -> tuple[Trained, Frozen]:
+            qkv, codebooks = self.arguments(dtype, key)
+            given = dict(zip("qkv", qkv, strict=True))
+            selection = self.select(self.encode(qkv, codebooks), codebooks)
+            return {name: given.pop(name) for name in trained}, (given, selection)
 
+        def attend(trained: Trained, frozen: Frozen) -> jax.Array:
+            given, selection = frozen
+            qkv = trained | given
+            return self.attend((qkv["q"], qkv["k"], qkv["v"]), selection)
+
+        def attention(name: str, trained: str, operations: float, *kernels: str) -> Method:
+            total = self.operations()
+            return Method(
+                name=f"{name}, {self.granularity}",
+                function=attend,
+                arguments=partial(selected, trained=trained),
+                operations=total and (total[0], operations * total[0]),
+                kernels=tuple(f"sparse_attention_{kernel}" for kernel in kernels),
+                eager=True,
+            )
+
+        # Of the products of a query and a key, the forward pass takes two, dq three and dkv four.
         return {
             "encode": Method(
                 name="encode queries and keys",
                 function=lambda _, given: self.encode(*given),
-                arguments=lambda key: ((), _attention_inputs(self.shape, dtype, key)),
+                arguments=lambda key: ((), self.arguments(dtype, key)),
                 kernels=("pq_encode",),
+                eager=True,
             ),
             "select": Method(
                 name=f"select, {self.granularity}",
                 function=lambda _, given: self.select(*given),
                 arguments=codes,
                 kernels=(f"pq_{self.granularity}_*",),
+                eager=True,
             ),
-            "attend": Method(
-                name=f"attend, {self.granularity}",
-                function=self.attend,
-                arguments=selected,
-                operations=self.operations(),
-                kernels=("sparse_attention_*",),
-            ),
+            "dq": attention("gradient of queries", "q", 2.5, "forward", "dq"),
+            "dkv": attention("gradients of keys and values", "kv", 3.0, "forward", "dkv"),
         }
 
 
@@ -485,7 +527,8 @@ class GPUSizes:
     Attributes:
       lengths: of the sequences of the attention sweep.
       densities: of that sweep.
-      parts_lengths: sequences for which the parts are timed alone: by token, by tile.
+      token_parts_length: of sequences whose parts, by token, are timed alone.
+      parts_lengths: the same by tile.
       heads: attention heads.
       head_width: of them.
       tokens: batch times length, or one sequence where that is longer.
@@ -495,11 +538,13 @@ class GPUSizes:
       block_length: their tokens.
       dense_attention: implementation of the dense baselines.
       implementation: of the candidates.
+      dtype: of everything but what is kept in float32.
     """
 
     lengths: tuple[int, ...] = tuple(256 << i for i in range(9))
     densities: tuple[float, ...] = (1 / 4, 1 / 8, 1 / 16)
-    parts_lengths: tuple[int, int] = (256, 8192)
+    token_parts_length: int = 256
+    parts_lengths: tuple[int, ...] = (512, 2048, 8192, 32768)
     heads: int = 32
     head_width: int = 128
     tokens: int = 32768
@@ -509,6 +554,24 @@ class GPUSizes:
     block_length: int = 512
     dense_attention: DenseAttention = "cudnn"
     implementation: Implementation | None = None
+    dtype: Any = jnp.bfloat16
+
+
+#: What a rehearsal on a CPU takes in their place.
+REHEARSAL = GPUSizes(
+    lengths=(),
+    densities=(1 / 4,),
+    token_parts_length=64,
+    parts_lengths=(128,),
+    heads=1,
+    head_width=32,
+    tokens=128,
+    ffn=FFNShape(64, 32, 256, activation="silu", gated=True),
+    block=opt_config(width=32, heads=2, hidden=64),
+    block_batch=2,
+    block_length=64,
+    dense_attention="xla",
+)
 
 
 def _tokamax_attention(qkv: Trained, _: Frozen) -> jax.Array:
@@ -527,7 +590,7 @@ def _dense_attention(sizes: GPUSizes, length: int) -> dict[str, Method]:
     shape = _sweep_shape(sizes, length, 1.0)
     forward = attention_operations(shape.batch, length, shape.heads, shape.head_width, length)
     options: dict[str, Any] = {
-        "arguments": partial(_attention_inputs, shape, jnp.bfloat16),
+        "arguments": partial(_attention_inputs, shape, sizes.dtype),
         "operations": (forward, 3.5 * forward),
     }
 
@@ -559,7 +622,7 @@ def attention_sweep(sizes: GPUSizes, length: int) -> Comparison:
         for granularity in granularities:
             figure = f"{name}_{granularity}_d{round(1 / density)}"
             candidates[figure] = _Sparse(shape, granularity, sizes.implementation).method(
-                jnp.bfloat16
+                sizes.dtype
             )
             densities[figure] = density
     shape = _sweep_shape(sizes, length, 1.0)
@@ -576,15 +639,29 @@ def attention_sweep(sizes: GPUSizes, length: int) -> Comparison:
 def attention_parts(
     sizes: GPUSizes, length: int, granularity: Literal["token", "tile"]
 ) -> Comparison:
-    """The parts of sparse attention at density 1/8, each against dense attention."""
+    """Sparse attention at density 1/8 and its parts, each against dense attention.
+
+    Queries and keys are such as those of text. The names of what also runs on random ones, the
+    same programs, end in `_random`.
+    """
     shape = _sweep_shape(sizes, length, 1 / 8)
     name = f"parts_s{length}_{granularity}"
-    parts = _Sparse(shape, granularity, sizes.implementation).parts(jnp.bfloat16)
+
+    def methods(inputs: Inputs) -> dict[str, Method]:
+        sparse = _Sparse(shape, granularity, sizes.implementation, inputs)
+        parts = {"whole": sparse.method(sizes.dtype)} | sparse.parts(sizes.dtype)
+        return {f"{name}_{part}": method for part, method in parts.items()}
+
+    random = {
+        f"{part}_random": replace(method, name=f"{method.name}, random keys", program_of=part)
+        for part, method in methods("random").items()
+        if not part.endswith(("_encode", "_select"))  # whose time does not depend on keys
+    }
     return Comparison(
         name=name,
         shape=str(shape),
         baselines=_dense_attention(sizes, length),
-        candidates={f"{name}_{part}": method for part, method in parts.items()},
+        candidates=methods("text") | random,
     )
 
 
@@ -593,7 +670,7 @@ def with_implementation(step: BlockStep, implementation: Implementation | None) 
     return replace(
         step,
         attention=replace(step.attention, implementation=implementation),
-        ffn=replace(step.ffn, implementation=implementation),
+        ffn=step.ffn and replace(step.ffn, implementation=implementation),
     )
 
 
@@ -605,6 +682,7 @@ def block_comparison(sizes: GPUSizes) -> Comparison:
         length=sizes.block_length,
         method="full",
         dense_attention=sizes.dense_attention,
+        dtype=sizes.dtype,
     )
     lora = replace(full, method="lora")
     spt = with_implementation(replace(full, method="spt"), sizes.implementation)
@@ -619,7 +697,8 @@ def block_comparison(sizes: GPUSizes) -> Comparison:
         for form, text in forms.items()
     }
     token = replace(spt, attention=replace(spt.attention, granularity="token"))
-    quarter = replace(spt, ffn=replace(spt.ffn, active_blocks=1))
+    ffn = RoutedFFNConfig(active_blocks=1, implementation=sizes.implementation)
+    quarter = replace(spt, ffn=ffn)
     return Comparison(
         name="block",
         shape=str(full),
@@ -633,12 +712,12 @@ def block_comparison(sizes: GPUSizes) -> Comparison:
 
 
 def gpu_comparisons(sizes: GPUSizes | None = None) -> Iterator[Comparison]:
-    """The comparisons that a GPU runs, in bfloat16."""
+    """The comparisons that a GPU runs."""
     sizes = sizes or GPUSizes()
     ffn = partial(
         ffn_comparison,
         shape=sizes.ffn,
-        dtype=jnp.bfloat16,
+        dtype=sizes.dtype,
         whole=True,
         implementation=sizes.implementation,
     )
@@ -648,9 +727,9 @@ def gpu_comparisons(sizes: GPUSizes | None = None) -> Iterator[Comparison]:
     yield block_comparison(sizes)
     for length in sizes.lengths:
         yield attention_sweep(sizes, length)
-    short, long = sizes.parts_lengths
-    yield attention_parts(sizes, short, "token")
-    yield attention_parts(sizes, long, "tile")
+    yield attention_parts(sizes, sizes.token_parts_length, "token")
+    for length in sizes.parts_lengths:
+        yield attention_parts(sizes, length, "tile")
 
 
 def with_triton(sizes: GPUSizes | None = None) -> Iterator[Comparison]:
@@ -659,7 +738,11 @@ def with_triton(sizes: GPUSizes | None = None) -> Iterator[Comparison]:
     others = gpu_comparisons(replace(sizes, implementation="triton"))
     for comparison, other in zip(gpu_comparisons(sizes), others, strict=True):
         more = {
-            f"{name}_triton": replace(method, name=f"{method.name}, triton")
+            f"{name}_triton": replace(
+                method,
+                name=f"{method.name}, triton",
+                program_of=method.program_of and f"{method.program_of}_triton",
+            )
             for name, method in other.candidates.items()
         }
         density = {f"{name}_triton": value for name, value in other.density.items()}

@@ -376,6 +376,8 @@ def _benchmark_cases(sizes: GPUSizes) -> Iterator[Case]:
             continue
         methods = {f"{comparison.name}_{name}": m for name, m in comparison.baselines.items()}
         for name, method in (methods | comparison.candidates).items():
+            if method.program_of is not None:
+                continue
             yield Case(
                 name=f"benchmark_{name}",
                 kind="benchmark",
@@ -399,7 +401,7 @@ def cases(
     sizes = GPUSizes(implementation=implementation)
     if not all_lengths:
         ends = (sizes.lengths[0], sizes.lengths[-1])
-        sizes = replace(sizes, lengths=ends, densities=sizes.densities[-1:])
+        sizes = replace(sizes, lengths=ends, densities=sizes.densities[-1:], parts_lengths=(8192,))
     steps = Case(
         name="bert_training_step",
         kind="training step",

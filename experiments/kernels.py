@@ -32,7 +32,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,7 +64,7 @@ class Options:
     device: Literal["cpu", "gpu"] = "cpu"
     """Platform that runs the kernels."""
     only: str | None = None
-    """Comparisons to run, separated by commas; by default all of the device's."""
+    """Comparisons to run, in order, separated by commas; by default all of the device's."""
     out: Path = Path("runs/kernels")
     """Folder for the results."""
     rounds: int = 7
@@ -75,6 +75,42 @@ class Options:
     """On a GPU, also time the Triton kernels, the default on GPUs other than Hopper."""
     autotune: bool = False
     """Measure the kernels' tile sizes first, and keep the fastest for these shapes."""
+    rehearse: bool = False
+    """Go through what a GPU runs on a CPU, at tiny sizes, in plain JAX and, with --triton, in
+    Triton's interpreter (TRITON_INTERPRET=1): nothing of it is a measurement."""
+
+    @property
+    def sizes(self) -> comparisons.GPUSizes:
+        """Of what a GPU runs."""
+        if not self.rehearse:
+            return comparisons.GPUSizes()
+        # Triton's interpreter computes bfloat16 wrongly.
+        return replace(comparisons.REHEARSAL, dtype=jnp.float32 if self.triton else jnp.bfloat16)
+
+    @property
+    def platform(self) -> str:
+        """Where it runs: with `rehearse` on a CPU."""
+        return "cpu" if self.rehearse else self.device
+
+    def check(self) -> None:
+        """Raise a ValueError for any mistake in the options."""
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
+        for name in ("triton", "rehearse"):
+            if getattr(self, name) and self.device != "gpu":
+                raise ValueError(f"--{name}: it is of what a GPU runs; add --device gpu")
+
+    def comparisons(self) -> list[Comparison]:
+        """Those to run."""
+        if self.device == "cpu":
+            chosen = comparisons.cpu_comparisons()
+        else:
+            of_gpu = comparisons.with_triton if self.triton else comparisons.gpu_comparisons
+            chosen = of_gpu(self.sizes)
+        every = {comparison.name: comparison for comparison in chosen}
+        if self.only is None:
+            return list(every.values())
+        return [every[name] for name in cli.known_names(self.only, every, what="--only")]
 
 
 @dataclass(frozen=True)
@@ -103,29 +139,30 @@ FAILURES = (RuntimeError, ValueError)
 OUT_OF_MEMORY = "out of memory"
 COMPILER_THREADS = 8
 
-COMPARISONS: dict[str, Callable[[], Iterator[Comparison]]] = {
-    "cpu": comparisons.cpu_comparisons,
-    "gpu": comparisons.gpu_comparisons,
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
     """A compiled function with its arguments.
 
     Attributes:
-      call: runs it.
+      compiled: the function.
+      arguments: what it is called with.
       operations: of its products, if they were counted.
       moved_bytes: its arguments and results.
       peak_bytes: its temporaries and results.
       launches: kernels that it launches, by name.
     """
 
-    call: Callable[[], Any]
+    compiled: Callable[..., Any]
+    arguments: tuple[Any, ...]
     operations: float | None
     moved_bytes: int
     peak_bytes: int
     launches: dict[str, int]
+
+    def call(self) -> Any:
+        """Run it."""
+        return self.compiled(*self.arguments)
 
     def limit_share(self, ms: float, device_kind: str) -> float | None:
         """Share of the device's limit that a time comes to; None where a number is missing."""
@@ -200,7 +237,8 @@ def _program(function: Callable[..., Any], arguments: Any, operations: float | N
         raise NotImplementedError("this platform reports no memory use of compiled programs")
     results = memory.output_size_in_bytes
     return Program(
-        call=lambda: compiled(*arguments),
+        compiled=compiled,
+        arguments=arguments,
         operations=operations,
         moved_bytes=memory.argument_size_in_bytes + results,
         peak_bytes=memory.temp_size_in_bytes + results,
@@ -217,9 +255,23 @@ def _step(method: Method, arguments: Any) -> tuple[Callable[..., Any], tuple[Any
     return step_function(method), (*arguments, cotangent)
 
 
+def _arguments(method: Method, key: jax.Array) -> Any:
+    return (method.arguments if method.eager else jax.jit(method.arguments))(key)
+
+
+def _on_others(programs: tuple[Program, Program], method: Method, key: jax.Array) -> Any:
+    """The programs with the arguments of a method of the same shapes."""
+    arguments = _arguments(method, key)
+    forward, step = programs
+    others = replace(forward, arguments=arguments)
+    if step is forward:
+        return others, others
+    return others, replace(step, arguments=(*arguments, *step.arguments[len(arguments) :]))
+
+
 def _compile(method: Method, key: jax.Array) -> tuple[Program, Program]:
     """The forward pass, and forward with backward; the same where nothing is differentiated."""
-    arguments = jax.jit(method.arguments)(key)
+    arguments = _arguments(method, key)
     forward_operations, step_operations = method.operations or (None, None)
     forward = _program(method.function, arguments, forward_operations)
     step, step_arguments = _step(method, arguments)
@@ -235,7 +287,7 @@ def _tune(method: Method, key: jax.Array) -> None:
         tqdm.write(line, file=sys.stderr)
 
     try:
-        step, arguments = _step(method, jax.jit(method.arguments)(key))
+        step, arguments = _step(method, _arguments(method, key))
         autotune(step, *arguments, report=report)
     except FAILURES as error:
         report(f"{method.name} keeps its tile sizes: {failure_of(error)}")
@@ -301,13 +353,18 @@ def measure(
         except FAILURES as error:
             return failure_of(error)
 
+    own = {name: method for name, method in methods.items() if method.program_of is None}
     if tune:
-        for method in methods.values():
+        for method in own.values():
             if method.kernels:
                 _tune(method, key)
     # All are compiled before any runs: compilation would slow the calls that are timed.
-    programs = [result for _, result in in_threads(compiled, list(methods.values()))]
-    for (name, method), found in zip(methods.items(), programs, strict=True):
+    results = in_threads(compiled, list(own.values()))
+    programs = {name: found for name, (_, found) in zip(own, results, strict=True)}
+    for name, method in methods.items():
+        found = programs[method.program_of or name]
+        if method.program_of is not None and not isinstance(found, str):
+            found = _on_others(found, method, key)
         if isinstance(found, str):
             done[name] = Measurement(method=method, failure=found)
             continue
@@ -393,17 +450,13 @@ def run(options: Options) -> tuple[dict[str, Any], list[str]]:
     figures: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     failures: list[str] = []
-    chosen = list(comparisons.with_triton() if options.triton else COMPARISONS[options.device]())
-    if options.only is not None:
-        known = [comparison.name for comparison in chosen]
-        names = cli.known_names(options.only, known, what="--only")
-        chosen = [comparison for comparison in chosen if comparison.name in names]
+    chosen = options.comparisons()
     keys = jax.random.split(jax.random.key(options.seed), len(chosen))
     total = len(chosen) * (options.rounds + 1)
     with tqdm(total=total, disable=not sys.stderr.isatty(), unit="round") as progress:
         for comparison, key in zip(chosen, keys, strict=True):
             progress.set_description(comparison.name)
-            least_ms = MIN_MEASUREMENT_MS[options.device]
+            least_ms = MIN_MEASUREMENT_MS[options.platform]
             measured = measure(
                 comparison, key, options.rounds, least_ms, progress.update, options.autotune
             )
@@ -420,7 +473,7 @@ def run(options: Options) -> tuple[dict[str, Any], list[str]]:
     _plot(options.out / "kernels.png", rows)
     if any(row["length"] is not None for row in rows):
         _plot_sweep(options.out / "attention.png", rows)
-    if options.device == "gpu":
+    if options.platform == "gpu":
         _plot_limits(options.out / "limits.png", rows)
     return figures, failures
 
@@ -519,12 +572,9 @@ def _require(device: str) -> None:
 def main() -> None:
     """Run the comparisons of a device."""
     options = cli.parse(Options, "experiments.kernels", __doc__)
-    if options.rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {options.rounds}")
-    if options.triton and options.device != "gpu":
-        raise ValueError("--triton: the Triton kernels run on a GPU; add --device gpu")
-    _require(options.device)
-    if options.triton and (reason := why_not_triton()) is not None:
+    options.check()
+    _require(options.platform)
+    if options.triton and (reason := why_not_triton(options.sizes.dtype)) is not None:
         raise ValueError(f"--triton: {reason}")
     options.out.mkdir(parents=True, exist_ok=True)
     figures, failures = run(options)

@@ -86,6 +86,9 @@ BLOCKS: Mapping[str, BlockConfig] = {
     "llama3-8b": llama_config(
         width=4096, heads=32, kv_heads=8, hidden=14336, layers=32, vocabulary=128256
     ),
+    "tiny-llama": llama_config(
+        width=32, heads=2, kv_heads=2, hidden=64, layers=1, vocabulary=128
+    ),  # for trying things out
 }
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 #: Share of a device's memory that XLA's allocator is given.
@@ -105,7 +108,7 @@ class StepOptions:
 
     block: str = "opt-2048"
     """Blocks, separated by commas: bert-large, opt-1024, opt-2048, opt-2560, llama-2560,
-    llama-4096, llama3-8b."""
+    llama-4096, llama3-8b, tiny-llama."""
     batch_size: str = "16"
     """Sequences of a step; several, separated by commas, for a sweep."""
     seq_len: str = "512"
@@ -132,6 +135,8 @@ class Options(StepOptions):
     """FFN blocks that a token of SPT computes; several, separated by commas, for a sweep."""
     num_blocks: int = 4
     """Blocks of SPT's FFN."""
+    spt_ffn: Literal["routed", "dense"] = "routed"
+    """SPT's FFN; dense leaves it as LoRA's, so that attention alone is sparse."""
     lora_form: str = "auto"
     """How LoRA takes its products, separated by commas: auto (what the library chooses), merged,
     factored, skinny, skinny_float32 (as PEFT does)."""
@@ -169,7 +174,7 @@ class Options(StepOptions):
             raise ValueError("--memory-gb is what --max-length looks for a fit in")
         for work in workloads(self):
             hidden = work.step.config.hidden
-            if work.step.method == "spt" and hidden % self.num_blocks:
+            if work.step.method == "spt" and work.step.ffn and hidden % self.num_blocks:
                 raise ValueError(
                     f"{hidden} hidden units do not split into --num-blocks {self.num_blocks}"
                 )
@@ -214,7 +219,7 @@ class Work:
         step = self.step
         if step.method != "spt":
             return self.name
-        ffn = f"{step.ffn.active_blocks}/{step.ffn.num_blocks}"
+        ffn = f"{step.ffn.active_blocks}/{step.ffn.num_blocks}" if step.ffn else "dense"
         return f"{self.name} {step.attention.density:g}, {ffn}"
 
     @property
@@ -235,8 +240,8 @@ class Work:
             "batch_size": step.batch,
             "seq_len": step.length,
             "density": step.attention.density if spt else None,
-            "num_blocks": step.ffn.num_blocks if spt else None,
-            "active_blocks": step.ffn.active_blocks if spt else None,
+            "num_blocks": step.ffn.num_blocks if spt and step.ffn else None,
+            "active_blocks": step.ffn.active_blocks if spt and step.ffn else None,
             "dtype": jnp.dtype(step.dtype).name,
         }
 
@@ -285,11 +290,12 @@ def _variants(step: BlockStep, method: BlockMethod, options: Options) -> Iterato
         densities = _numbers("--density", options.density, float)
         active = _numbers("--active-blocks", options.active_blocks, int)
         densities = densities[:1] if step.part == "ffn" else densities
-        active = active[:1] if step.part == "mha" else active
+        dense = options.spt_ffn == "dense"
+        active = active[:1] if step.part == "mha" or dense else active
         for density, number in itertools.product(densities, active):
             ffn = RoutedFFNConfig(num_blocks=options.num_blocks, active_blocks=number)
             attention = SparseAttentionConfig(density=density)
-            yield replace(step, method="spt", attention=attention, ffn=ffn)
+            yield replace(step, method="spt", attention=attention, ffn=None if dense else ffn)
 
 
 def training_step(step: BlockStep) -> tuple[Callable[..., Any], Callable[[jax.Array], Any]]:
@@ -642,7 +648,8 @@ def figures_of(found: Sequence[Measurement]) -> dict[str, dict[str, Any]]:
         step = m.work.step
         words = [m.work.block, m.work.module, f"b{step.batch}", f"s{step.length}", m.work.name]
         if step.method == "spt":
-            words += [f"d{step.attention.density:g}", f"a{step.ffn.active_blocks}"]
+            words.append(f"d{step.attention.density:g}")
+            words.append(f"a{step.ffn.active_blocks}" if step.ffn else "dense_ffn")
         name = "_".join(words).replace(" ", "_")
         numbers: dict[str, Any] = {
             "ms": m.ms,
@@ -699,7 +706,7 @@ def plot_densities(path: Path, found: Sequence[Measurement]) -> None:
     lines: dict[str, list[tuple[float, float, float]]] = {}
     for m, ratio in zip(found, ratios(found), strict=True):
         step = m.work.step
-        if step.method != "spt" or "speedup_over_full" not in ratio:
+        if step.method != "spt" or step.ffn is None or "speedup_over_full" not in ratio:
             continue
         share = step.ffn.density if m.work.module == "ffn" else step.attention.density
         active = f", {step.ffn.active_blocks} of {step.ffn.num_blocks}"
@@ -726,7 +733,7 @@ def _write_plots(out: Path, found: Sequence[Measurement]) -> None:
         of_block = [m for m in found if m.work.block == block]
         plot_sizes(out / f"{block}.png", of_block)
         spt = [m.work.step for m in of_block if m.work.step.method == "spt"]
-        swept = {(step.attention.density, step.ffn.active_blocks) for step in spt}
+        swept = {(step.attention.density, step.ffn.active_blocks) for step in spt if step.ffn}
         if len(swept) > 1 and any(m.times_ms for m in of_block):
             plot_densities(out / f"{block}-density.png", of_block)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -14,6 +15,7 @@ import matplotlib
 from rich.table import Table
 
 from spt_jax.training import environment
+from spt_jax.training.metrics import write_text_atomic
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -31,12 +33,13 @@ _LOCAL: Mapping[str, str | None] = {
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows with all the columns that any of them has."""
+    """Write rows with all the columns that any of them has; the file is whole at any moment."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=names)
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text_atomic(path, text.getvalue())
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -120,9 +123,13 @@ def versions(record: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in named.items())
 
 
-def here_and_now() -> list[str]:
-    """Conditions of what was measured by this process: date, machine, versions."""
-    record = environment()
+def here_and_now(record: Mapping[str, Any] | None = None) -> list[str]:
+    """Conditions of what was measured: date, machine, versions.
+
+    Args:
+        record: a record that holds `spt_jax.training.environment`; None for this process's.
+    """
+    record = record or environment()
     return [
         f"Date: {datetime.now(UTC).date().isoformat()}.",
         f"Machine: {machine(record)}.",

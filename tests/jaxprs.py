@@ -1,6 +1,7 @@
 """Looking into jaxprs."""
 
 import jax
+from jax._src.interpreters import partial_eval
 
 
 def equations(jaxpr, whole=()):
@@ -13,3 +14,8 @@ def equations(jaxpr, whole=()):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from equations(inner, whole)
+
+
+def needed(closed):
+    """The jaxpr of what the results hang on."""
+    return partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[0]

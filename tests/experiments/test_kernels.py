@@ -14,7 +14,10 @@ from flax import nnx
 
 from experiments import cli, comparisons, kernels
 from experiments.blocks import BlockStep, attention_operations, llama_config, opt_config
+from experiments.kernels import step_function
 from spt_jax.models.decoder import Decoder
+from tests.jaxprs import needed
+from tests.pallas_kernels import mosaic
 
 TINY_STACK = BlockStep(
     config=llama_config(width=32, heads=2, kv_heads=1, hidden=64, layers=1),
@@ -49,9 +52,8 @@ def test_figures_are_written_and_printed(monkeypatch, capsys, tmp_path):
         "sparse_attention": ("dense", "sparse_attention"),
         "llama_stack": ("lora_merged", "llama_stack_spt"),
     }
-    monkeypatch.setitem(
-        kernels.COMPARISONS, "cpu", lambda: _only(comparisons.cpu_comparisons(), kept)
-    )
+    found = [*_only(comparisons.cpu_comparisons(), kept)]
+    monkeypatch.setattr(comparisons, "cpu_comparisons", lambda: iter(found))
     monkeypatch.setattr(sys, "argv", ["kernels", "--rounds", "2", "--out", str(tmp_path)])
     cli.run(kernels.main)
     figures = json.loads((tmp_path / "metrics.json").read_text())["figures"]
@@ -75,7 +77,8 @@ def test_figures_are_written_and_printed(monkeypatch, capsys, tmp_path):
 TINY = comparisons.GPUSizes(
     lengths=(128,),
     densities=(1 / 4,),
-    parts_lengths=(128, 2048),
+    token_parts_length=128,
+    parts_lengths=(128,),
     heads=2,
     head_width=16,
     tokens=256,
@@ -93,11 +96,15 @@ def test_what_a_gpu_runs(monkeypatch, capsys, tmp_path):
         "routed_ffn_frozen": ("dense", "routed_ffn_frozen_half"),
         "block": ("full", "lora_skinny", "block_spt"),
         "sparse_attention_s128": ("dense", "sparse_attention_s128_token_d4"),
-        "parts_s2048_tile": ("dense", "parts_s2048_tile_encode"),
+        "parts_s128_tile": (
+            "dense",
+            "parts_s128_tile_encode",
+            "parts_s128_tile_dq",
+            "parts_s128_tile_dq_random",
+        ),
     }
-    monkeypatch.setitem(
-        kernels.COMPARISONS, "cpu", lambda: _only(comparisons.gpu_comparisons(TINY), kept)
-    )
+    found = [*_only(comparisons.gpu_comparisons(TINY), kept)]
+    monkeypatch.setattr(comparisons, "cpu_comparisons", lambda: iter(found))
     monkeypatch.setitem(kernels.LIMITS, "cpu", kernels.Limits(1e12, 1e11))
     monkeypatch.setitem(kernels.MIN_MEASUREMENT_MS, "cpu", 1.0)
     monkeypatch.setattr(sys, "argv", ["kernels", "--rounds", "1", "--out", str(tmp_path)])
@@ -109,7 +116,9 @@ def test_what_a_gpu_runs(monkeypatch, capsys, tmp_path):
     over = [figures[f"block_spt_speedup_over_{name}"] for name in ("full", "lora_skinny")]
     assert figures["block_spt_speedup"] == pytest.approx(min(over))
     # nothing to differentiate: the step is the forward pass
-    encode = figures["parts_s2048_tile_encode"]
+    for name in ("parts_s128_tile_dq", "parts_s128_tile_dq_random"):
+        assert figures[name]["step_ms"] > 0
+    encode = figures["parts_s128_tile_encode"]
     assert encode["step_ms"] == encode["forward_ms"]
     assert "of limit" in capsys.readouterr().out
 
@@ -130,6 +139,7 @@ def test_methods_of_a_gpu():
         "sparse_attention_s256_token_d8",
         "sparse_attention_s65536_tile_d16",
         "parts_s8192_tile_select",
+        "parts_s32768_tile_dkv_random",
     } <= names
     assert "sparse_attention_s512_token_d8" not in names  # the library takes tiles there
 
@@ -143,6 +153,27 @@ def test_triton_runs_beside_the_others():
         assert {name for name in two.density if name in added} == {
             f"{name}_triton" for name in one.density
         }
+
+
+@pytest.mark.mosaic
+@pytest.mark.parametrize(
+    ("part", "kernels"),
+    {"whole": {"dq", "dkv"}, "dq": {"dq"}, "dkv": {"dkv"}}.items(),
+)
+def test_a_part_runs_its_kernels_alone(part, kernels):
+    """What the other gradient needs is dead code, which XLA drops as this does."""
+    sizes = dataclasses.replace(comparisons.REHEARSAL, implementation="mosaic")
+    comparison = comparisons.attention_parts(sizes, 128, "tile")
+    method = comparison.candidates[f"parts_s128_tile_{part}"]
+    expected = {f"sparse_attention_{kernel}" for kernel in ("forward", *kernels)}
+    assert part == "whole" or set(method.kernels) == expected
+    with mosaic.traced():
+        trained, frozen = jax.eval_shape(lambda: method.arguments(jax.random.key(0)))
+        y = jax.eval_shape(method.function, trained, frozen)
+        step = jax.make_jaxpr(step_function(method))(trained, frozen, y)
+    launched = mosaic.names(needed(step))
+    assert {name for name in launched if name.startswith("sparse_attention")} == expected
+    assert part == "whole" or launched == dict.fromkeys(expected, 1)
 
 
 def test_triton_needs_a_gpu(tmp_path, monkeypatch, capsys):
@@ -178,7 +209,7 @@ def test_failures_are_reported_and_stop_nothing(monkeypatch, capsys, tmp_path, o
         },
         candidates={"ours": _method("ours", lambda x, _: 2 * x)},
     )
-    monkeypatch.setitem(kernels.COMPARISONS, "cpu", lambda: iter([comparison]))
+    monkeypatch.setattr(comparisons, "cpu_comparisons", lambda: iter([comparison]))
     monkeypatch.setattr(sys, "argv", ["kernels", "--rounds", "1", "--out", str(tmp_path)])
     if optional:
         cli.run(kernels.main)
@@ -198,7 +229,8 @@ def test_the_limit_is_the_longer_of_operations_and_bytes(monkeypatch):
 
     def share(operations, moved_bytes, kind="test"):
         program = kernels.Program(
-            call=lambda: None,
+            compiled=lambda: None,
+            arguments=(),
             operations=operations,
             moved_bytes=moved_bytes,
             peak_bytes=0,

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from experiments import cli, profile
 from experiments.blocks import (
@@ -33,7 +34,8 @@ from experiments.profile import (
     training_step,
     workloads,
 )
-from spt_jax.config import SparseAttentionConfig
+from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
+from spt_jax.layers import RoutedFFN
 
 TINY = {
     "bert-large": bert_config(width=32, heads=2, hidden=64, layers=2, vocabulary=50),
@@ -184,6 +186,25 @@ def test_sweeps_and_their_order():
     assert {work.step.dtype for work in works} == {jnp.float32}
     assert {work.step.dtype for work in workloads(options, gpu=True)} == {jnp.bfloat16}
     assert works[0].step.dense_attention == "xla"
+
+
+def test_attention_alone_may_be_sparse():
+    options = Options(module="block", method="lora,spt", spt_ffn="dense", active_blocks="1,2")
+    lora, spt = workloads(options)
+    assert spt.label == "spt 0.125, dense"
+    assert spt.columns()["num_blocks"] is None
+    dense, routed = (
+        replace(spt.step, ffn=ffn).operations()[1] for ffn in (None, RoutedFFNConfig())
+    )
+    assert routed < dense < lora.step.operations()[1]
+    run, arguments = training_step(replace(spt.step, batch=2, length=16))
+    state, frozen, inputs = arguments(jax.random.key(0))
+    assert not any(
+        isinstance(m, RoutedFFN) for _, m in nnx.iter_modules(spt.step.model(jax.random.key(0)))
+    )
+    before = trained_norm(state)
+    state, _ = jax.jit(run)(state, frozen, inputs)
+    assert trained_norm(state) != before
 
 
 @pytest.mark.parametrize("limit", [0, 1023, 1024, 1100, 5000, 100_000])

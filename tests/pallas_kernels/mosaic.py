@@ -35,11 +35,19 @@ def named(cases, one):
     return [pytest.param(n, marks=[pytest.mark.versions] * (n == one)) for n in cases]
 
 
+def traced():
+    """Within, functions are traced as for a Hopper GPU."""
+    return mock.patch.object(mosaic, "unfit_device", return_value=None)
+
+
 def launches(function, *arguments):
     """How often the jaxpr of a function, traced as for a Hopper GPU, launches each kernel."""
-    with mock.patch.object(mosaic, "unfit_device", return_value=None):
-        jaxpr = jax.make_jaxpr(function)(*arguments)
+    with traced():
+        return names(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def names(jaxpr):
+    """How often a jaxpr launches each kernel, by name."""
     kernel = "mpmd_map"  # what plgpu.kernel becomes
-    found = equations(jaxpr.jaxpr, whole=(kernel,))
-    names = (e.params["name"] for e in found if e.primitive.name == kernel)
-    return dict(collections.Counter(names))
+    found = equations(jaxpr, whole=(kernel,))
+    return dict(collections.Counter(e.params["name"] for e in found if e.primitive.name == kernel))

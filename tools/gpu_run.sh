@@ -1,0 +1,17 @@
+#!/bin/sh
+# The prepared GPU run: python -m experiments.gpu_run with the interpreter PYTHON (python3 unless
+# given) and, where WHEELS names a folder of wheels, with those unpacked beside it, offline.
+#
+#   PYTHON=... WHEELS=wheels sh tools/gpu_run.sh --phases smoke,attention --out runs/gpu-run
+set -eu
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+path=$PWD
+if [ -n "${WHEELS:-}" ]; then
+    installed=$(mktemp -d)
+    trap 'rm -rf "$installed"' EXIT
+    "$python" -m pip install --quiet --no-index --no-deps --target "$installed" "$WHEELS"/*.whl
+    path=$path:$installed # before the interpreter's own packages
+fi
+export PYTHONPATH="$path${PYTHONPATH:+:$PYTHONPATH}"
+"$python" -m experiments.gpu_run "$@"
