@@ -32,8 +32,8 @@ GPU_PACKAGES := jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-cuda-c
 # What the run imports that environments with JAX, Flax, Optax, Orbax and PyTorch often lack.
 RUN_PACKAGES := array-record docstring-parser grain jax-triton portpicker tensorboardX typeguard tyro
 
-.PHONY: setup glue test test-faults test-gpu bench-gpu gpu-run gpu-wheels gpu-check gpu-check-setup notebooks docs \
-    lint clean
+.PHONY: setup glue test test-faults test-gpu bench-gpu gpu-run gpu-wheels gpu-check gpu-check-setup \
+    notebooks docs lint clean
 
 setup: $(STAMP)
 

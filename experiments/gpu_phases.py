@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.peers.runner import PACKAGES
+from spt_jax.models.hub import MODEL_PACKAGES, find_files
 
 FORMS = "merged,factored,skinny,skinny_float32"
 #: Tokens of a sequence in the phase of attention; what matters most comes first.
@@ -28,13 +29,13 @@ class Setting:
 
     Attributes:
         rehearse: whether everything is tiny and on a CPU.
-        model: language model to fine-tune, if any.
+        model: language model to fine-tune.
         text_file: text to fine-tune it on, if any.
         missing: why sets of kernels, by name, do not run here; None if they do.
     """
 
     rehearse: bool = False
-    model: str | None = None
+    model: str = "smollm2"
     text_file: Path | None = None
     missing: Mapping[str, str | None] = field(default_factory=dict)
 
@@ -159,8 +160,13 @@ def _peers(setting: Setting) -> list[Job]:
 
 
 def _training(setting: Setting) -> list[Job]:
-    if setting.model is None:
-        raise LeftOut("no model; give --model, a Hugging Face directory or hub id")
+    if setting.model in MODEL_PACKAGES:
+        if setting.rehearse:
+            raise LeftOut(f"{setting.model} is no rehearsal's size; give --model, a small one")
+        try:
+            find_files(setting.model)
+        except ValueError as error:  # the package is not installed
+            raise LeftOut(f"{error}, or give --model") from None
     words = ["--model", setting.model]
     words += [] if setting.text_file is None else ["--text-file", str(setting.text_file)]
     if setting.rehearse:

