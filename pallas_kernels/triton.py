@@ -13,6 +13,7 @@ import importlib.metadata
 import inspect
 import os
 import re
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -35,6 +36,8 @@ INSTALL = "pip install 'jax-triton>=0.4.1,<0.5' 'triton>=3.7,<3.10'"
 #: Least compute capability, and PTX that any CUDA which knows the GPU assembles: 12.4 and later,
 #: and 12.8 for Blackwell. Triton's own choice may be newer than the assembler of the installed jax.
 PTX_VERSIONS = {(10, 0): 87, (8, 0): 84}
+#: Held by the one kernel that runs in the interpreter, which keeps its grid and place in globals.
+_interpreter = threading.Lock()
 
 
 def interpreting() -> bool:
@@ -219,7 +222,8 @@ def _interpret(
         given = [np.array(a) for a in arrays]
         results = [_unwritten(out.shape, out.dtype) for out in outputs.values()]
         buffers = dict(zip([*inputs, *outputs], map(Buffer, [*given, *results]), strict=True))
-        Executor(kernel.rewrite(), kernel.arg_names, grid)(**buffers, **constants)
+        with _interpreter:
+            Executor(kernel.rewrite(), kernel.arg_names, grid)(**buffers, **constants)
         return tuple(results)
 
     return jax.pure_callback(run, tuple(outputs.values()), *inputs.values())

@@ -19,6 +19,7 @@ import tests.typechecker  # noqa: F401  the hook below looks it up by name
 LONG = (
     "tests/reliability/test_faults.py",
     "tests/spt_jax/test_sharding.py",
+    "tests/experiments/test_glue.py",
 )
 #: and files whose tests take long and share nothing, which come last and go to workers one by one.
 FINE = ("tests/pallas_kernels/test_sparse_attention_mosaic.py",)

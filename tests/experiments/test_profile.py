@@ -133,6 +133,7 @@ def test_the_halves_make_the_block(name, method):
     np.testing.assert_allclose(whole, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("compiled_anew")
 def test_rematerialization_changes_memory_alone():
     step = replace(step_of("opt-2048", "block", "lora"), config=TINY["opt-2048"], length=64)
     results, peaks = [], []
@@ -264,6 +265,7 @@ def test_a_length_that_no_compiler_fits_is_too_long(monkeypatch, tmp_path):
     assert row["planned_bytes"] == 10 * row["max_length"]
 
 
+@pytest.mark.usefixtures("compiled_anew")
 def test_the_longest_sequence_of_each_method(tmp_path, capsys):
     run(
         "--method", "lora,spt", "--module", "block", "--batch-size", 1, "--seq-len", 64,

@@ -236,6 +236,7 @@ def test_remat_changes_the_program_but_not_the_result(straight, tmp_path):
         run(tmp_path / "none", config, model=nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
 
 
+@pytest.mark.usefixtures("compiled_anew")
 def test_batches_by_length(tmp_path):
     data = examples(100)
     columns = {name: np.repeat(x, 4, 1) if x.ndim > 1 else x for name, x in data.columns.items()}

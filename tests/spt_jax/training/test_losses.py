@@ -136,6 +136,7 @@ def test_under_vmap_checkpoint_and_scan():
     np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5)
 
 
+@pytest.mark.usefixtures("compiled_anew")
 def test_memory_is_that_of_a_chunk_not_of_all_logits():
     tokens, vocabulary = 2048, 32_000
     shapes = [((tokens, WIDTH), jnp.float32), ((WIDTH, vocabulary), jnp.float32)]
