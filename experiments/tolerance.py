@@ -68,6 +68,8 @@ def worst(
         return Worst(0.0, "nothing to compare")
     if not np.isfinite(actual).all():
         return Worst(math.inf, "result is not finite")
+    if not np.isfinite(expected).all():
+        return Worst(math.inf, "reference is not finite")
     error = np.abs(actual - expected)
     scale = max(least, np.sqrt(np.mean(expected**2)))
     # An element may be several times the root mean square, so it is also allowed its own share.

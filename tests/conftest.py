@@ -24,6 +24,7 @@ LONG = (
 #: and files whose tests take long and share nothing, which come last and go to workers one by one.
 FINE = ("tests/pallas_kernels/test_sparse_attention_mosaic.py",)
 
+UNOPTIMIZED = "--xla_backend_optimization_level=0"
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 #: A directory of this process', for what it and those that it starts compile; theirs is given.
 _own_cache = None if CACHE in os.environ else tempfile.mkdtemp(prefix="compiled-")
@@ -75,10 +76,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    level = "--xla_backend_optimization_level"
     flags = os.environ.get("XLA_FLAGS", "")
-    if not config.getoption("--optimize") and level not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {level}=0".lstrip()
+    if not config.getoption("--optimize") and UNOPTIMIZED.partition("=")[0] not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {UNOPTIMIZED}".lstrip()
 
 
 def pytest_unconfigure() -> None:
@@ -154,9 +154,10 @@ def compiled_anew() -> Iterator[None]:
         jax.config.update("jax_enable_compilation_cache", enabled)
         compilation_cache.reset_cache()
 
+    before = jax.config.jax_enable_compilation_cache
     switch(False)
     yield
-    switch(True)
+    switch(before)
 
 
 @pytest.fixture

@@ -4,13 +4,15 @@
 #
 #   PYTHON=... WHEELS=wheels sh tools/gpu_run.sh --phases smoke,attention --out runs/gpu-run
 set -eu
-cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
+wheels=${WHEELS:+$(cd "$WHEELS" && pwd)}
+cd "$(dirname "$0")/.."
 path=$PWD
-if [ -n "${WHEELS:-}" ]; then
+if [ -n "$wheels" ]; then
     installed=$(mktemp -d)
     trap 'rm -rf "$installed"' EXIT
-    "$python" -m pip install --quiet --no-index --no-deps --target "$installed" "$WHEELS"/*.whl
+    trap 'exit 143' TERM
+    "$python" -m pip install --quiet --no-index --no-deps --target "$installed" "$wheels"/*.whl
     path=$path:$installed # before the interpreter's own packages
 fi
 export PYTHONPATH="$path${PYTHONPATH:+:$PYTHONPATH}"

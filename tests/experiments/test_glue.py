@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from experiments import cli, glue
+from tests.conftest import UNOPTIMIZED
 from tests.spt_jax.models.builders import edited, write_checkpoint, write_readable_checkpoint
 
 STEPS = ["--steps", "6", "--eval-every", "3", "--batch-size", "8", "--max-length", "32"]
@@ -39,8 +40,8 @@ def start(*arguments: object) -> subprocess.Popen:
     command = [sys.executable, "-m", "experiments.glue", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # compiled as for users, since models of full size take more time to run than to compile
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return subprocess.Popen(command, **pipes, env=environment)
+    flags = os.environ.get("XLA_FLAGS", "").replace(UNOPTIMIZED, "")
+    return subprocess.Popen(command, **pipes, env=os.environ | {"XLA_FLAGS": flags})
 
 
 def figures(out: Path) -> dict:

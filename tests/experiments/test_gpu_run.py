@@ -35,6 +35,7 @@ cat <<'END'
 "0","7","sparse_attention_forward_mosaic_gpu_kernel","gpu__time_duration.sum","ns","1,250,000"
 "0","7","sparse_attention_forward_mosaic_gpu_kernel","lts__t_sector_hit_rate.pct","%","81.5"
 "1","7","sparse_attention_dq_mosaic_gpu_kernel","gpu__time_duration.sum","ns","2500000"
+"2","7","sparse_attention_dkv_mosaic_gpu_kernel","gpu__time_duration.sum","ns","3750000"
 END
 """
 
@@ -281,7 +282,8 @@ def test_the_whole_run_is_rehearsed(model, tmp_path, monkeypatch, capsys):
         assert float(row["loss_dense"]) < float(row["loss_before"])
         assert int(row["steps"]) > 1
     counted = list(csv.DictReader((out / "counters.csv").open()))
-    assert [row["kernel"] for row in counted] == ["sparse_attention_forward", "sparse_attention_dq"]
-    assert [float(row["ms"]) for row in counted] == [1.25, 2.5]
+    kernels = [f"sparse_attention_{name}" for name in ("forward", "dq", "dkv")]
+    assert [row["kernel"] for row in counted] == kernels
+    assert [float(row["ms"]) for row in counted] == [1.25, 2.5, 3.75]
     assert counted[0]["l2_hit_percent"] == "81.5"
     assert "smoke, " in capsys.readouterr().out

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from tests.spt_jax.models.builders import write_readable_checkpoint
 STEPS, EVERY = 48, 6
 TIMES = ("step_ms", "tokens_per_s", "padded_tokens_per_s", "compile_s", "wall_s", "resumed_from")
 PEAKS = ("peak_bytes", "compiled_peak_bytes")
-CACHE = "JAX_COMPILATION_CACHE_DIR"
 PATIENCE_S = 300  # for anything that a process is to do
 
 
@@ -37,7 +36,6 @@ class Run:
     model: Path
     data: Path
     out: Path
-    environment: dict[str, str] = field(default_factory=dict)
 
     def elsewhere(self, out: Path) -> Run:
         """The same run with other results."""
@@ -144,7 +142,6 @@ class Process:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | run.environment,
         )
         self._lines: list[str] = []
         assert self._process.stderr is not None
@@ -217,11 +214,7 @@ def make(directory: Path) -> Run:
     task = TASKS["rte"]
     splits = {"train": random_rows(task, 200, 0), "validation": random_rows(task, 40, 1)}
     write_task(directory / "data", task, splits)
-    environment = {
-        CACHE: str(directory / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    return Run(model, directory / "data", directory / "straight", environment)
+    return Run(model, directory / "data", directory / "straight")
 
 
 def files_of(directory: Path) -> Iterator[Path]:

@@ -28,20 +28,14 @@ from tests.spt_jax.training.test_checkpoint import raw, reopen, state_of, write
 
 pytestmark = pytest.mark.timeout(3000)
 
-KILLS = {"random": (1, 14), "write": (1, 6)}  # in short, in full
+RANDOM_KILLS = (1, 14)  # in short, in full
+KILLED_WRITES = ((3,), (1, 2, 3, 4, 5, 6))
 
 
 @pytest.fixture(scope="module")
-def small_run(tmp_path_factory) -> Iterator[Run]:
-    """A run to be; what is compiled for it, here and in other processes, is kept for all."""
-    run = runs.make(tmp_path_factory.mktemp("faults"))
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (run.environment[runs.CACHE], 0.0), strict=True):
-        jax.config.update(name, value)
-    yield run
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
+def small_run(tmp_path_factory) -> Run:
+    """A run to be."""
+    return runs.make(tmp_path_factory.mktemp("faults"))
 
 
 @pytest.fixture(scope="module")
@@ -90,16 +84,17 @@ def kill(run: Run, moment: Callable[[Process], bool], *more: str) -> bool:
     return reached and code == -signal.SIGKILL
 
 
-def kill_again(run: Run) -> None:
-    """Go on, and SIGKILL once a further checkpoint is whole."""
+def kill_again(run: Run) -> bool:
+    """Go on, and SIGKILL once a further checkpoint is whole; whether that came before the end."""
     before = run.completed()
-    kill(run, lambda process: process.wait_for(lambda: run.completed() != before), "--resume")
+    moment = lambda process: process.wait_for(lambda: run.completed() != before)  # noqa: E731
+    return kill(run, moment, "--resume")
 
 
 def test_sigkill_at_random_moments(straight, full, seed, tmp_path, record):
     expected, seconds = straight
     rng = random.Random(seed)
-    wanted, tries, resumed, amid = KILLS["random"][full], 0, [], 0
+    wanted, tries, resumed, amid = RANDOM_KILLS[full], 0, [], 0
     while len(resumed) < wanted:
         delay = rng.uniform(0, seconds)
         tries += 1
@@ -111,9 +106,11 @@ def test_sigkill_at_random_moments(straight, full, seed, tmp_path, record):
             return reached
 
         run = expected.elsewhere(tmp_path / f"run-{tries}")
-        if kill(run, moment):
-            amid += any("tmp" in name for name in run.names())
-            kill_again(run)
+        if not kill(run, moment):
+            continue
+        half = any("tmp" in name for name in run.names())
+        if kill_again(run):
+            amid += half
             resume(run, expected)
             resumed.append(run.resumed_from() or 0)
             print(f"seed {seed}: killed {delay:.3f} s after the first write began")
@@ -129,8 +126,8 @@ def test_sigkill_at_random_moments(straight, full, seed, tmp_path, record):
 
 def test_sigkill_amid_a_write(straight, full, tmp_path, record):
     expected, _ = straight
-    wanted, resumed, halves = KILLS["write"][full], [], 0
-    for number in range(1, wanted + 1):
+    resumed, halves = [], 0
+    for number in KILLED_WRITES[full]:
         for attempt in range(5):
             run = expected.elsewhere(tmp_path / f"run-{number}-{attempt}")
             assert kill(run, lambda process, number=number: process.wait_for_write(number))
@@ -142,6 +139,7 @@ def test_sigkill_amid_a_write(straight, full, tmp_path, record):
         assert f"passing over half-written checkpoint {run.checkpoints / half[0]}" in errors
         halves += 1
         resumed.append(run.resumed_from() or 0)
+        assert (resumed[-1] > 0) == (number > 1)
     record(
         "faults",
         fault="SIGKILL amid the write of a checkpoint",
@@ -349,7 +347,7 @@ def test_full_disk(straight, small_disk, tmp_path, record):
 def test_vanishing_data(straight, tmp_path, record):
     expected, _ = straight
     shutil.copytree(expected.data, tmp_path / "data")
-    run = Run(expected.model, tmp_path / "data", tmp_path / "run", expected.environment)
+    run = Run(expected.model, tmp_path / "data", tmp_path / "run")
 
     watch = run.at_first_checkpoint(lambda: run.data.rename(tmp_path / "gone"))
     code, errors = run.finish()
