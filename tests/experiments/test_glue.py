@@ -35,13 +35,11 @@ def run(monkeypatch, *arguments: object) -> None:
     cli.run(glue.main)
 
 
-def start(*arguments: object) -> subprocess.Popen:
+def start(*arguments: object, **environment: str) -> subprocess.Popen:
     """The command in a process of its own."""
     command = [sys.executable, "-m", "experiments.glue", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # compiled as for users, since models of full size take more time to run than to compile
-    flags = os.environ.get("XLA_FLAGS", "").replace(UNOPTIMIZED, "")
-    return subprocess.Popen(command, **pipes, env=os.environ | {"XLA_FLAGS": flags})
+    return subprocess.Popen(command, **pipes, env=os.environ | environment)
 
 
 def figures(out: Path) -> dict:
@@ -222,9 +220,11 @@ def test_no_traceback_reaches_the_user(tmp_path):
     ],
 )
 def test_real_glue_runs(task, steps, length, data_dir, tmp_path):
+    # compiled as for users: a model of full size takes more time to run than to compile
+    flags = os.environ.get("XLA_FLAGS", "").replace(UNOPTIMIZED, "")
     process = start(
         "--task", task, "--data-dir", data_dir, "--method", "spt", "--steps", steps,
-        "--max-length", length, "--out", tmp_path,
+        "--max-length", length, "--out", tmp_path, XLA_FLAGS=flags,
     )  # fmt: skip
     output, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors
