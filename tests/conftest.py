@@ -20,6 +20,9 @@ LONG = (
     "tests/reliability/test_faults.py",
     "tests/spt_jax/test_sharding.py",
     "tests/experiments/test_glue.py",
+    "tests/experiments/test_gpu_run.py",
+    "tests/test_commands.py",
+    "tests/test_notebooks.py",
 )
 #: and files whose tests take long and share nothing, which come last and go to workers one by one.
 FINE = ("tests/pallas_kernels/test_sparse_attention_mosaic.py",)
