@@ -14,6 +14,7 @@ import pytest
 from xdist.scheduler import LoadFileScheduling
 
 import tests.typechecker  # noqa: F401  the hook below looks it up by name
+from tests.processes import UNOPTIMIZED
 
 #: Files that take longest, which come first, so that all workers end together,
 LONG = (
@@ -27,7 +28,6 @@ LONG = (
 #: and files whose tests take long and share nothing, which come last and go to workers one by one.
 FINE = ("tests/pallas_kernels/test_sparse_attention_mosaic.py",)
 
-UNOPTIMIZED = "--xla_backend_optimization_level=0"
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 #: A directory of this process', for what it and those that it starts compile; theirs is given.
 _own_cache = None if CACHE in os.environ else tempfile.mkdtemp(prefix="compiled-")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import socket
 
+#: XLA's flag by which tests, and what they start, compile without LLVM's optimizations.
+UNOPTIMIZED = "--xla_backend_optimization_level=0"
+
 
 def free_address() -> str:
     """An address of this machine with a port that nothing listens at."""

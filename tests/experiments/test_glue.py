@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from experiments import cli, glue
-from tests.conftest import UNOPTIMIZED
+from tests.processes import UNOPTIMIZED
 from tests.spt_jax.models.builders import edited, write_checkpoint, write_readable_checkpoint
 
 STEPS = ["--steps", "6", "--eval-every", "3", "--batch-size", "8", "--max-length", "32"]
