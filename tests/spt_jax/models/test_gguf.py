@@ -1,7 +1,5 @@
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 
 import jax
@@ -22,7 +20,11 @@ from spt_jax.models.slots import tensor_slots
 from tests.spt_jax.models import gguf_files
 from tests.spt_jax.models.builders import GOLDEN, edited, golden
 from tests.spt_jax.models.gguf_files import write_golden
-from tests.spt_jax.models.test_load_decoder import LARGE, MEASURE, ROOT, assert_same_weights
+from tests.spt_jax.models.test_load_decoder import (
+    LARGE,
+    assert_same_weights,
+    resident_and_held_bytes,
+)
 
 LM = {"task": "causal-lm"}
 
@@ -264,14 +266,6 @@ def test_weights_are_held_once_while_loading(tmp_path):
         kinds,
     )
     small = write_golden(tmp_path / "small.gguf", kinds={"token_embd.weight": "Q8_0"})
-    measured = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(small), str(large), "bfloat16"],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    highest, size = map(int, measured.stdout.split())
+    highest, size = resident_and_held_bytes(small, large, "bfloat16")
     assert size == 2 * 74_132_736
     assert highest < 1.3 * size

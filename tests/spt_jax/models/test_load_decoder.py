@@ -234,6 +234,19 @@ print(highest, sum(x.nbytes for x in jax.tree.leaves(nnx.state(model))))
 """
 
 
+def resident_and_held_bytes(small, large, dtype):
+    """The most memory that loading `large` takes after `small`, and that of its weights."""
+    measured = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(small), str(large), dtype],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return map(int, measured.stdout.split())
+
+
 @pytest.fixture(scope="module")
 def large(request, tmp_path_factory):
     """A LLaMA of 74 million weights, in shards; the parameter is their dtype."""
@@ -262,14 +275,6 @@ def large(request, tmp_path_factory):
     indirect=["large"],
 )
 def test_weights_are_held_once_while_loading(large, dtype):
-    measured = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(GOLDEN / "llama"), str(large), dtype],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    highest, size = map(int, measured.stdout.split())
+    highest, size = resident_and_held_bytes(GOLDEN / "llama", large, dtype)
     assert size == 74_132_736 * (2 if dtype == "bfloat16" else 4)
     assert highest < 1.3 * size
