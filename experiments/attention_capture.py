@@ -197,9 +197,9 @@ def _kept_keys(
     num_keys: int,
 ) -> Bool[Array, "B N S S"]:
     sparse, length = nnx.merge(graphdef, state), layer.q.shape[1]
-    selection = sparse.select(
-        layer.q, layer.k, num_keys=num_keys, granularity=sparse.config.granularity_at(length)
-    )
+    granularity = sparse.config.granularity
+    assert granularity in ("token", "tile")
+    selection = sparse.select(layer.q, layer.k, num_keys=num_keys, granularity=granularity)
     return keys_of_selection(selection, length) & valid_keys(length, sparse.causal)
 
 
@@ -317,11 +317,12 @@ def _top(score: Float[Array, "*n m"], count: int) -> Bool[Array, "*n m"]:
 def _top_groups(
     score: Float[Array, "*n Q G"], rule: Rule, length: int, num_keys: int, causal: bool
 ) -> Bool[Array, "*n Q G"]:
-    """The groups of highest score that a tile sees."""
+    """The groups of highest score that a tile sees, with `causal` its own before all others."""
     if causal:
         tiles, groups = (np.arange(n) for n in score.shape[-2:])
         seen = groups * rule.key_group < (tiles[:, None] + 1) * rule.block_q
-        score = jnp.where(seen, score, -jnp.inf)
+        own, _ = reference.tile_groups(length, rule.block_q, rule.key_group)
+        score = jnp.where(seen, jnp.where(own, jnp.inf, score), -jnp.inf)
     count = reference.tile_list_length(
         length,
         num_keys,

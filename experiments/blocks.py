@@ -265,7 +265,7 @@ class BlockStep:
         return isinstance(self.config, DecoderConfig)
 
     def _attention(self, rngs: nnx.Rngs) -> SparseAttention | FlashAttention:
-        if self.method != "spt":
+        if self.method != "spt" or self.attention.granularity_at(self.length) == "dense":
             return FlashAttention(self.dense_attention, causal=self.causal)
         config, heads, width = self.attention, num_kv_heads(self.config), head_width(self.config)
         books = (heads, width // config.codeword_width, config.num_codewords, config.codeword_width)

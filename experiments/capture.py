@@ -2,6 +2,8 @@
 
     python -m experiments.capture --text-file valid.txt --out DIR
     python -m experiments.capture --model DIR_OR_HUB_ID --text-file FILE --no-sweep
+    python -m experiments.capture --model smollm2 --text-file valid.txt --eval-file test.txt \
+        --length 2048 --rows 4 --measure perplexity
 
 Nothing is trained. Codebooks, blocks and routers are fitted to some rows of the text, as
 `spt_jax.adapt` fits them, and measured on others, layer by layer and head by head:
@@ -10,7 +12,9 @@ Nothing is trained. Codebooks, blocks and routers are fitted to some rows of the
   of most mass), of a local window, of the paper's match count, and of the library's rules; by
   density, codeword width, number of codewords, and of tiles by the size of the key groups;
 * FFN: the error of the routed output relative to the dense one with random blocks and a random
-  router, with fitted ones, and with an oracle that picks the best blocks for each token.
+  router, with fitted ones, and with an oracle that picks the best blocks for each token;
+* of a decoder, perplexity: of the dense model, and with each part alone. This is what counts: of
+  two rules that keep as much of the attention one may cost a decoder nothing, and one its use.
 
 Of a decoder the causal half is measured alone; of an encoder attention is also masked causally, to
 see both. Tables come on the terminal; under --out `attention.csv`, `ffn.csv`, plots and, last,
@@ -26,7 +30,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import matplotlib
@@ -47,6 +51,12 @@ from experiments.attention_capture import (
 )
 from experiments.corpora import cpython_documentation
 from experiments.methods import write_metrics
+from experiments.perplexity import (
+    Perplexity,
+    measure_perplexities,
+    perplexity_figures,
+    perplexity_table,
+)
 from experiments.reports import here_and_now, how, page, save_figure, write_csv
 from experiments.routing_error import (
     RoutingError,
@@ -57,7 +67,8 @@ from experiments.routing_error import (
     measure_layer,
 )
 from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
-from spt_jax.layers import Attention, SparseAttention
+from spt_jax.layers import SparseAttention
+from spt_jax.models import DecoderConfig
 from spt_jax.models.config import read_config
 from spt_jax.models.hub import find_files
 from spt_jax.training import write_text_atomic
@@ -72,6 +83,7 @@ QUANTIZERS = ((2, 8), (2, 32), (4, 16), (4, 64), (8, 16), (8, 64))
 KEY_GROUPS = (8, 16, 32, 64)
 KINDS: tuple[Literal["oracle", "window", "pq"], ...] = ("oracle", "window", "pq")
 BLOCKS = (4, 8, 16, 32)
+MEASURES = ("perplexity", "attention", "ffn")
 #: The paper's rule with its codewords.
 MATCH_COUNT = Rule(score="match_count", codeword_width=8, num_codewords=16)
 DIRECTION = {True: "causal", False: "bidirectional"}
@@ -91,6 +103,11 @@ class Options:
     """Hugging Face directory or hub id; minilm is the model that the set-up installs."""
     text_file: Path | None = None
     """UTF-8 text; by default CPython's documentation."""
+    eval_file: Path | None = None
+    """UTF-8 text whose rows are measured; by default other rows of --text-file."""
+    measure: str = "perplexity,attention,ffn"
+    """What is measured, separated by commas; perplexity is that of decoders alone, and without ffn
+    leaves the routed FFN out, which takes minutes to fit."""
     length: int = 512
     """Tokens of a row on which attention is measured."""
     rows: int = 16
@@ -114,49 +131,78 @@ class Options:
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if unknown := [name for name in self.measured if name not in MEASURES]:
+            raise ValueError(
+                f"--measure {unknown[0]!r} is unknown; choose from {', '.join(MEASURES)}"
+            )
+
+    @property
+    def measured(self) -> list[str]:
+        """What is measured."""
+        return self.measure.split(",")
 
 
-def token_ids(options: Options) -> np.ndarray:
-    """The text as one run of token ids, special tokens left out.
+def token_ids(options: Options, path: Path | None) -> np.ndarray:
+    """A text as one run of token ids, special tokens left out; None for CPython's documentation.
 
     Raises:
         ValueError: the file is empty or no UTF-8.
     """
-    if options.text_file is None:
+    if path is None:
         text = "\n".join(cpython_documentation())
     else:
         try:
-            text = options.text_file.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{options.text_file} is not UTF-8 text: {error}") from None
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"{options.text_file} holds no text")
+            raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    if not text.strip():
+        raise ValueError(f"{path} holds no text")
     tokenizer = spt_jax.load_tokenizer(options.model)
-    encodings = tokenizer.encode_batch(lines, add_special_tokens=False)
-    return np.concatenate([np.asarray(e.ids, np.int32) for e in encodings])
+    tokenizer.no_truncation()
+    return np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
 
-def two_sets(ids: np.ndarray, length: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to calibrate on and rows to measure on, in turn, evenly spread over the text.
+class Texts(NamedTuple):
+    """What is calibrated on and what is measured, as runs of token ids `[n]`.
+
+    Attributes:
+        text: of --text-file.
+        evaluation: of --eval-file; None where rows of `text` are measured.
+    """
+
+    text: np.ndarray
+    evaluation: np.ndarray | None = None
+
+
+def two_sets(texts: Texts, length: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to calibrate on and rows to measure on, evenly spread over their text.
+
+    Of a single text they are taken in turn.
 
     Args:
-        ids: token ids `[n]`.
+        texts: token ids.
         length: tokens of a row.
         rows: rows of each set.
 
     Raises:
-        ValueError: the text is too short.
+        ValueError: a text is too short.
     """
+    if texts.evaluation is not None:
+        calibration = _spread_rows(texts.text, length, rows, "--text-file")
+        return calibration, _spread_rows(texts.evaluation, length, rows, "--eval-file")
+    both = _spread_rows(texts.text, length, 2 * rows, "--text-file")
+    return both[::2], both[1::2]
+
+
+def _spread_rows(ids: np.ndarray, length: int, rows: int, option: str) -> np.ndarray:
     there = len(ids) // length
-    if there < 2 * rows:
+    if there < rows:
         raise ValueError(
-            f"the text has {len(ids)} tokens, and {2 * rows} rows of {length} need "
-            f"{2 * rows * length}: give a longer --text-file, or fewer or shorter rows"
+            f"the text has {len(ids)} tokens, and {rows} rows of {length} need "
+            f"{rows * length}: give a longer {option}, or fewer or shorter rows"
         )
-    chosen = np.linspace(0, there - 1, 2 * rows).astype(int)
-    cut = ids[: there * length].reshape(there, length)
-    return cut[chosen[::2]], cut[chosen[1::2]]
+    chosen = np.linspace(0, there - 1, rows).astype(int)
+    return ids[: there * length].reshape(there, length)[chosen]
 
 
 @dataclass
@@ -197,10 +243,10 @@ def attention_rules(*, sweep: bool) -> Iterator[tuple[Rule, float]]:
 
 
 def measure_attention(
-    options: Options, ids: np.ndarray, *, model: nnx.Module, directions: Sequence[bool]
+    options: Options, texts: Texts, *, model: nnx.Module, directions: Sequence[bool]
 ) -> list[tuple[float, Capture]]:
     """Densities, and what each rule captures."""
-    calibration, held_out = two_sets(ids, options.length, options.rows)
+    calibration, held_out = two_sets(texts, options.length, options.rows)
     quantizers = Quantizers(record_layers(model, calibration), options.seed)
     layers = record_layers(model, held_out)
     width = layers[0].q.shape[-1]
@@ -232,9 +278,9 @@ def ffn_configs(hidden: int, *, sweep: bool) -> list[RoutedFFNConfig]:
 FFNErrors = dict[tuple[int, int], dict[str, dict[Way, RoutingError]]]  # by (G, A), then layer
 
 
-def measure_ffn(options: Options, ids: np.ndarray, *, model: nnx.Module) -> FFNErrors:
+def measure_ffn(options: Options, texts: Texts, *, model: nnx.Module) -> FFNErrors:
     """Errors of each layer with each way of routing."""
-    sets = two_sets(ids, options.ffn_length, options.ffn_rows)
+    sets = two_sets(texts, options.ffn_length, options.ffn_rows)
     calibration, held_out = (ffn_inputs(model, {"input_ids": rows}) for rows in sets)
     ffns = dense_ffns(model)
     configs = ffn_configs(next(iter(ffns.values())).up.out_features, sweep=options.sweep)
@@ -310,6 +356,8 @@ def figures_of(attention: Sequence[tuple[float, Capture]], ffn: FFNErrors) -> di
             continue
         kind = "capture" if rule.kind == "pq" else "oracle"
         figures[f"{rule.granularity}_{kind}_{DIRECTION[capture.causal]}"] = capture.share
+    if not ffn:
+        return figures
     config = RoutedFFNConfig()
     by_layer = ffn[config.num_blocks, config.active_blocks].values()
     names: dict[Way, str] = {way: way for way in WAYS} | {"fitted": "default"}
@@ -324,10 +372,24 @@ def figures_of(attention: Sequence[tuple[float, Capture]], ffn: FFNErrors) -> di
     return figures
 
 
-def write_tables(out: Path, attention: Sequence[tuple[float, Capture]], ffn: FFNErrors) -> None:
-    """Write `attention.csv`, a row a head, and `ffn.csv`, a row a layer."""
+def write_tables(
+    out: Path,
+    perplexities: Sequence[Perplexity],
+    attention: Sequence[tuple[float, Capture]],
+    ffn: FFNErrors,
+) -> None:
+    """Write what was measured: `perplexity.csv`, `attention.csv`, a row a head, and `ffn.csv`."""
+    if perplexities:
+        write_csv(out / "perplexity.csv", [asdict(one) for one in perplexities])
+    if attention:
+        _write_attention(out / "attention.csv", attention)
+    if ffn:
+        _write_ffn(out / "ffn.csv", ffn)
+
+
+def _write_attention(path: Path, attention: Sequence[tuple[float, Capture]]) -> None:
     write_csv(
-        out / "attention.csv",
+        path,
         [
             {
                 **asdict(capture.rule),
@@ -345,8 +407,11 @@ def write_tables(out: Path, attention: Sequence[tuple[float, Capture]], ffn: FFN
             for head, share in enumerate(shares)
         ],
     )
+
+
+def _write_ffn(path: Path, ffn: FFNErrors) -> None:
     write_csv(
-        out / "ffn.csv",
+        path,
         [
             {"blocks": blocks, "active": active, "layer": path, "routing": way, **asdict(error)}
             for (blocks, active), by_layer in ffn.items()
@@ -421,28 +486,49 @@ def main() -> None:
     options.check()
     options.out.mkdir(parents=True, exist_ok=True)  # fails now, not at the end of a long run
     config = read_config(find_files(options.model, files=("config.json",)))
-    for name in ("length", "ffn_length"):
-        if (value := getattr(options, name)) > config.max_length:
+    lengths = {"length": options.length, "ffn_length": options.ffn_length}
+    for name, value in lengths.items():
+        if value > config.max_length:
             raise ValueError(
                 f"--{name.replace('_', '-')} {value} is above the {config.max_length} positions of "
                 f"{options.model}"
             )
-    ids = token_ids(options)
-    for length, rows in ((options.length, options.rows), (options.ffn_length, options.ffn_rows)):
-        two_sets(ids, length, rows)
-    model = spt_jax.load_pretrained(options.model, task="backbone", rngs=nnx.Rngs(options.seed))
-    causal = any(m.causal for _, m in nnx.iter_modules(model) if isinstance(m, Attention))
-    attention = measure_attention(
-        options, ids, model=model, directions=(True,) if causal else (True, False)
+    texts = Texts(
+        token_ids(options, options.text_file),
+        None if options.eval_file is None else token_ids(options, options.eval_file),
     )
-    jax.clear_caches()
-    ffn = measure_ffn(options, ids, model=model)
+    sets = two_sets(texts, options.length, options.rows)
+    two_sets(texts, options.ffn_length, options.ffn_rows)
+    causal, measured = isinstance(config, DecoderConfig), options.measured
+    perplexities: list[Perplexity] = []
+    if causal and "perplexity" in measured:
+        perplexities = measure_perplexities(
+            options.model, *sets, density=DENSITY, seed=options.seed, ffn="ffn" in measured
+        )
+        jax.clear_caches()
+    attention: list[tuple[float, Capture]] = []
+    ffn: FFNErrors = {}
+    if "attention" in measured or "ffn" in measured:
+        rngs = nnx.Rngs(options.seed)
+        model = spt_jax.load_pretrained(options.model, task="backbone", rngs=rngs)
+        if "attention" in measured:
+            directions = (True,) if causal else (True, False)
+            attention = measure_attention(options, texts, model=model, directions=directions)
+            jax.clear_caches()
+        if "ffn" in measured:
+            ffn = measure_ffn(options, texts, model=model)
     console = cli.console(140)
-    tables = [*attention_tables(attention), ffn_table(ffn)]
+    tables = [
+        *([perplexity_table(perplexities)] if perplexities else []),
+        *(attention_tables(attention) if attention else []),
+        *([ffn_table(ffn)] if ffn else []),
+    ]
     for table in tables:
         console.print(table)
     if options.report is not None:
-        text = options.text_file.name if options.text_file else "CPython documentation"
+        text, other = (
+            path.name if path else None for path in (options.text_file, options.eval_file)
+        )
         conditions = how(
             "experiments.capture",
             options,
@@ -450,16 +536,22 @@ def main() -> None:
                 f"Model {options.model}; attention on {options.rows} rows of {options.length} "
                 f"tokens, FFN on {options.ffn_rows} of {options.ffn_length}; fitted to as many "
                 "others.",
-                f"Text: {text}.",
+                f"Text: {text or 'CPython documentation'}"
+                + (f"; measured on {other}." if other else "."),
                 *here_and_now(),
             ],
         )
         write_text_atomic(options.report, page("What sparsity keeps", *tables, conditions))
-    write_tables(options.out, attention, ffn)
-    plot_densities(options.out / "attention.png", attention)
-    plot_heads(options.out / "heads.png", attention)
-    plot_ffn(options.out / "ffn.png", ffn)
-    write_metrics(options.out, "capture", options, figures_of(attention, ffn))
+    write_tables(options.out, perplexities, attention, ffn)
+    if attention:
+        plot_densities(options.out / "attention.png", attention)
+        plot_heads(options.out / "heads.png", attention)
+    if ffn:
+        plot_ffn(options.out / "ffn.png", ffn)
+    figures = figures_of(attention, ffn)
+    if perplexities:
+        figures |= perplexity_figures(perplexities)
+    write_metrics(options.out, "capture", options, figures)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,8 @@ class Options(glue.Inputs, Recipe):
     """Weight of the codebook loss."""
     min_keys: int = 1
     """A query keeps at least so many keys; the default leaves --density alone to decide."""
+    granularity: Literal["auto", "token", "tile", "dense"] = "token"
+    """Which keys those are."""
     measure_every: int = 250
     """Steps between measurements."""
     ema_every: int = 10

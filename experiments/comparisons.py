@@ -317,7 +317,7 @@ Inputs = Literal["random", "text"]
 def _attention_inputs(
     shape: AttentionShape, dtype: Any, key: jax.Array, *, inputs: Inputs = "random"
 ) -> tuple[Trained, Frozen]:
-    """Queries, keys and random values, and codebooks of 16 codewords of width 2 made of them."""
+    """Queries, keys and random values, and the library's codebooks of them."""
     size = (shape.batch, shape.length, shape.heads, shape.head_width)
     q_key, k_key, v_key = jax.random.split(key, 3)
     v = jax.random.normal(v_key, size, dtype)
@@ -432,7 +432,7 @@ class _Sparse:
                 name="encode queries and keys",
                 function=lambda _, given: self.encode(*given),
                 arguments=lambda key: ((), self.arguments(dtype, key)),
-                kernels=("pq_encode",),
+                kernels=(),  # codewords of width 1 are compared in one elementwise pass
                 eager=True,
             ),
             "select": Method(
@@ -610,14 +610,14 @@ def _dense_attention(sizes: GPUSizes, length: int) -> dict[str, Method]:
 def attention_sweep(sizes: GPUSizes, length: int) -> Comparison:
     """Causal attention at one length, dense against all densities.
 
-    Both granularities run up to the length at which the library goes over from one to the other.
+    By token it runs at the shortest alone: there it takes longer than dense attention already.
     """
     candidates, densities = {}, {}
     name = f"sparse_attention_s{length}"
     for density in sizes.densities:
         shape = _sweep_shape(sizes, length, density)
         granularities: tuple[Literal["token", "tile"], ...] = ("tile",)
-        if SparseAttentionConfig().granularity_at(length) == "token":
+        if length <= sizes.token_parts_length:
             granularities = ("token", "tile")
         for granularity in granularities:
             figure = f"{name}_{granularity}_d{round(1 / density)}"
@@ -696,7 +696,10 @@ def block_comparison(sizes: GPUSizes) -> Comparison:
         f"lora_{form}": _step_method(f"LoRA, {text}", replace(lora, lora_form=form))
         for form, text in forms.items()
     }
-    token = replace(spt, attention=replace(spt.attention, granularity="token"))
+    tile, token = (
+        replace(spt, attention=replace(spt.attention, granularity=granularity))
+        for granularity in ("tile", "token")
+    )
     ffn = RoutedFFNConfig(active_blocks=1, implementation=sizes.implementation)
     quarter = replace(spt, ffn=ffn)
     return Comparison(
@@ -705,6 +708,7 @@ def block_comparison(sizes: GPUSizes) -> Comparison:
         baselines={"full": _step_method("full", full)} | baselines,
         candidates={
             "block_spt": _step_method("SPT", spt),
+            "block_spt_tile": _step_method("SPT, tile", tile),
             "block_spt_token": _step_method("SPT, token", token),
             "block_spt_quarter": _step_method("SPT, 1 of 4 blocks", quarter),
         },

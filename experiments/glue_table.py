@@ -471,7 +471,16 @@ def _conditions(options: Options, cells: Finished) -> list[str]:
         if cell.method not in rates.setdefault(rate, []):
             rates[rate].append(cell.method)
     length = options.max_length or glue.DEFAULT_MAX_LENGTH
-    attention = SparseAttentionConfig(density=options.density, min_keys=options.min_keys)
+    attention = SparseAttentionConfig(
+        density=options.density, min_keys=options.min_keys, granularity=options.granularity
+    )
+    granularity = attention.granularity_at(length)
+    keys: str = granularity
+    if granularity != "dense":
+        keys = (
+            f"by {granularity}, density {options.density:g}, {attention.num_keys(length)} keys of "
+            f"{length}, at least {attention.min_keys}"
+        )
     lines = [
         f"Model {options.model}, {options.dtype}; batches of {options.batch_size}, texts of at "
         f"most {length} tokens; seeds {options.seeds}.",
@@ -482,8 +491,7 @@ def _conditions(options: Options, cells: Finished) -> list[str]:
         f"{options.codebook_learning_rate_multiplier:g}, head "
         f"{options.head_learning_rate_multiplier:g}.",
         f"LoRA rank {options.rank}, dropout {options.lora_dropout:g}; "
-        f"{options.active_blocks} of {options.num_blocks} blocks; density {options.density:g}, "
-        f"{attention.num_keys(length)} keys of {length}, at least {attention.min_keys}.",
+        f"{options.active_blocks} of {options.num_blocks} blocks; attention {keys}.",
     ]
     for task in options.task_names:
         of_task = {c: r for c, r in cells.items() if c.task == task}

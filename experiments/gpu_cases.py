@@ -296,7 +296,8 @@ def _bert_step() -> Program:
             config, num_labels=2, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
         )
         ids = jax.random.randint(jax.random.key(0), (2, 64), 0, config.vocab_size)
-        model = spt_jax.adapt(model, SPTConfig(), calibration_batch={"input_ids": ids})
+        spt = SPTConfig(attention=SparseAttentionConfig(granularity="token"))
+        model = spt_jax.adapt(model, spt, calibration_batch={"input_ids": ids})
         parts = partition(model, "adapter")
         state, step = start(
             parts, TrainConfig(), total_steps=100, objective=supervised(cross_entropy)
@@ -324,13 +325,8 @@ def _block(
     step = with_implementation(step, implementation)
     sparse = step.method == "spt"
     granularity = step.attention.granularity_at(step.length)
-    launches = (
-        "pq_encode",
-        *SELECT_KERNELS[granularity],
-        *ATTENTION_KERNELS,
-        *FFN_KERNELS,
-        "routed_ffn_weight_gradient",
-    )
+    attention = () if granularity == "dense" else (*SELECT_KERNELS[granularity], *ATTENTION_KERNELS)
+    launches = (*attention, *FFN_KERNELS, "routed_ffn_weight_gradient")
 
     def loss(trained: Any, frozen: Any) -> jax.Array:
         y, losses = step.run(trained, frozen)
@@ -360,8 +356,13 @@ def _block_cases(implementation: Implementation | None) -> Iterator[Case]:
     step = replace(lora, lora_form="skinny_float32")
     yield block("opt_block_lora_skinny_float32", step, "lora_block_temp_bytes")
     yield block("opt_block_spt", spt, "spt_block_temp_bytes")
-    token = replace(spt, attention=SparseAttentionConfig(granularity="token"))
-    yield block("opt_block_spt_token", token, "spt_token_block_temp_bytes")
+    for granularity in ("tile", "token"):
+        attention = SparseAttentionConfig(granularity=granularity)
+        yield block(
+            f"opt_block_spt_{granularity}",
+            replace(spt, attention=attention),
+            f"spt_{granularity}_block_temp_bytes",
+        )
     quarter = RoutedFFNConfig(active_blocks=1)
     yield block("opt_block_spt_quarter", replace(spt, ffn=quarter), "spt_quarter_block_temp_bytes")
     for length in GROWTH_LENGTHS:
@@ -407,7 +408,6 @@ def cases(
         kind="training step",
         program=_bert_step,
         launches=(
-            "pq_encode",
             *SELECT_KERNELS["token"],
             *ATTENTION_KERNELS,
             *FFN_KERNELS,

@@ -106,6 +106,9 @@ class Recipe:
     """Share of the keys that a query attends to."""
     min_keys: int = spt_jax.SparseAttentionConfig.min_keys
     """A query attends to at least so many keys."""
+    granularity: Literal["auto", "token", "tile", "dense"] = "auto"
+    """Which keys that is: "token", each query's own; "tile", those of 64 queries; "dense", all; or
+    auto: dense up to 1,024 tokens, where sparse attention gains nothing, tile above."""
     codebook_loss_weight: float = spt_jax.SparseAttentionConfig.codebook_loss_weight
     """Weight of the paper's codebook loss, there 0.01; 0 leaves codebooks as they were fitted."""
     num_blocks: int = 4
@@ -159,6 +162,7 @@ class MethodOptions(Recipe):
         attention = spt_jax.SparseAttentionConfig(
             density=self.density,
             min_keys=self.min_keys,
+            granularity=self.granularity,
             codebook_loss_weight=self.codebook_loss_weight,
         )
         ffn = spt_jax.RoutedFFNConfig(
@@ -179,7 +183,8 @@ class MethodOptions(Recipe):
             case "spt-dense-ffn":
                 return replace(spt, ffn=None)
             case "spt-match-count":
-                return replace(spt, attention=replace(attention, rule="match_count"))
+                paper = replace(attention, rule="match_count", codeword_width=8)
+                return replace(spt, attention=paper)
             case "spt-random-router":
                 return replace(spt, ffn=replace(ffn, calibration="random"))
 

@@ -432,6 +432,7 @@ def main() -> None:
     assert isinstance(model, Decoder)
     if options.adapter is not None:
         model = spt_jax.load_adapter(model, options.adapter)
+        model.set_attributes(strict=True, raise_if_not_found=False)  # as in training's evaluation
     positions = model.config.max_length
     max_length = positions if options.max_length is None else options.max_length
     if max_length > positions:

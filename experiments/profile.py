@@ -131,6 +131,8 @@ class Options(StepOptions):
     """Methods, separated by commas: full, lora, spt."""
     density: str = "0.125"
     """Share of the keys that SPT keeps; several, separated by commas, for a sweep."""
+    granularity: Literal["auto", "token", "tile", "dense"] = "auto"
+    """Which keys those are; auto keeps all of them up to 1,024 tokens."""
     active_blocks: str = "2"
     """FFN blocks that a token of SPT computes; several, separated by commas, for a sweep."""
     num_blocks: int = 4
@@ -294,7 +296,7 @@ def _variants(step: BlockStep, method: BlockMethod, options: Options) -> Iterato
         active = active[:1] if step.part == "mha" or dense else active
         for density, number in itertools.product(densities, active):
             ffn = RoutedFFNConfig(num_blocks=options.num_blocks, active_blocks=number)
-            attention = SparseAttentionConfig(density=density)
+            attention = SparseAttentionConfig(density=density, granularity=options.granularity)
             yield replace(step, method="spt", attention=attention, ffn=None if dense else ffn)
 
 

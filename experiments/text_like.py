@@ -36,6 +36,7 @@ from pallas_kernels import (
     score_unit,
     scoring_codewords,
 )
+from spt_jax.layers.quantizer import evenly_spaced
 from spt_jax.training import read_text
 
 #: Logits of a key at the query's own place, of one of its topic, and the deviation of the rest:
@@ -95,18 +96,9 @@ def text_like(
 
 def codebooks(
     q: Float[Array, "B S N H"], k: Float[Array, "B S N H"]
-) -> tuple[Float[Array, "N M 16 2"], Float[Array, "N M 16 2"]]:
-    """Codebooks of 16 codewords of width 2, float32: those of 16 tokens of the first sequence.
-
-    They are spread over it: neighbours are alike.
-    """
-    places = np.linspace(0, q.shape[1] - 1, 16).astype(int)
-
-    def book(x: jax.Array) -> jax.Array:
-        chosen = x[0, places].astype(jnp.float32)
-        return jnp.moveaxis(chosen.reshape(16, x.shape[2], -1, 2), 0, 2)
-
-    return book(q), book(k)
+) -> tuple[Float[Array, "N H 16 1"], Float[Array, "N H 16 1"]]:
+    """The library's default codebooks, fitted to the first sequence."""
+    return evenly_spaced(q[0], num_codewords=16), evenly_spaced(k[0], num_codewords=16)
 
 
 def touched_blocks(selection: TileSelection) -> float:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
 from spt_jax.layers import FeedForward, SparseAttention, recording
-from spt_jax.layers.quantizer import kmeans
+from spt_jax.layers.quantizer import evenly_spaced, kmeans
 from spt_jax.processes import to_host
 
 Path = tuple[Any, ...]  # of a module in a model, as nnx.iter_modules gives it
@@ -110,7 +110,9 @@ def fit_sparse_attention(
     causal: bool,
     key: jax.Array,
 ) -> SparseAttention:
-    """Codebooks by k-means on the queries and keys of one attention layer.
+    """Codebooks of the queries and keys of one attention layer.
+
+    Codewords of width 1 are evenly spaced over each dimension; wider ones are fitted by k-means.
 
     Args:
         q: queries of valid tokens.
@@ -141,7 +143,13 @@ def fit_sparse_attention(
     num_kv_heads = k.shape[1]
     # query heads that share a key/value head share its query codebook
     grouped = q.reshape(q.shape[0], num_kv_heads, -1, width).swapaxes(1, 2)
-    queries = spread(grouped.reshape(-1, num_kv_heads, width))
+    grouped = grouped.reshape(-1, num_kv_heads, width)
+    if config.codeword_width == 1 and config.rule == "inner_product":
+        of_queries, of_keys = (
+            evenly_spaced(x, num_codewords=config.num_codewords) for x in (grouped, k - center)
+        )
+        return SparseAttention(of_queries, of_keys, center, config=config, causal=causal)
+    queries = spread(grouped)
     options = {
         "num_codewords": config.num_codewords,
         "codeword_width": config.codeword_width,

@@ -89,16 +89,24 @@ class SparseAttentionConfig:
         density: share of the keys that a query keeps, in (0, 1].
         min_keys: a query keeps at least this many keys; where the sequence is short, dropping keys
             saves little and costs accuracy.
-        granularity: "token" (every query its own keys), "tile" (one list for `block_q` queries),
-            or "auto": token up to `token_max_length` positions, tile above. In causal attention a
-            token reads no later token either way, but which earlier keys a tile keeps depends on
-            all its queries, later ones included.
-        token_max_length: longest sequence for which "auto" takes the token rule.
+        granularity: "tile" (one list of key groups for `block_q` queries), "token" (every query its
+            own keys, in more time than dense attention takes), "dense" (all keys), or "auto": dense
+            up to `dense_max_length` positions, tile above.
+        dense_max_length: longest sequence for which "auto" keeps all keys. In a shorter one a tile
+            has too few groups to choose from: at 1,024 tokens even the best cost SmolLM2 a tenth of
+            its perplexity.
+        strict: whether causal attention takes "token" in place of "tile", so that nothing of a
+            query depends on a later token. By tile a token reads no later one, but which earlier
+            keys its tile keeps depends on all of the tile's queries. Evaluation is always strict
+            (`model.set_attributes(strict=True)`, as `spt_jax.training.evaluate` does by itself).
         block_q: queries in a tile.
         key_group: consecutive keys that a tile keeps or drops together.
         rule: how codes score a key; "inner_product" or the paper's "match_count".
-        codeword_width: width C of a codeword; divides the head width.
-        num_codewords: codewords E in a subspace, at most 256.
+        codeword_width: width C of a codeword; divides the head width. Where it is 1, codewords are
+            evenly spaced between the least and the largest value of calibration, so that the few
+            keys of large magnitude that a decoder attends to most are not cut; else they are the
+            means of k-means. "match_count" wants wider ones, such as 8.
+        num_codewords: codewords E in a subspace, at most 256; 16 of width 1 are 4 bits a dimension.
         codebook_loss_weight: weight of the paper's codebook loss in the training loss; the paper
             takes 0.01. With 0 codebooks stay as they were fitted, which over 1,000 steps keeps as
             much of the attention and costs nothing (`python -m experiments.codebook_upkeep`).
@@ -108,12 +116,13 @@ class SparseAttentionConfig:
 
     density: float = 1 / 8
     min_keys: int = 32
-    granularity: Literal["auto", "token", "tile"] = "auto"
-    token_max_length: int = 256
+    granularity: Literal["auto", "token", "tile", "dense"] = "auto"
+    dense_max_length: int = 1024
+    strict: bool = False
     block_q: int = 64
     key_group: Literal[1, 8, 16, 32, 64, 128] = 16
     rule: Literal["inner_product", "match_count"] = "inner_product"
-    codeword_width: int = 2
+    codeword_width: int = 1
     num_codewords: int = 16
     codebook_loss_weight: float = 0.0
     codebook_loss_tokens: int = 256
@@ -135,8 +144,8 @@ class SparseAttentionConfig:
             f"codebook_loss_tokens must be at least 1, got {self.codebook_loss_tokens}",
         )
         _require(
-            self.granularity in ("auto", "token", "tile"),
-            f"granularity must be auto, token or tile, got {self.granularity!r}",
+            self.granularity in ("auto", "token", "tile", "dense"),
+            f"granularity must be auto, token, tile or dense, got {self.granularity!r}",
         )
         _require(
             self.rule in ("inner_product", "match_count"),
@@ -147,11 +156,21 @@ class SparseAttentionConfig:
         """Keys that a query keeps in a sequence of `length` positions."""
         return min(length, max(self.min_keys, math.ceil(self.density * length)))
 
-    def granularity_at(self, length: int) -> Literal["token", "tile"]:
-        """The rule for a sequence of `length` positions."""
-        if self.granularity == "auto":
-            return "token" if length <= self.token_max_length else "tile"
-        return self.granularity
+    def granularity_at(
+        self, length: int, *, strict: bool = False
+    ) -> Literal["token", "tile", "dense"]:
+        """The rule for a sequence of `length` positions.
+
+        Args:
+            length: positions S.
+            strict: whether no token may have an influence on an earlier one; see `strict`.
+        """
+        granularity = self.granularity
+        if granularity == "auto":
+            granularity = "dense" if length <= self.dense_max_length else "tile"
+        if self.num_keys(length) >= length:
+            return "dense"
+        return "token" if granularity == "tile" and strict else granularity
 
 
 @dataclass(frozen=True, kw_only=True)

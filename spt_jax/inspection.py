@@ -118,12 +118,12 @@ def _attention_choices(
     valid = valid_keys(length, sparse.causal, key_mask, segment_ids)[:, None]
     weights = _softmax(q, k, valid)
     kept = jnp.broadcast_to(valid, weights.shape)
-    if config.num_keys(length) < length:
+    if (granularity := sparse.granularity_at(length)) != "dense":
         selection = sparse.select(
             q,
             k,
             num_keys=config.num_keys(length),
-            granularity=config.granularity_at(length),
+            granularity=granularity,
             key_mask=key_mask,
             segment_ids=segment_ids,
         )

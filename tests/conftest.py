@@ -79,6 +79,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # XLA's threads: Pallas' interpreter blocks one for every warpgroup that waits at a barrier,
+    # and on fewer cores than warpgroups none would be left for those that are waited for.
+    os.environ.setdefault("NPROC", "8")
     flags = os.environ.get("XLA_FLAGS", "")
     if not config.getoption("--optimize") and UNOPTIMIZED.partition("=")[0] not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {UNOPTIMIZED}".lstrip()

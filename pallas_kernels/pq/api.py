@@ -18,15 +18,13 @@ Granularity = Literal["token", "tile"]
 Rule = Literal["inner_product", "match_count"]
 
 MAX_TRITON_ROW = 256  # codeword elements of a token that the kernels take
-MAX_TRITON_GROUPS = 2**16  # key groups of a tile, whose scores a program holds
+MAX_GROUPS = 2**16  # key groups of a tile
 
 
-def _triton_select_unfit(codewords: Array, length: int, key_group: int) -> str | None:
-    width, groups = codewords.shape[1] * codewords.shape[3], -(-length // key_group)
+def _triton_select_unfit(codewords: Array) -> str | None:
+    width = codewords.shape[1] * codewords.shape[3]
     if width > MAX_TRITON_ROW:
         return f"it takes at most {MAX_TRITON_ROW} codeword elements a token, and got {width}"
-    if groups > MAX_TRITON_GROUPS:
-        return f"it takes at most {MAX_TRITON_GROUPS} key groups, and got {groups}"
     return None
 
 
@@ -110,7 +108,7 @@ def scoring_codewords(
     `inner_product`: W = C. Dimension j of a head has a_j = max_e |query codeword|, b_j likewise of
     the keys; both sides are brought to r_j = sqrt(a_j b_j), which changes no product, then scaled
     by one factor s a head and rounded, where s sqrt(sum_j r_j^2) = sqrt(8191) - sqrt(H) / 2. By the
-    triangle inequality no score then exceeds 8191, so sums over 512 queries are exact in float32.
+    triangle inequality no score then exceeds 8191.
     `match_count`: W = E, one-hot rows; the score is the number of subspaces whose codes agree.
 
     Args:
@@ -212,23 +210,24 @@ def pq_select(
     `token`: each query keeps its min(num_keys, valid) valid keys of highest score; among equals
     those of least tie distance 2 |d| - (d < 0), d = key position - query position. Memory O(S).
 
-    `tile`: tile t of queries t block_q, ... keeps groups of `key_group` consecutive keys, those of
-    the highest estimate of the attention that its queries pay them. The tile is cut into sub-tiles
-    of n queries, the largest divisor of `block_q` up to 16. With u_r(k) the mean of score(q, k)
-    over the queries of sub-tile r (those that `key_mask` hides left out),
+    `tile`: tile t of queries t block_q, ... keeps groups of `key_group` consecutive keys, those to
+    which its queries are estimated to give most attention. Query q of the tile gives group g
 
-        score(g) = sum_r sum_k exp(score_unit u_r(k))
+        p(q, g) = sum_k exp(score_unit score(q, k)) / sum_k' exp(score_unit score(q, k'))
 
-    over the group's keys that are valid for any query of the sub-tile; a group without such a key
-    is never kept. Among groups of equal score those of least 2 |d| - (d < 0) come first,
-    d = g - t block_q // key_group. ceil(num_keys / key_group) groups are kept, and with `causal`
-    at least as many as overlap a tile, so that no query is without a key. With `segment_ids` the
-    groups that overlap the tile come before all others, and all of them are kept.
+    k running over the keys of the group, k' over all keys, that are valid for q; a group's score is
+    the sum of p(q, g) over the tile's queries, those that `key_mask` hides left out. A group
+    without a valid key is never kept. Among groups of equal score those of least 2 |d| - (d < 0)
+    come first, d = g - t block_q // key_group. ceil(num_keys / key_group) groups are kept and, with
+    `causal` or `segment_ids`, those that overlap the tile on top, so that no query is without a
+    key. A tile of one query reads no later token; one of several does, through the scores of its
+    later queries.
 
-    Every device comes to the same score: codewords are averaged in half units; 2^x is taken as
-    2^i (1 + f) for x = i + f, clipped to -100..100, which is float32's own bit pattern; the sums
-    run in float32 in the order of the keys, then of the sub-tiles; and of the result the 12 highest
-    bits of the mantissa count. A sub-tile without queries weighs 2^-100.
+    Every device comes to the same score: 2^x is taken as 2^i (1 + f) for x = i + f, clipped to
+    -100..100, which is float32's own bit pattern, and summed over a group's keys in their order, to
+    16 bits; from there on shares are integers, whose sums know no order
+    (`pallas_kernels.pq.reference.group_shares`); and of a tile's sum the 15 highest bits of the
+    mantissa count.
 
     Not differentiated.
 
@@ -245,7 +244,7 @@ def pq_select(
       key_mask: False where a key is padding.
       segment_ids: Tokens see only tokens with their own id.
       block_q: Queries of a tile, at most 512; unused with "token".
-      key_group: Keys of a group; unused with "token".
+      key_group: Keys of a group, of which there are at most 2^16; unused with "token".
       implementation: The kernel; None for the best supported one.
 
     Returns:
@@ -276,6 +275,11 @@ def pq_select(
         raise ValueError(f"pq_select: block_q must be 1..512, got {block_q}.")
     if granularity == "tile" and key_group < 1:
         raise ValueError(f"pq_select: key_group must be at least 1, got {key_group}.")
+    if granularity == "tile" and -(-key_codes.shape[1] // key_group) > MAX_GROUPS:
+        raise ValueError(
+            f"pq_select: {key_codes.shape[1]} keys are more than {MAX_GROUPS} groups of "
+            f"key_group={key_group}; take larger groups."
+        )
     if score_unit is None:
         score_unit = jnp.full(kv_heads, DEFAULT_SCORE_UNIT, jnp.float32)
     if score_unit.shape != (kv_heads,):
@@ -283,10 +287,9 @@ def pq_select(
             f"pq_select: score_unit must have one element for each of the {kv_heads} key heads, "
             f"got shape {score_unit.shape}."
         )
-    groups_of = key_group if granularity == "tile" else key_codes.shape[1]
     why_not = {
         "mosaic": lambda: mosaic.select_unfit(query_codewords, granularity, key_group),
-        "triton": lambda: _triton_select_unfit(query_codewords, key_codes.shape[1], groups_of),
+        "triton": lambda: _triton_select_unfit(query_codewords),
     }
     run = resolve("pq_select", implementation, _SELECT, why_not)
     arrays = {

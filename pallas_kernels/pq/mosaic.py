@@ -21,11 +21,9 @@ from jaxtyping import Array, Float, Int8, Int32, UInt8
 from pallas_kernels import mosaic as m
 from pallas_kernels import tuning
 from pallas_kernels.pq import selection
-from pallas_kernels.pq.reference import (
-    TILE_SCORES,
-    bits_of_power,
-)
+from pallas_kernels.pq.reference import TILE_SCORES, bits_of_power, cut_weight
 from pallas_kernels.pq.selection import WORD, row_width
+from pallas_kernels.pq.xla import MAX_UNROLLED, encode_scalars
 
 ROWS = m.WARPGROUP_ROWS
 SMS = 132  # multiprocessors of an H100 or H200
@@ -225,6 +223,8 @@ def encode_unfit(x: Float[Array, "B S N H"], codebooks: Float[Array, "K M E C"])
     if reason is not None:
         return reason
     (batch, length, heads, _), (_, spaces, num_codewords, width) = x.shape, codebooks.shape
+    if width == 1 and num_codewords <= MAX_UNROLLED:
+        return None
     if width % 2:
         return f"it takes codewords of even width, and got width {width}"
     config = encode_config(batch * length, heads * spaces, num_codewords, width)
@@ -275,6 +275,8 @@ def encode(
     """As `pq_encode`; codewords have the type of x."""
     batch, length, heads, _ = x.shape
     kv_heads, spaces, num_codewords, width = codebooks.shape
+    if width == 1:
+        return encode_scalars(x, codebooks)
     dtype, tokens = x.dtype, batch * length
     if config is None:
         sizes = tokens, heads * spaces, num_codewords, width
@@ -343,7 +345,7 @@ class TileScoresConfig:
     """Tiles of `pq_tile_scores`.
 
     Attributes:
-      warpgroups: Warpgroups that compute, each for 64 sub-tiles of queries.
+      warpgroups: Warpgroups that compute, each for 64 queries.
       groups: Key groups of a thread block.
       stages: Blocks of keys in shared memory.
     """
@@ -353,55 +355,57 @@ class TileScoresConfig:
     stages: int
 
 
-def tile_scores_config(tiles: int, groups: int, width: int) -> TileScoresConfig:
-    """Tiles for so many sub-tiles of queries a head and key groups, and rows of `width`."""
-    warpgroups = 2 if tiles > ROWS and width <= 192 else 1
+def tile_scores_config(queries: int, groups: int, width: int) -> TileScoresConfig:
+    """Tiles for so many queries a head and key groups, and rows of `width`."""
+    warpgroups = 2 if queries > ROWS and width <= 192 else 1
     groups = 32 if groups <= 32 else 64  # keys are padded to whole blocks of groups
-    used = warpgroups * ROWS * (2 * width + 4 * groups)
+    used = warpgroups * ROWS * (2 * width + 6 * groups)
     return TileScoresConfig(
         warpgroups, groups, min(6, (SHARED_BYTES - used) // (2 * groups * width))
     )
 
 
 def _tile_scores_kernel(
-    means_ref: Any,
+    queries_ref: Any,
+    first_ref: Any,
     keys_ref: Any,
     steps_ref: Any,
     *refs: Any,
     heads: int,
     kv_heads: int,
     length: int,
-    block: int,
     key_group: int,
     causal: bool,
     config: TileScoresConfig,
 ) -> None:
-    """Weights of a block of key groups for 64 sub-tiles a warpgroup; see `_tile_scores`.
+    """Weights of a block of key groups for 64 queries a warpgroup; see `_tile_scores`.
 
     Product u scores the u-th key of every group, so the weight of a group is an elementwise sum.
     """
-    *seen_refs, scores_ref, means_s, keys_s, scores_s, means_bar, seen_bar, keys_bar, free = refs
+    *seen_refs, weights_ref, queries_s, keys_s, weights_s, seen_s = refs[:-4]
+    queries_bar, seen_bar, keys_bar, free = refs[-4:]
     wgs, groups, stages = config.warpgroups, config.groups, config.stages
     width, wg = keys_s.shape[-1], m.axis_index("wg")
     sequence, head = m.axis_index("sequence"), m.axis_index("head")
     first_group = m.axis_index("groups") * groups
-    first_tile = m.axis_index("tiles") * (wgs * ROWS)
+    first_row = m.axis_index("queries") * (wgs * ROWS)
     first_key = first_group * key_group
+    position = first_ref[0]
     kv_head = lax.div(head, jnp.int32(heads // kv_heads))
 
-    def end(tile: Any) -> Any:
-        """The first key that a sub-tile does not see, by the order of positions alone."""
-        return jnp.minimum((tile + 1) * block, length) if causal else length
+    def end(row: Any) -> Any:
+        """The first key that the query of a row does not see, by the order of positions alone."""
+        return jnp.minimum(position + row + 1, length) if causal else length
 
-    def products(last_tile: Any) -> Any:
-        return jnp.where(first_key < end(last_tile), key_group, 0)
+    def products(last_row: Any) -> Any:
+        return jnp.where(first_key < end(last_row), key_group, 0)
 
-    steps = products(first_tile + (wgs * ROWS - 1))
+    steps = products(first_row + (wgs * ROWS - 1))
 
     @pl.when(wg == wgs)
     def _() -> None:
         plgpu.set_max_registers(40, action="decrease")
-        row = sequence * scores_ref.shape[1] + first_group
+        row = sequence * weights_ref.shape[1] + first_group
 
         def copy(u: Any, slot: Any) -> None:
             where = pl.ds(row, groups), pl.ds((u * kv_heads + kv_head) * width, width)
@@ -414,29 +418,30 @@ def _tile_scores_kernel(
         plgpu.set_max_registers(MAX_REGISTERS[wgs], action="increase")
         shape = ROWS, groups
         step = steps_ref[kv_head]
-        tile, tiles = first_tile + wg * ROWS, pl.num_programs(2) * (wgs * ROWS)
-        row, columns = (sequence * heads + head) * tiles + tile, pl.ds(first_group, groups)
-        plgpu.copy_gmem_to_smem(means_ref.at[pl.ds(row, ROWS)], means_s.at[wg], means_bar.at[wg])
-        plgpu.barrier_wait(means_bar.at[wg])
-        mine = products(tile + (ROWS - 1))
+        own_row, rows = first_row + wg * ROWS, pl.num_programs(2) * (wgs * ROWS)
+        row, columns = (sequence * heads + head) * rows + own_row, pl.ds(first_group, groups)
+        source = queries_ref.at[pl.ds(row, ROWS)]
+        plgpu.copy_gmem_to_smem(source, queries_s.at[wg], queries_bar.at[wg])
+        plgpu.barrier_wait(queries_bar.at[wg])
+        mine = products(own_row + (ROWS - 1))
 
         def power(u: Any) -> jax.Array:
             slot = lax.rem(u, jnp.int32(stages))
             plgpu.barrier_wait(keys_bar.at[slot])
-            score = m.dot(means_s.at[wg], keys_s.at[slot].T)
+            score = m.dot(queries_s.at[wg], keys_s.at[slot].T)
             plgpu.barrier_arrive(free.at[slot])
             return lax.bitcast_convert_type(bits_of_power(step, score), jnp.float32)
 
         total = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
         if seen_refs:
             (seen_ref,) = seen_refs
-            rows = seen_ref.shape[0] // -(-key_group // WORD)
+            words = seen_ref.shape[0] // -(-key_group // WORD)
             for first_bit in range(0, key_group, WORD):
-                seen_row = first_bit // WORD * rows + sequence * tiles + tile
+                seen_row = first_bit // WORD * words + sequence * rows + own_row
                 where = pl.ds(seen_row, ROWS), columns
-                plgpu.copy_gmem_to_smem(seen_ref.at[where], scores_s.at[wg], seen_bar.at[wg])
+                plgpu.copy_gmem_to_smem(seen_ref.at[where], seen_s.at[wg], seen_bar.at[wg])
                 plgpu.barrier_wait(seen_bar.at[wg])
-                word = plgpu.load(scores_s.at[wg], layout=plgpu.Layout.WGMMA)
+                word = plgpu.load(seen_s.at[wg], layout=plgpu.Layout.WGMMA)
                 plgpu.commit_smem()
 
                 def seen(u: Any, carry: Any) -> tuple[jax.Array, jax.Array]:
@@ -447,13 +452,13 @@ def _tile_scores_kernel(
                 lower, upper = (jnp.minimum(first_bit + n, mine) for n in (0, WORD))
                 total = lax.fori_loop(lower, upper, seen, (total, word))[0]
         else:
-            each_end = end(m.iota(shape, 0) + tile)
+            each_end = end(m.iota(shape, 0) + own_row)
             each_key = m.iota(shape, 1) * key_group + first_key
 
             def masked(u: Any, total: jax.Array) -> jax.Array:
                 return total + jnp.where(each_key + u < each_end, power(u), 0.0)
 
-            clear = jnp.where(first_key + groups * key_group <= end(tile), mine, 0)
+            clear = jnp.where(first_key + groups * key_group <= end(own_row), mine, 0)
             total = lax.fori_loop(0, clear, lambda u, total: total + power(u), total)
             total = lax.fori_loop(clear, mine, masked, total)
 
@@ -463,58 +468,58 @@ def _tile_scores_kernel(
             plgpu.barrier_wait(keys_bar.at[slot])
             plgpu.barrier_arrive(free.at[slot])
 
-        scores_s[wg] = lax.bitcast_convert_type(total, jnp.int32)
+        weights_s[wg] = cut_weight(total).astype(jnp.bfloat16)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(scores_s.at[wg], scores_ref.at[pl.ds(row, ROWS), columns])
+        plgpu.copy_smem_to_gmem(weights_s.at[wg], weights_ref.at[pl.ds(row, ROWS), columns])
         plgpu.wait_smem_to_gmem(0)
 
 
 def _tile_scores(
-    means: Float[Array, "B N U V"],
+    queries: Float[Array, "B N U V"],
+    first: Int32[Array, ""],
     keys: Float[Array, "B S K V"],
     steps: Float[Array, "K"],
-    seen: Int32[Array, "u B s G"] | None,
+    seen: Int32[Array, "words B U G"] | None,
     *,
-    block: int,
     key_group: int,
     causal: bool,
     config: TileScoresConfig | None = None,
-) -> Float[Array, "B N t g"]:
-    """Sum of 2^x over the keys of every group for every sub-tile, padded to whole blocks of both.
+) -> Float[Array, "B N u g"]:
+    """Sum of 2^x over the keys of every group for every query, padded to whole blocks of both.
 
-    Keys that a sub-tile does not see add nothing. Means are integers of at most 254, as key
-    codewords exact in bfloat16; so are their products in float32.
+    Keys that a query does not see add nothing. Sums are cut to bfloat16's bits.
 
     Args:
-      means: `mean_rows` of the queries, bfloat16.
+      queries: Codeword rows of the queries, bfloat16.
+      first: Position of the first of them.
       keys: Codeword rows of the keys.
       steps: `exponent_step` of each key head.
-      seen: Keys of a group that a sub-tile sees, a bit each in words; None where `causal` decides.
-      block: Queries of a sub-tile.
+      seen: Keys of a group that a query sees, a bit each in words; None where `causal` decides.
       key_group: Keys of a group.
-      causal: Whether a sub-tile sees nothing after its last query.
+      causal: Whether a query sees nothing after itself.
       config: Tile sizes.
     """
-    batch, heads, tiles, width = means.shape
+    batch, heads, rows, width = queries.shape
     length, kv_heads = keys.shape[1:3]
     if config is None:
-        best = tile_scores_config(tiles, -(-length // key_group), width)
+        best = tile_scores_config(rows, -(-length // key_group), width)
         fewer = [replace(best, stages=n) for n in range(2, best.stages)]
-        sizes = batch, heads, kv_heads, tiles, length, width, key_group
+        sizes = batch, heads, kv_heads, rows, length, width, key_group
         config = tuning.choose("pq_tile_scores", str(sizes), best, fewer)
     wgs, groups = config.warpgroups, config.groups
-    tile_blocks = -(-tiles // (wgs * ROWS))
+    row_blocks = -(-rows // (wgs * ROWS))
     group_blocks = -(-length // (key_group * groups))
-    pad_tiles, all_groups = tile_blocks * wgs * ROWS - tiles, group_blocks * groups
-    means = jnp.pad(means, ((0, 0), (0, 0), (0, pad_tiles), (0, 0)))
+    pad_rows, all_groups = row_blocks * wgs * ROWS - rows, group_blocks * groups
+    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, pad_rows), (0, 0)))
     keys = jnp.pad(keys, ((0, 0), (0, all_groups * key_group - length), (0, 0), (0, 0)))
     operands = [
-        means.reshape(-1, width),
+        queries.reshape(-1, width),
+        first.reshape(1),
         keys.reshape(batch * all_groups, key_group * kv_heads * width),
         steps,
     ]
     if seen is not None:
-        pad = (0, pad_tiles + tiles - seen.shape[2]), (0, all_groups - seen.shape[-1])
+        pad = (0, pad_rows), (0, all_groups - seen.shape[-1])
         operands.append(jnp.pad(seen, ((0, 0), (0, 0), *pad)).reshape(-1, all_groups))
 
     def body(*refs: Any) -> None:
@@ -523,33 +528,32 @@ def _tile_scores(
             heads=heads,
             kv_heads=kv_heads,
             length=length,
-            block=block,
             key_group=key_group,
             causal=causal,
             config=config,
         )
 
     dtype = jnp.bfloat16
-    scores = plgpu.kernel(
+    weights = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((len(operands[0]), all_groups), jnp.int32),
+        out_type=jax.ShapeDtypeStruct((len(operands[0]), all_groups), dtype),
         scratch_types=[
             m.matrix((wgs, ROWS, width), dtype),
             m.matrix((config.stages, groups, width), dtype),
+            m.matrix((wgs, ROWS, groups), dtype),
             m.matrix((wgs, ROWS, groups), jnp.int32),
             plgpu.Barrier(num_barriers=wgs),
             plgpu.Barrier(num_barriers=wgs),
             plgpu.Barrier(num_barriers=config.stages),
             plgpu.Barrier(num_arrivals=wgs, num_barriers=config.stages),
         ],
-        grid=(group_blocks, heads, tile_blocks, batch),
-        grid_names=m.axes("groups", "head", "tiles", "sequence"),
+        grid=(group_blocks, heads, row_blocks, batch),
+        grid_names=m.axes("groups", "head", "queries", "sequence"),
         num_threads=wgs + 1,
         thread_name=m.axis("wg"),
         kernel_name="pq_tile_scores",
     )(*operands)
-    scores = lax.bitcast_convert_type(scores, jnp.float32)
-    return scores.reshape(batch, heads, -1, all_groups)
+    return weights.reshape(batch, heads, -1, all_groups)
 
 
 @dataclass(frozen=True)
@@ -708,16 +712,17 @@ def _store_rows(out_s: Any, found: tuple[jax.Array, ...], out_refs: tuple[Any, .
 
 def _tile_threshold_kernel(
     scores_ref: Any,
+    origin_ref: Any,
     level_ref: Any,
     radius_ref: Any,
     scores_s: Any,
+    origin_s: Any,
     out_s: Any,
+    origin_bar: Any,
     bar: Any,
     free: Any,
     *,
     count: int,
-    block_q: int,
-    key_group: int,
     config: ThresholdConfig,
 ) -> None:
     """Thresholds of 64 tiles; see `_tile_thresholds`."""
@@ -742,6 +747,8 @@ def _tile_threshold_kernel(
     @pl.when(wg == 0)
     def _() -> None:
         plgpu.set_max_registers(MAX_REGISTERS[1], action="increase")
+        plgpu.copy_gmem_to_smem(origin_ref.at[pl.ds(first, ROWS)], origin_s, origin_bar)
+        plgpu.barrier_wait(origin_bar)
         if resident:
             for j in range(steps):
                 plgpu.barrier_wait(bar.at[j])
@@ -757,11 +764,10 @@ def _tile_threshold_kernel(
             plgpu.barrier_arrive(free.at[slot])
             return out
 
-        tile = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW_LAYOUT) + first
         found = _rows_search(
             _visit(jnp.int32(steps), jnp.int32(steps), resident),
             score,
-            origin=lax.div(tile * block_q, jnp.full_like(tile, key_group)).astype(jnp.float32),
+            origin=plgpu.load(origin_s, layout=ROW_LAYOUT),
             number=None,
             count=count,
             low=0,
@@ -775,15 +781,14 @@ def _tile_threshold_kernel(
 
 def _tile_thresholds(
     scores: Float[Array, "B N t g"],
+    origin: Int32[Array, "t"],
     *,
     count: int,
-    block_q: int,
-    key_group: int,
     config: ThresholdConfig | None = None,
 ) -> tuple[Int32[Array, "B N t"], Int32[Array, "B N t"]]:
     """Lowest score and largest tie distance of the `count` groups that every tile keeps.
 
-    A tile that sees no group has score 0 and distance -1.
+    A tile that sees no group has score 0 and distance -1. Distances are from the group `origin`.
     """
     pad = (0, 0), (0, 0), (0, -scores.shape[2] % ROWS), (0, -scores.shape[3] % 64)
     wanted = scores.shape[2]
@@ -791,10 +796,10 @@ def _tile_thresholds(
     batch, heads, tiles, groups = scores.shape
     config = config or tile_threshold_config(groups)
 
+    origin = jnp.pad(origin, (0, tiles - wanted)).astype(jnp.float32)
+
     def body(*refs: Any) -> None:
-        _tile_threshold_kernel(
-            *refs, count=count, block_q=block_q, key_group=key_group, config=config
-        )
+        _tile_threshold_kernel(*refs, count=count, config=config)
 
     out = jax.ShapeDtypeStruct((batch * heads * tiles,), jnp.int32)
     found = plgpu.kernel(
@@ -802,7 +807,9 @@ def _tile_thresholds(
         out_type=[out, out],
         scratch_types=[
             m.matrix((config.stages, ROWS, config.columns), jnp.float32),
+            plgpu.SMEM((ROWS,), jnp.float32),
             plgpu.SMEM((2, ROWS), jnp.int32),
+            plgpu.Barrier(),
             plgpu.Barrier(num_barriers=config.stages),
             plgpu.Barrier(num_barriers=config.stages),
         ],
@@ -811,7 +818,7 @@ def _tile_thresholds(
         num_threads=2,
         thread_name=m.axis("wg"),
         kernel_name="pq_tile_threshold",
-    )(scores.reshape(-1, groups))
+    )(scores.reshape(-1, groups), origin)
     level, radius = (a.reshape(batch, heads, tiles)[..., :wanted] for a in found)
     return level, radius
 

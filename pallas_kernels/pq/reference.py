@@ -9,12 +9,14 @@ from jaxtyping import Array, Bool, Float, Int, Int8, Int32, UInt8
 
 from pallas_kernels.pq.types import Selection, TileSelection, TokenSelection
 
-MAX_SUB_TILE = 16
 MANTISSA_BITS = 23  # of float32
 EXPONENT_BIAS = 127
 MAX_EXPONENT = 100  # sums of powers up to 2^100 stay finite, and the least stay normal
-DROPPED_BITS = 11  # of a sum of powers, which leaves scores below TILE_SCORES
-TILE_SCORES = 2 ** (31 - DROPPED_BITS)
+WEIGHT_BITS = 15  # of a group's weight beside the largest of a query: 2^16 of them add up in int32
+SHARE_BITS = 14  # of a group's share of a query: those of 512 queries add up in float32
+RECIPROCAL = np.int32(0x7EF311C7)  # less the bit pattern of x it is that of 1 / x, within an eighth
+DROPPED_BITS = 8  # of the sum of shares, which leaves scores below TILE_SCORES
+TILE_SCORES = 2**20
 
 
 def encode(
@@ -81,39 +83,9 @@ def tie_distance(length: int) -> Int32[Array, "S S"]:
     return 2 * jnp.abs(d) - (d < 0)
 
 
-def sub_tile(block_q: int) -> int:
-    """Queries of a sub-tile, whose mean query is scored."""
-    return max(n for n in range(1, min(block_q, MAX_SUB_TILE) + 1) if block_q % n == 0)
-
-
-def mean_rows(
-    rows: Float[Array, "... S w"], mask: Bool[Array, "... S"], block: int, padded: int
-) -> tuple[Float[Array, "... U w"], Bool[Array, "... U"]]:
-    """Twice the mean codeword row of each run of `block` queries, integers of at most 254.
-
-    Args:
-      rows: Codeword rows of the queries.
-      mask: False where a query is left out.
-      block: Queries of a run; at most `MAX_SUB_TILE`.
-      padded: Queries after padding; a multiple of `block`.
-
-    Returns:
-      The means, 0 where no query counts, and whether any does.
-    """
-    tail = padded - rows.shape[-2]
-    rows = jnp.where(mask[..., None], rows.astype(jnp.float32), 0)
-    rows = jnp.pad(rows, ((0, 0),) * (rows.ndim - 2) + ((0, tail), (0, 0)))
-    mask = jnp.pad(mask, ((0, 0),) * (mask.ndim - 1) + ((0, tail),))
-    totals = rows.reshape(*rows.shape[:-2], -1, block, rows.shape[-1]).sum(-2)
-    number = mask.reshape(*mask.shape[:-1], -1, block).sum(-1)
-    # a quotient would be rounded differently by different devices; a product is not
-    twice = jnp.asarray(2 / np.maximum(np.arange(block + 1), 1), jnp.float32)
-    return jnp.round(totals * twice[number][..., None]), number > 0
-
-
 def exponent_step(score_unit: Float[Array, "K"]) -> Float[Array, "K"]:
-    """What a product of `mean_rows` and key codewords adds to the bit pattern of 2^x."""
-    return score_unit * np.float32(2**MANTISSA_BITS / (2 * np.log(2)))
+    """What a score adds to the bit pattern of 2^x."""
+    return score_unit * np.float32(2**MANTISSA_BITS / np.log(2))
 
 
 def bits_of_power(step: Float[Array, "*#n"], score: Float[Array, "*n"]) -> Int32[Array, "*n"]:
@@ -123,21 +95,54 @@ def bits_of_power(step: Float[Array, "*#n"], score: Float[Array, "*n"]) -> Int32
     return away + (EXPONENT_BIAS << MANTISSA_BITS)
 
 
-def tile_score(
-    weights: Float[Array, "... Q u G"], counts: Bool[Array, "... Q u"]
-) -> Float[Array, "... Q G"]:
-    """Integer score of a group for a tile, -inf where its sub-tiles see no key.
+def cut_weight(weight: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """A positive float32 without the lower half of its bits, which bfloat16 holds."""
+    bits = jax.lax.bitcast_convert_type(weight, jnp.int32) & np.int32(-(2**16))
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def group_shares(weights: Float[Array, "*n"], axis: int) -> Int32[Array, "*n"]:
+    """Share of each key group in a query's weights, of about 2^14 in all.
+
+    Weights are cut to 15 bits beside the largest, so that their sum is one of integers, and divided
+    by it through `RECIPROCAL`: to within an eighth, and alike on every device.
 
     Args:
-      weights: Of each sub-tile, the sum of 2^x over the keys that it sees.
-      counts: Whether a sub-tile has a query.
+      weights: Of a query and a group, the sum of 2^x over its keys, cut by `cut_weight`; 0 where
+        none is seen.
+      axis: The groups, at most 2^16.
     """
-    weights = jnp.where(counts[..., None], weights, weights * np.float32(2.0**-MAX_EXPONENT))
-    total = weights[..., 0, :]
-    for r in range(1, weights.shape[-2]):
-        total = total + weights[..., r, :]
-    bits = jax.lax.bitcast_convert_type(total, jnp.int32) >> DROPPED_BITS
-    return jnp.where(total > 0, bits.astype(jnp.float32), -jnp.inf)
+
+    def bits(a: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(a, jnp.int32)
+
+    def power(exponent: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(exponent << MANTISSA_BITS, jnp.float32)
+
+    top = bits(weights.max(axis, keepdims=True)) >> MANTISSA_BITS
+    top = jnp.maximum(top, EXPONENT_BIAS - MAX_EXPONENT)  # a query that sees nothing
+    cut = (weights * power(2 * EXPONENT_BIAS + WEIGHT_BITS - 1 - top)).astype(jnp.int32)
+    total = jnp.maximum(cut.sum(axis, keepdims=True, dtype=jnp.int32), 1).astype(jnp.float32)
+    inverse = jax.lax.bitcast_convert_type(RECIPROCAL - bits(total), jnp.float32)
+    return (cut.astype(jnp.float32) * (inverse * np.float32(2**SHARE_BITS))).astype(jnp.int32)
+
+
+def tile_score(
+    share: Int32[Array, "*n"], seen: Bool[Array, "*n"], first: Bool[Array, "*#n"] | None
+) -> Float[Array, "*n"]:
+    """Integer score of a group for a tile, -inf where its queries see no key.
+
+    Args:
+      share: Sum of `group_shares` over the queries that count; below 2^24.
+      seen: Whether any query sees a key of the group.
+      first: Groups that come before all others.
+    """
+    bits = jax.lax.bitcast_convert_type(share.astype(jnp.float32), jnp.int32)
+    above = (bits - (EXPONENT_BIAS << MANTISSA_BITS)) >> DROPPED_BITS
+    score = jnp.where(share > 0, above + 1, 0)
+    if first is not None:
+        score = jnp.where(first, TILE_SCORES - 1, score)
+    return jnp.where(seen, score.astype(jnp.float32), -jnp.inf)
 
 
 def tile_list_length(
@@ -147,8 +152,8 @@ def tile_list_length(
     first = np.arange(0, length, block_q)
     last = np.minimum(first + block_q, length) - 1
     own = int((last // key_group - first // key_group).max()) + 1
-    least = own if causal or segments else 1
-    return min(-(-length // key_group), max(-(-num_keys // key_group), least))
+    others = -(-num_keys // key_group)
+    return min(-(-length // key_group), others + (own if causal or segments else 0))
 
 
 def tile_groups(
@@ -200,26 +205,28 @@ def select(
             threshold=jnp.where(kept > 0, threshold, 0),
             tie_radius=jnp.where(kept > 0, radius, -1),
         )
-    tiles, count, block = -(-length // block_q), -(-length // key_group), sub_tile(block_q)
+    tiles, count = -(-length // block_q), -(-length // key_group)
     rows, keys = tiles * block_q - length, count * key_group - length
-    counted = jnp.ones((1, length), bool) if key_mask is None else key_mask
-    queries = decode(query_codes, query_codewords)
-    counted = jnp.broadcast_to(counted[:, None], queries.shape[:3])
-    means, counted = mean_rows(queries, counted, block, tiles * block_q)
-    key_rows = jnp.repeat(decode(key_codes, key_codewords), heads // key_codes.shape[2], 1)
-    product = jnp.einsum("bnuw,bnkw->bnuk", means, key_rows, precision="highest")
+    score = scores(query_codes, key_codes, query_codewords, key_codewords).astype(jnp.float32)
     step = jnp.repeat(exponent_step(score_unit), heads // key_codes.shape[2])
-    power = jax.lax.bitcast_convert_type(bits_of_power(step[:, None, None], product), jnp.float32)
-    visible = jnp.pad(valid, ((0, 0), (0, 0), (0, rows), (0, 0)))
-    visible = visible.reshape(batch, heads, -1, block, length).any(3)
-    power = jnp.pad(jnp.where(visible, power, 0), ((0, 0), (0, 0), (0, 0), (0, keys)))
-    power = power.reshape(batch, heads, tiles, -1, count, key_group)
+    bits = bits_of_power(step[:, None, None], score)
+    power = jnp.where(valid, jax.lax.bitcast_convert_type(bits, jnp.float32), 0)
+    power = jnp.pad(power, ((0, 0), (0, 0), (0, 0), (0, keys)))
+    power = power.reshape(batch, heads, length, count, key_group)
     weights = power[..., 0]
     for key in range(1, key_group):
         weights = weights + power[..., key]
-    group_score = tile_score(weights, counted.reshape(batch, heads, tiles, -1))
-    listed = group_score > -jnp.inf
+    weights = cut_weight(weights)
+    counted = jnp.ones((1, length), bool) if key_mask is None else key_mask
+    shares = jnp.where(counted[:, None, :, None], group_shares(weights, -1), 0)
+    shares, weights = (
+        jnp.pad(a, ((0, 0), (0, 0), (0, rows), (0, 0))).reshape(batch, heads, tiles, -1, count)
+        for a in (shares, weights)
+    )
     own, away = tile_groups(length, block_q, key_group)
+    own_first = causal or segment_ids is not None
+    group_score = tile_score(shares.sum(3), (weights > 0).any(3), own if own_first else None)
+    listed = group_score > -jnp.inf
     list_length = tile_list_length(
         length,
         num_keys,
@@ -228,9 +235,8 @@ def select(
         causal=causal,
         segments=segment_ids is not None,
     )
-    first = own if segment_ids is not None else jnp.zeros_like(own)
     order = jnp.lexsort(
-        tuple(jnp.broadcast_to(a, listed.shape) for a in (away, -group_score, ~first, ~listed))
+        tuple(jnp.broadcast_to(a, listed.shape) for a in (away, -group_score, ~listed))
     )
     counts = jnp.minimum(list_length, listed.sum(-1))
     chosen = jnp.arange(list_length) < counts[..., None]

@@ -15,18 +15,17 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int8, Int32, Num, UInt8
 
 from pallas_kernels.pq.reference import (
-    TILE_SCORES,
     exponent_step,
-    mean_rows,
-    sub_tile,
+    group_shares,
     tile_groups,
     tile_list_length,
     tile_score,
 )
 from pallas_kernels.pq.types import Selection, TileSelection, TokenSelection
 
-CHUNK_BYTES = 2**26  # what the codeword rows and scores of some heads may take at once
-PADDED = 64  # rows and columns that kernels may pad scores to
+CHUNK_BYTES = 2**28  # what the weights of the queries of some tiles and heads may take at once
+PADDED = 64  # rows and columns that kernels may pad weights to
+WEIGHT_BYTES = 8  # of a query and a group: a weight in bfloat16, and what is made of it
 WORD = 32  # keys whose visibility a word holds
 
 
@@ -34,12 +33,14 @@ class Kernels(NamedTuple):
     """The kernels of one implementation.
 
     Attributes:
-      dtype: Type of codeword rows and their means, a half type.
-      tile_scores: `(means, keys, steps, seen, *, block, key_group, causal)` returns, for every
-        sub-tile of queries and key group, the sum of 2^x over the keys that the sub-tile sees:
-        `[B, N, t, g]`, padded or not.
-      tile_thresholds: `(scores, *, count, block_q, key_group)` returns the lowest score and the
-        largest tie distance of the `count` groups that every tile keeps, `[B, N, Q]` int32.
+      dtype: Type of codeword rows, a half type.
+      tile_scores: `(queries, first, keys, steps, seen, *, key_group, causal)` returns, for every
+        one of some queries, of which the first is at position `first`, and every key group the sum
+        of 2^x over the keys that the query sees, cut by `cut_weight`: `[B, N, u, g]`, padded or
+        not.
+      tile_thresholds: `(scores, origin, *, count)` returns the lowest score and the largest tie
+        distance of the `count` groups that every tile keeps, `[B, N, Q]` int32; a tile measures
+        distances from the group `origin`, `[Q]` int32.
       token_thresholds: `(queries, keys, tags, *, count, causal)` returns those of the `count` keys
         that every query keeps, `[B, N, S]` int32.
     """
@@ -79,88 +80,107 @@ def codeword_rows(
 
 
 def _seen_words(
+    first: Int32[Array, ""],
+    queries: int,
     length: int,
-    block: int,
     key_group: int,
     causal: bool,
     key_mask: Bool[Array, "B S"] | None,
     segment_ids: Int[Array, "B S"] | None,
-) -> Int32[Array, "u B U G"] | None:
-    """Whether any of `block` queries sees a key, a bit a key; None where positions alone decide."""
+) -> Int32[Array, "words B U G"] | None:
+    """Whether queries from `first` on see a key, a bit a key; None where positions alone decide."""
     if key_mask is None and segment_ids is None:
         return None
-    tiles, groups = -(-length // block), -(-length // key_group)
-    query = jnp.arange(tiles * block, dtype=jnp.int32).reshape(tiles, block, 1, 1)
+    groups = -(-length // key_group)
+    query = first + jnp.arange(queries, dtype=jnp.int32)[:, None, None]
     key = jnp.arange(groups * key_group, dtype=jnp.int32).reshape(groups, key_group)
-    if segment_ids is None:
-        query = jnp.minimum(query[:, -1:], length - 1)
     valid = (key < length) & (query < length)
     if causal:
         valid = valid & (key <= query)
     valid = valid[None]
+
+    def of_keys(a: jax.Array) -> jax.Array:
+        return jnp.pad(a, ((0, 0), (0, groups * key_group - length))).reshape(
+            -1, 1, groups, key_group
+        )
+
     if segment_ids is not None:
-        ids = [
-            jnp.pad(segment_ids, ((0, 0), (0, n * size - length))).reshape(-1, n, size)
-            for n, size in ((tiles, block), (groups, key_group))
-        ]
-        valid = valid & (ids[0][:, :, :, None, None] == ids[1][:, None, None])
+        own = segment_ids[:, jnp.minimum(query, length - 1)]
+        valid = valid & (own == of_keys(segment_ids))
     if key_mask is not None:
-        shown = jnp.pad(key_mask, ((0, 0), (0, groups * key_group - length)))
-        valid = valid & shown.reshape(-1, 1, 1, groups, key_group)
+        valid = valid & of_keys(key_mask)
     bits = jnp.where(valid, jnp.left_shift(1, jnp.arange(key_group, dtype=jnp.int32) % WORD), 0)
     words = [
-        lax.reduce(bits[..., first : first + WORD], jnp.int32(0), lax.bitwise_or, (2, 4))
-        for first in range(0, key_group, WORD)
+        lax.reduce(bits[..., start : start + WORD], jnp.int32(0), lax.bitwise_or, (3,))
+        for start in range(0, key_group, WORD)
     ]
     return jnp.stack(words)
 
 
+class _Part(NamedTuple):
+    """The tiles of some sequences and key heads that are chosen for at once.
+
+    Attributes:
+      queries: `[B, U, N, V]`, codeword rows of whole tiles.
+      first: Position of the first query.
+      keys: `[B, S, K, V]`.
+      steps: `[K]`, of `exponent_step`.
+      seen: Of `_seen_words`.
+      counted: `[B, U]`, whether a query counts.
+    """
+
+    queries: jax.Array
+    first: jax.Array
+    keys: jax.Array
+    steps: jax.Array
+    seen: jax.Array | None
+    counted: jax.Array
+
+
 def _select_tiles(
     kernels: Kernels,
-    query_codes: UInt8[Array, "B S N M"],
-    key_codes: UInt8[Array, "B S K M"],
-    query_codewords: Int8[Array, "K M E W"],
-    key_codewords: Int8[Array, "K M E W"],
-    score_unit: Float[Array, "K"],
-    seen: Int32[Array, "u B U G"] | None,
-    key_mask: Bool[Array, "B S"] | None,
+    part: _Part,
     *,
+    length: int,
     size: int,
     block_q: int,
     key_group: int,
     causal: bool,
-    packed: bool,
+    own_first: bool,
 ) -> tuple[Int32[Array, "B N Q P"], Int32[Array, "B N Q"]]:
     """Lists of key groups and their lengths."""
-    length, tiles = key_codes.shape[1], -(-key_codes.shape[1] // block_q)
-    block, padded = sub_tile(block_q), tiles * block_q
-    rows = codeword_rows(query_codes, query_codewords, kernels.dtype)
-    counted = jnp.ones((1, length), bool) if key_mask is None else key_mask
-    means, counted = mean_rows(jnp.moveaxis(rows, 2, 1), counted[:, None], block, padded)
+    batch, padded, heads, _ = part.queries.shape
+    tiles = padded // block_q
     weights = kernels.tile_scores(
-        means.astype(kernels.dtype),
-        codeword_rows(key_codes, key_codewords, kernels.dtype),
-        exponent_step(score_unit),
-        seen,
-        block=block,
+        jnp.moveaxis(part.queries, 2, 1),
+        part.first,
+        part.keys,
+        part.steps,
+        part.seen,
         key_group=key_group,
         causal=causal,
-    )
-    real = jnp.arange(0, padded, block)[:, None] < length
-    weights = jnp.where(real, weights[:, :, : padded // block], 0)
-    weights = weights.reshape(*weights.shape[:2], tiles, -1, weights.shape[-1])
-    scores = tile_score(weights, counted.reshape(*counted.shape[:2], tiles, -1))
-    if packed:
+    )[:, :, :padded].astype(jnp.float32)
+    here = (part.first + jnp.arange(padded, dtype=jnp.int32) < length)[:, None]
+    weights = jnp.where(here, weights, 0)
+    shares = jnp.where(part.counted[:, None, :, None], group_shares(weights, -1), 0)
+    of_tiles = batch, heads, tiles, block_q, weights.shape[-1]
+    tile = lax.div(part.first, jnp.int32(block_q)) + jnp.arange(tiles, dtype=jnp.int32)
+    first = None
+    if own_first:
         own, _ = tile_groups(length, block_q, key_group)
-        own = jnp.pad(own, ((0, 0), (0, scores.shape[-1] - own.shape[1])))
-        scores = jnp.where(own & (scores > -jnp.inf), TILE_SCORES - 1, scores)
-    level, radius = kernels.tile_thresholds(
-        scores, count=size, block_q=block_q, key_group=key_group
+        own = jnp.pad(own, ((0, 0), (0, weights.shape[-1] - own.shape[1])))
+        first = own[jnp.minimum(tile, len(own) - 1)]
+    scores = tile_score(
+        shares.reshape(of_tiles).sum(3, dtype=jnp.int32),
+        (weights > 0).reshape(of_tiles).any(3),
+        first,
     )
+    origin = lax.div(tile * block_q, jnp.int32(key_group))
+    level, radius = kernels.tile_thresholds(scores, origin, count=size)
     level, radius = (a[..., None] for a in (level, radius))
     group = jnp.arange(scores.shape[-1], dtype=jnp.int32)
-    origin = jnp.arange(tiles, dtype=jnp.int32)[:, None] * block_q // key_group
-    distance = 2 * jnp.abs(group - origin) - (group < origin)
+    away = group - origin[:, None]
+    distance = 2 * jnp.abs(away) - (away < 0)
     near = (scores == level) & (distance <= radius)
     rank = jnp.cumsum(((scores > level) & (scores > -jnp.inf)) | near, -1, dtype=jnp.int32)
     counts = rank[..., -1]
@@ -173,24 +193,21 @@ def _select_tiles(
     return groups, counts
 
 
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is at most `most`, or 1."""
+    return max(n for n in range(1, max(1, min(most, number)) + 1) if number % n == 0)
+
+
 def _chunks(
-    query_codes: UInt8[Array, "B S N M"],
-    key_codes: UInt8[Array, "B S K M"],
-    codewords: Int8[Array, "K M E W"],
-    tiles: int,
-    groups: int,
-    sub_tiles: int,
-) -> tuple[int, int]:
-    """Sequences and key heads whose groups are chosen at once; several of only one of them."""
-    batch, length, heads, _ = query_codes.shape
-    kv_heads = key_codes.shape[2]
-    rows = 3 * -(-tiles // PADDED) + 2 * -(-sub_tiles // PADDED)
-    scores = 4 * rows * PADDED * -(-groups // PADDED) * PADDED
-    each = 2 * length * row_width(codewords) + heads // kv_heads * scores
-    most = max(1, CHUNK_BYTES // each)
-    head_chunk = max(n for n in range(1, min(most, kv_heads) + 1) if kv_heads % n == 0)
-    most = most // kv_heads if head_chunk == kv_heads else 1
-    return max(n for n in range(1, min(most, batch) + 1) if batch % n == 0), head_chunk
+    batch: int, kv_heads: int, rows: int, tiles: int, block_q: int, groups: int
+) -> tuple[int, int, int]:
+    """Sequences, key heads and tiles that are chosen for at once; some of one before the next."""
+    tile = WEIGHT_BYTES * rows * block_q * -(-groups // PADDED) * PADDED
+    most = max(1, CHUNK_BYTES // tile)
+    tile_chunk = min(tiles, most)
+    head_chunk = _divisor(kv_heads, most // tiles)
+    whole = tiles * kv_heads
+    return _divisor(batch, most // whole), head_chunk, tile_chunk
 
 
 def select(
@@ -233,44 +250,87 @@ def select(
             threshold=threshold,
             tie_radius=radius,
         )
-    packed, block = segment_ids is not None, sub_tile(block_q)
     size = tile_list_length(
-        length, num_keys, block_q=block_q, key_group=key_group, causal=causal, segments=packed
+        length,
+        num_keys,
+        block_q=block_q,
+        key_group=key_group,
+        causal=causal,
+        segments=segment_ids is not None,
     )
-    seen = _seen_words(length, block, key_group, causal, key_mask, segment_ids)
     tiles, groups = -(-length // block_q), -(-length // key_group)
-    batch_chunk, head_chunk = _chunks(
-        query_codes, key_codes, query_codewords, tiles, groups, tiles * (block_q // block)
-    )
     kv_heads, rows = key_codes.shape[2], query_codes.shape[2] // key_codes.shape[2]
-    steps = kv_heads // head_chunk
+    chunk = _chunks(batch, kv_heads, rows, tiles, block_q, groups)
+    batch_chunk, head_chunk, tile_chunk = chunk
+    tile_steps, head_steps = -(-tiles // tile_chunk), kv_heads // head_chunk
+    queries, padded = tile_chunk * block_q, tile_steps * tile_chunk * block_q
+    counted = jnp.ones((batch, length), bool) if key_mask is None else key_mask
+
+    def tail(a: jax.Array) -> jax.Array:
+        return jnp.pad(a, ((0, 0), (0, padded - length), *((0, 0),) * (a.ndim - 2)))
+
+    query_codes, counted = tail(query_codes), tail(counted)
+    steps = exponent_step(score_unit)
 
     def run(index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        sequence, head = index // steps * batch_chunk, index % steps * head_chunk
+        first = index % tile_steps * queries
+        pair = index // tile_steps
+        sequence, head = pair // head_steps * batch_chunk, pair % head_steps * head_chunk
 
-        def part(a: jax.Array, axis: int = 0) -> jax.Array:
-            return lax.dynamic_slice_in_dim(a, sequence, batch_chunk, axis)
+        def sequences(a: jax.Array) -> jax.Array:
+            return lax.dynamic_slice_in_dim(a, sequence, batch_chunk, 0)
+
+        def mine(a: jax.Array) -> jax.Array:
+            return lax.dynamic_slice_in_dim(sequences(a), first, queries, 1)
 
         def heads(a: jax.Array, axis: int, each: int = 1) -> jax.Array:
             return lax.dynamic_slice_in_dim(a, head * each, head_chunk * each, axis)
 
+        part = _Part(
+            queries=codeword_rows(
+                heads(mine(query_codes), 2, rows), heads(query_codewords, 0), kernels.dtype
+            ),
+            first=first,
+            keys=codeword_rows(
+                heads(sequences(key_codes), 2), heads(key_codewords, 0), kernels.dtype
+            ),
+            steps=heads(steps, 0),
+            seen=_seen_words(
+                first,
+                queries,
+                length,
+                key_group,
+                causal,
+                None if key_mask is None else sequences(key_mask),
+                None if segment_ids is None else sequences(segment_ids),
+            ),
+            counted=mine(counted),
+        )
         return _select_tiles(
             kernels,
-            heads(part(query_codes), 2, rows),
-            heads(part(key_codes), 2),
-            heads(query_codewords, 0),
-            heads(key_codewords, 0),
-            heads(score_unit, 0),
-            None if seen is None else part(seen, 1),
-            None if key_mask is None else part(key_mask),
+            part,
+            length=length,
             size=size,
             block_q=block_q,
             key_group=key_group,
             causal=causal,
-            packed=packed,
+            own_first=causal or segment_ids is not None,
         )
 
-    chunks = batch // batch_chunk * steps
-    found = lax.map(run, jnp.arange(chunks, dtype=jnp.int32)) if chunks > 1 else run(jnp.int32(0))
-    lists, counts = (a.reshape(batch, kv_heads * rows, tiles, -1) for a in found)
+    number = batch // batch_chunk * head_steps * tile_steps
+    found = lax.map(run, jnp.arange(number, dtype=jnp.int32)) if number > 1 else run(jnp.int32(0))
+
+    def join(a: jax.Array) -> jax.Array:
+        a = a.reshape(
+            batch // batch_chunk,
+            head_steps,
+            tile_steps,
+            batch_chunk,
+            head_chunk * rows,
+            tile_chunk,
+            -1,
+        ).transpose(0, 3, 1, 4, 2, 5, 6)
+        return a.reshape(batch, kv_heads * rows, tile_steps * tile_chunk, -1)[:, :, :tiles]
+
+    lists, counts = (join(a) for a in found)
     return TileSelection(groups=lists, counts=counts[..., 0], block_q=block_q, key_group=key_group)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int32, UInt8
 from pallas_kernels import triton as t
 from pallas_kernels.pq import selection
 from pallas_kernels.pq.reference import EXPONENT_BIAS, MANTISSA_BITS, MAX_EXPONENT, TILE_SCORES
+from pallas_kernels.pq.xla import MAX_UNROLLED, encode_scalars
 
 ENCODE_ELEMENTS = 2**13  # distances that a program of `pq_encode` holds
 THRESHOLD_ELEMENTS = 2**12  # scores that a program of `pq_tile_threshold` holds, at least a row
@@ -86,7 +87,8 @@ def load_codes(rows, number, valid, stride, WIDTH: tl.constexpr, BLOCK_W: tl.con
 @triton.jit
 @no_type_check
 def pq_tile_scores_kernel(
-    means,
+    queries,
+    first,
     keys,
     steps,
     seen,
@@ -94,10 +96,8 @@ def pq_tile_scores_kernel(
     LENGTH: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
-    SUB_TILES: tl.constexpr,
-    SEEN_TILES: tl.constexpr,
+    QUERIES: tl.constexpr,
     GROUPS: tl.constexpr,
-    SUB_TILE: tl.constexpr,
     KEY_GROUP: tl.constexpr,
     CODES: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -107,52 +107,51 @@ def pq_tile_scores_kernel(
     BLOCK: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """Weights of some groups for some sub-tiles, key after key of the groups."""
+    """Weights of some groups for some queries, key after key of the groups."""
     head, batch = tl.program_id(2) % HEADS, tl.program_id(2) // HEADS
     batches = tl.num_programs(2) // HEADS
     kv_head = head // (HEADS // KV_HEADS)
-    sub_tiles = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     groups = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tile_there, group_there = sub_tiles < SUB_TILES, groups < GROUPS
-    line = (batch * HEADS + head).to(tl.int64) * SUB_TILES
-    mean = load_codes(means + line * CODES, sub_tiles, tile_there, CODES, CODES, BLOCK_W)
+    row_there, group_there = rows < QUERIES, groups < GROUPS
+    there = row_there[:, None] & group_there[None, :]
+    line = (batch * HEADS + head).to(tl.int64) * QUERIES
+    query = load_codes(queries + line * CODES, rows, row_there, CODES, CODES, BLOCK_W)
     step = tl.load(steps + kv_head)
     of_keys = keys + (batch.to(tl.int64) * LENGTH * KV_HEADS + kv_head) * CODES
-    end = tl.full((BLOCK,), LENGTH, tl.int32)  # the first key that a sub-tile does not see
+    end = tl.full((BLOCK,), LENGTH, tl.int32)  # the first key that a query does not see
     if CAUSAL:
-        end = tl.minimum((sub_tiles + 1) * SUB_TILE, LENGTH)
+        end = tl.minimum(tl.load(first) + rows + 1, LENGTH)
     number = tl.where(tl.program_id(0) * BLOCK * KEY_GROUP < tl.max(end, 0), KEY_GROUP, 0)
     total = tl.zeros((BLOCK, BLOCK), tl.float32)
     for u in range(number):
         key = groups * KEY_GROUP + u
-        rows = load_codes(of_keys, key, key < LENGTH, KV_HEADS * CODES, CODES, BLOCK_W)
-        score = tl.dot(mean, tl.trans(rows))
+        codes = load_codes(of_keys, key, key < LENGTH, KV_HEADS * CODES, CODES, BLOCK_W)
+        score = tl.dot(query, tl.trans(codes))
         away = tl.minimum(tl.maximum(step * score, -LIMIT), LIMIT).to(tl.int32)
         power = (away + ONE).to(tl.float32, bitcast=True)
         visible = key[None, :] < end[:, None]
         if seen is not None:
-            word = ((u // WORD) * batches + batch) * SEEN_TILES + sub_tiles
+            word = ((u // WORD) * batches + batch) * QUERIES + rows
             where = seen + word.to(tl.int64)[:, None] * GROUPS + groups[None, :]
-            has_word = (sub_tiles < SEEN_TILES)[:, None] & group_there[None, :]
-            bits = tl.load(where, mask=has_word, other=0)
-            visible &= ((bits >> (u % WORD)) & 1) == 1
+            visible &= ((tl.load(where, mask=there, other=0) >> (u % WORD)) & 1) == 1
         total += tl.where(visible, power, 0.0)
-    where = out + (line + sub_tiles)[:, None] * GROUPS + groups[None, :]
-    tl.store(where, total, mask=tile_there[:, None] & group_there[None, :])
+    cut = (total.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    where = out + (line + rows)[:, None] * GROUPS + groups[None, :]
+    tl.store(where, cut.to(tl.bfloat16), mask=there)
 
 
 @triton.jit
 @no_type_check
 def pq_tile_threshold_kernel(
     scores,
+    origin,
     level,
     radius,
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
     GROUPS: tl.constexpr,
     COUNT: tl.constexpr,
-    TILE: tl.constexpr,
-    KEY_GROUP: tl.constexpr,
     SCORE_BITS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -173,8 +172,7 @@ def pq_tile_threshold_kernel(
         enough = tl.sum((score >= mark[:, None]).to(tl.int32), 1) >= kept
         lowest = tl.where(enough, mark, lowest)
     above = tl.sum((score > lowest[:, None]).to(tl.int32), 1)
-    origin = (rows % TILES) * TILE // KEY_GROUP
-    d = group[None, :] - origin[:, None]
+    d = group[None, :] - tl.load(origin + rows % TILES, mask=there, other=0)[:, None]
     distance = 2 * tl.abs(d) - (d < 0).to(tl.int32)
     distance = tl.where(score == lowest[:, None], distance, 2 * BLOCK_G)
     reach = tl.zeros((BLOCK_R,), tl.int32)  # the most below which there are too few ties
@@ -331,6 +329,8 @@ def encode(
     """As `pq_encode`; codewords have the type of x."""
     batch, length, heads, _ = x.shape
     kv_heads, spaces, num_codewords, width = codebooks.shape
+    if width == 1 and num_codewords <= MAX_UNROLLED:
+        return encode_scalars(x, codebooks)
     tokens, block_e = batch * length, t.power_of_two(num_codewords)
     block_t = min(128, ENCODE_ELEMENTS // block_e)
     found = t.launch(
@@ -354,31 +354,35 @@ def encode(
 
 
 def _tile_scores(
-    means: Float[Array, "B N U V"],
+    queries: Float[Array, "B N U V"],
+    first: Int32[Array, ""],
     keys: Float[Array, "B S K V"],
     steps: Float[Array, "K"],
-    seen: Int32[Array, "u B s G"] | None,
+    seen: Int32[Array, "words B U G"] | None,
     *,
-    block: int,
     key_group: int,
     causal: bool,
 ) -> Float[Array, "B N U G"]:
     """See `selection.Kernels`."""
-    (batch, heads, sub_tiles, width), (_, length, kv_heads, _) = means.shape, keys.shape
+    (batch, heads, rows, width), (_, length, kv_heads, _) = queries.shape, keys.shape
     groups = triton.cdiv(length, key_group)
     found = t.launch(
         pq_tile_scores_kernel,
-        {"means": means, "keys": keys, "steps": steps, "seen": seen},
-        {"out": jax.ShapeDtypeStruct((batch, heads, sub_tiles, groups), jnp.float32)},
+        {
+            "queries": queries,
+            "first": first.reshape(1),
+            "keys": keys,
+            "steps": steps,
+            "seen": seen,
+        },
+        {"out": jax.ShapeDtypeStruct((batch, heads, rows, groups), jnp.bfloat16)},
         name="pq_tile_scores",
-        grid=(triton.cdiv(groups, BLOCK), triton.cdiv(sub_tiles, BLOCK), batch * heads),
+        grid=(triton.cdiv(groups, BLOCK), triton.cdiv(rows, BLOCK), batch * heads),
         LENGTH=length,
         HEADS=heads,
         KV_HEADS=kv_heads,
-        SUB_TILES=sub_tiles,
-        SEEN_TILES=0 if seen is None else seen.shape[2],
+        QUERIES=rows,
         GROUPS=groups,
-        SUB_TILE=block,
         KEY_GROUP=key_group,
         CODES=width,
         CAUSAL=causal,
@@ -392,7 +396,7 @@ def _tile_scores(
 
 
 def _tile_thresholds(
-    scores: Float[Array, "B N Q G"], *, count: int, block_q: int, key_group: int
+    scores: Float[Array, "B N Q G"], origin: Int32[Array, "Q"], *, count: int
 ) -> tuple[Int32[Array, "B N Q"], Int32[Array, "B N Q"]]:
     """See `selection.Kernels`."""
     batch, heads, tiles, groups = scores.shape
@@ -401,7 +405,7 @@ def _tile_thresholds(
     out = jax.ShapeDtypeStruct((batch, heads, tiles), jnp.int32)
     found = t.launch(
         pq_tile_threshold_kernel,
-        {"scores": scores},
+        {"scores": scores, "origin": origin},
         {"level": out, "radius": out},
         name="pq_tile_threshold",
         grid=(triton.cdiv(rows, block_r),),
@@ -410,8 +414,6 @@ def _tile_thresholds(
         TILES=tiles,
         GROUPS=groups,
         COUNT=count,
-        TILE=block_q,
-        KEY_GROUP=key_group,
         SCORE_BITS=(TILE_SCORES - 1).bit_length(),
         BLOCK_R=block_r,
         BLOCK_G=block_g,

@@ -16,11 +16,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int8, Int32, UInt8
 
 from pallas_kernels.pq.reference import (
-    TILE_SCORES,
     bits_of_power,
+    cut_weight,
     exponent_step,
-    mean_rows,
-    sub_tile,
+    group_shares,
     tile_groups,
     tile_list_length,
     tile_score,
@@ -32,6 +31,7 @@ STAGES = 4  # in which causal selection takes its queries, so that 3/8 of the sc
 STAGE_QUERIES = 64  # fewer are not cut
 ENCODE_TOKENS = 512  # tokens of a block when encoding
 ENCODE_UNROLL = 16  # codewords compared in one pass over a block
+MAX_UNROLLED = 32  # codewords of width 1 that one elementwise pass compares or looks up
 ONE = np.float32(1)  # counts stay float32 whatever the default type
 
 
@@ -41,6 +41,8 @@ def encode(
     """As `pq_encode`."""
     batch, length, heads, _ = x.shape
     kv_heads, spaces, num_codewords, width = codebooks.shape
+    if width == 1 and num_codewords <= MAX_UNROLLED:
+        return encode_scalars(x, codebooks)
     tokens, rows = batch * length, heads // kv_heads
     block = min(tokens, ENCODE_TOKENS)
     blocks = -(-tokens // block)
@@ -83,6 +85,27 @@ def encode(
     return codes.reshape(-1, heads, spaces)[:tokens].reshape(batch, length, heads, spaces)
 
 
+def encode_scalars(
+    x: Float[Array, "B S N H"], codebooks: Float[Array, "K H E 1"]
+) -> UInt8[Array, "B S N H"]:
+    """As `pq_encode` with codewords of width 1, of which there are at most `MAX_UNROLLED`.
+
+    One elementwise pass, which XLA fuses well on every device.
+    """
+    batch, length, heads, width = x.shape
+    kv_heads = len(codebooks)
+    parts = x.astype(jnp.float32).reshape(batch, length, kv_heads, heads // kv_heads, width)
+    books = codebooks.astype(jnp.float32)
+    lowest = jnp.full(parts.shape, jnp.inf)
+    code = jnp.zeros(parts.shape, jnp.int32)
+    for e in range(books.shape[2]):
+        word = books[:, None, :, e, 0]
+        distance = word**2 - 2 * word * parts
+        code = jnp.where(distance < lowest, e, code)
+        lowest = jnp.minimum(distance, lowest)
+    return code.astype(jnp.uint8).reshape(x.shape)
+
+
 def pad(a: jax.Array, size: int, axis: int, value: float = 0) -> jax.Array:
     """Pads one axis at its end to a size."""
     widths = [(0, 0)] * a.ndim
@@ -103,11 +126,19 @@ def decode(
     kv_heads = codewords.shape[0]
     # Left to itself, XLA would encode and round anew for every element of the rows.
     codes, codewords = jax.lax.optimization_barrier((codes, codewords))
-    codes = codes.reshape(batch, length, kv_heads, -1, spaces).astype(jnp.int32)
-    books = codewords.astype(jnp.float32)
-    rows = books[jnp.arange(kv_heads)[:, None, None], jnp.arange(spaces), codes]
+    codes = codes.reshape(batch, length, kv_heads, -1, spaces)
+    if codewords.shape[3] == 1 and codewords.shape[2] <= MAX_UNROLLED:
+        rows = jnp.zeros(codes.shape, jnp.int8)
+        for e in range(codewords.shape[2]):  # a gather takes many times as long
+            rows = jnp.where(codes == e, codewords[:, None, :, e, 0], rows)
+        rows = rows.astype(jnp.float32)
+    else:
+        books, codes = codewords.astype(jnp.float32), codes.astype(jnp.int32)
+        rows = books[jnp.arange(kv_heads)[:, None, None], jnp.arange(spaces), codes]
     rows = jnp.moveaxis(rows.reshape(batch, length, kv_heads, heads // kv_heads, -1), 1, 3)
-    return rows.reshape(batch * kv_heads, heads // kv_heads, length, -1)
+    return jax.lax.optimization_barrier(
+        rows.reshape(batch * kv_heads, heads // kv_heads, length, -1)
+    )
 
 
 class Stage(NamedTuple):
@@ -392,36 +423,32 @@ def _select_tiles(
     segment_ids: Int[Array, "B S"] | None,
 ) -> tuple[Int32[Array, "g r Q P"], Int32[Array, "g r Q"]]:
     """Lists of key groups and their lengths."""
-    pairs, rows, length, _ = queries.shape
+    pairs, _, length, _ = queries.shape
     own, away = tile_groups(length, block_q, key_group)
     (tiles, count), distance = own.shape, away.T
-    packed, block = segment_ids is not None, sub_tile(block_q)
     size = tile_list_length(
-        length, num_keys, block_q=block_q, key_group=key_group, causal=causal, segments=packed
+        length,
+        num_keys,
+        block_q=block_q,
+        key_group=key_group,
+        causal=causal,
+        segments=segment_ids is not None,
     )
-    visible = _visible(length, tiles * block_q, block, causal, key_mask, segment_ids)
-    batch, tail = len(visible), count * key_group - length
-    counted = jnp.ones((1, length), bool) if key_mask is None else key_mask
-    means, counted = jax.vmap(
-        lambda q, mask: mean_rows(q, mask, block, tiles * block_q), (1, None), (1, None)
-    )(queries, jnp.repeat(counted, pairs // len(counted), 0))
-    counted = counted.reshape(pairs, 1, tiles, -1)
+    first = own if causal or segment_ids is not None else None
     keys = pad(keys, count * key_group, 1)
-    visible = jnp.pad(visible, ((0, 0), (0, 0), (0, tail)))
+    queries = pad(queries, tiles * block_q, 2)
+    masks = per_pair(key_mask, pairs), per_pair(segment_ids, pairs)
     steps = jnp.tile(exponent_step(score_unit), pairs // len(score_unit))
+    parts = [
+        _tile_scores(stage, queries, keys, steps, length, block_q, key_group, causal, *masks)
+        for stage in _tile_stages(tiles, block_q, count, key_group, causal)
+    ]
+    shares, seen = (
+        jnp.concatenate([pad(part[i], count, 1) for part in parts], -1) for i in range(2)
+    )
 
     def run(pair: jax.Array) -> tuple[jax.Array, jax.Array]:
-        seen = visible[pair // (pairs // batch)].T.reshape(count, key_group, 1, -1)
-        product = jnp.einsum("kw,ruw->kru", keys[pair], means[pair], precision="highest")
-        bits = bits_of_power(steps[pair], product).reshape(count, key_group, rows, -1)
-        power = jnp.where(seen, jax.lax.bitcast_convert_type(bits, jnp.float32), 0)
-        weights = jax.lax.fori_loop(
-            1, key_group, lambda key, total: total + power[:, key], power[:, 0]
-        )
-        weights = jnp.moveaxis(weights.reshape(count, rows, tiles, -1), 0, -1)
-        score = jnp.moveaxis(tile_score(weights, counted[pair]), -1, 0)
-        if packed:
-            score = jnp.where(own.T[:, None] & (score > -jnp.inf), TILE_SCORES - 1, score)
+        score = tile_score(shares[pair], seen[pair], None if first is None else first.T[:, None])
         level, radius = threshold(score[None], distance, size)
         kept = _kept(score[None], distance, level, radius)[0]
         rank = jnp.cumsum(kept, 0)
@@ -434,30 +461,88 @@ def _select_tiles(
     return jax.lax.map(run, jnp.arange(pairs))
 
 
-def _visible(
+class TileStage(NamedTuple):
+    """Consecutive tiles, and how many key groups from the first on they may see."""
+
+    first: int
+    tiles: int
+    groups: int
+
+
+def _tile_stages(
+    tiles: int, block_q: int, count: int, key_group: int, causal: bool
+) -> list[TileStage]:
+    """Cuts causal tiles as `stages` cuts queries."""
+    size = -(-tiles // (STAGES if causal else 1))
+    return [
+        TileStage(
+            first,
+            min(size, tiles - first),
+            min(count, -(-(first + size) * block_q // key_group)) if causal else count,
+        )
+        for first in range(0, tiles, size)
+    ]
+
+
+def _tile_scores(
+    stage: TileStage,
+    queries: Float[Array, "g r U w"],
+    keys: Float[Array, "g k w"],
+    steps: Float[Array, "g"],
     length: int,
-    padded: int,
-    block: int,
+    block_q: int,
+    key_group: int,
     causal: bool,
-    key_mask: Bool[Array, "B S"] | None,
-    segment_ids: Int[Array, "B S"] | None,
-) -> Bool[Array, "b U S"]:
-    """Whether any query of a run of `block` may see a key; b is 1 without mask and segments.
+    key_mask: Bool[Array, "g S"] | None,
+    segments: Int[Array, "g S"] | None,
+) -> tuple[Int32[Array, "g G r Q"], Bool[Array, "g G r Q"]]:
+    """Sums of the shares of groups over the queries of tiles, and whether any sees the group."""
+    pairs, rows, _, _ = queries.shape
+    span = stage.groups * key_group
+    _, block = block_shape(pairs, rows, stage.tiles * block_q, span)
+    step = min(stage.tiles, max(1, block // block_q))  # tiles of a block
+    blocks, block = -(-stage.tiles // step), step * block_q
+    start = stage.first * block_q
+    queries = queries[:, :, start : start + stage.tiles * block_q]
+    queries, keys = pad(queries, blocks * block, 2), keys[:, :span]
+    key_position = jnp.arange(span, dtype=jnp.int32)
 
-    There are `padded` queries, of which those from `length` on see nothing.
-    """
-    position = jnp.arange(length)
-    first = jnp.arange(0, padded, block)
-    visible = jnp.broadcast_to(first[:, None] < length, (len(first), length))[None]
-    if segment_ids is not None:
+    def run(index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        pair, offset = index // blocks, index % blocks * block
+        position = start + offset + jnp.arange(block, dtype=jnp.int32)
+        mine = jax.lax.dynamic_slice_in_dim(queries[pair], offset, block, 1)
+        product = jnp.einsum("kw,rqw->krq", keys[pair], mine, precision="highest")
+        # Made once: it would be made again for every key of a group.
+        product = jax.lax.optimization_barrier(product)
+        product = product.reshape(stage.groups, key_group, rows, block)
 
-        def see(first: jax.Array) -> jax.Array:
-            query = first + jnp.arange(block)
-            same = segment_ids[:, jnp.minimum(query, length - 1), None] == segment_ids[:, None, :]
-            same &= query[:, None] < length
-            return jnp.any(same & (position <= query[:, None]) if causal else same, 1)
+        valid = (position < length)[None]
+        if span > length:
+            valid = valid & (key_position < length)[:, None]
+        if causal:
+            valid = valid & (key_position[:, None] <= position)
+        if key_mask is not None:
+            valid = valid & pad(key_mask[:, :span], span, 1)[pair][:, None]
+        if segments is not None:
+            own = segments[pair][jnp.minimum(position, length - 1)]
+            valid = valid & (pad(segments[:, :span], span, 1)[pair][:, None] == own)
+        valid = jnp.broadcast_to(valid, (span, block)).reshape(stage.groups, key_group, 1, block)
+        weights = jnp.zeros((stage.groups, rows, block), jnp.float32)
+        for key in range(key_group):
+            bits = bits_of_power(steps[pair], product[:, key])
+            power = jax.lax.bitcast_convert_type(bits, jnp.float32)
+            weights = weights + jnp.where(valid[:, key], power, 0)
+        weights = jax.lax.optimization_barrier(cut_weight(weights))
+        share = group_shares(weights, 0)
+        if key_mask is not None:
+            share = jnp.where(key_mask[pair][jnp.minimum(position, length - 1)], share, 0)
+        of_tiles = stage.groups, rows, step, block_q
+        seen = (weights > 0).reshape(of_tiles).any(-1)
+        return share.reshape(of_tiles).sum(-1, dtype=jnp.int32), seen
 
-        visible = jnp.moveaxis(jax.lax.map(see, first), 0, 1)
-    elif causal:
-        visible = visible & (position < first[:, None] + block)
-    return visible if key_mask is None else visible & key_mask[:, None, :]
+    def join(a: jax.Array) -> jax.Array:
+        a = a.reshape(pairs, blocks, stage.groups, rows, step).transpose(0, 2, 3, 1, 4)
+        return a.reshape(pairs, stage.groups, rows, -1)[..., : stage.tiles]
+
+    share, seen = jax.lax.map(run, jnp.arange(pairs * blocks))
+    return join(share), join(seen)

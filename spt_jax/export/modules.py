@@ -32,6 +32,7 @@ MODULES_FILE = "spt_modules.safetensors"
 FORMAT_VERSION = 2
 
 _ATTENTION, _FFN, _HEAD = "sparse_attention", "routed_ffn", "head"
+_RETIRED = {"token_max_length"}  # fields of configurations that nothing depends on any more
 _Shapes = dict[str, tuple[int, ...]]
 
 
@@ -163,11 +164,13 @@ def _parse[Config: (SparseAttentionConfig, RoutedFFNConfig)](
     types = {f.name: type(f.default) for f in fields(kind) if f.name != "implementation"}
     if not isinstance(raw, Mapping):
         raise ValueError(f"the configuration of {path} is no JSON object")
+    raw = {name: value for name, value in raw.items() if name not in _RETIRED}
     if unknown := sorted(raw.keys() - types.keys()):
         raise ValueError(f"the configuration of {path} has the unknown fields {unknown}")
     for name, value in raw.items():
         accepted = (int, float) if types[name] is float else types[name]
-        if isinstance(value, bool) or not isinstance(value, accepted):
+        wrong = isinstance(value, bool) != (types[name] is bool)
+        if wrong or not isinstance(value, accepted):
             raise ValueError(f"{name} of {path} must be {types[name].__name__}, got {value!r}")
     return kind(**raw)
 

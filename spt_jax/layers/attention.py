@@ -127,6 +127,10 @@ class SparseAttention(nnx.Module):
         key_center: `[K, H]`, subtracted from keys before encoding.
         config: density, granularity and rule.
         causal: whether a query sees only itself and earlier keys.
+
+    Attributes:
+        strict: whether no token may have an influence on what an earlier one attends to; at first
+            `config.strict`. It matters for causal attention by tile.
     """
 
     def __init__(
@@ -144,6 +148,11 @@ class SparseAttention(nnx.Module):
         self.key_center = CalibrationStat(key_center)
         self.config = config
         self.causal = causal
+        self.strict = config.strict
+
+    def granularity_at(self, length: int) -> Literal["token", "tile", "dense"]:
+        """The rule for a sequence of `length` positions."""
+        return self.config.granularity_at(length, strict=self.strict and self.causal)
 
     def __call__(
         self,
@@ -186,16 +195,15 @@ class SparseAttention(nnx.Module):
         capacity: int,
     ) -> tuple[Float[Array, "B S N H"], AuxLosses]:
         config, length = self.config, q.shape[1]
-        num_keys = config.num_keys(capacity)
+        num_keys, granularity = config.num_keys(capacity), self.granularity_at(capacity)
         masks: dict[str, Any] = {
             "causal": self.causal,
             "key_mask": key_mask,
             "segment_ids": segment_ids,
         }
-        if num_keys >= length:
+        if granularity == "dense" or num_keys >= length:
             return dense_attention(q, k, v, **masks), {}
         codes = self.codes(q, k)
-        granularity = config.granularity_at(capacity)
         selection = self._select(codes, num_keys=num_keys, granularity=granularity, **masks)
         if isinstance(selection, TileSelection):  # one by token is as large as queries and keys
             selection = choice(selection)
@@ -446,7 +454,7 @@ class Attention(nnx.Module):
             return jnp.pad(a.swapaxes(1, 2), ((0, 0), (0, 0), (0, room), (0, 0)))
 
         codes = None
-        if self.sparse is not None and self.sparse.config.num_keys(capacity) < capacity:
+        if self.sparse is not None and self.sparse.granularity_at(capacity) != "dense":
             of_prompt = self.sparse.key_codes(k)
             codes = KeyCodes(
                 jnp.pad(of_prompt, ((0, 0), (0, 0), (0, 0), (0, room))), *self.sparse.scoring()
@@ -507,6 +515,8 @@ class Attention(nnx.Module):
         if self.sparse is None:
             return dense_attention(q, k, v, causal=self.causal, window=self.window, **masks), {}
         if self.window is not None and capacity > self.window:
+            if self.sparse.granularity_at(capacity) == "dense":
+                return dense_attention(q, k, v, causal=True, window=self.window, **masks), {}
             raise NotImplementedError(
                 f"sparse attention does not know the model's window of {self.window} keys: give "
                 f"sequences of at most {self.window} tokens, got {capacity}, or adapt the model "

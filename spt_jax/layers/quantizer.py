@@ -1,4 +1,4 @@
-"""Product-quantization codebooks: k-means initialisation, and the loss that trains them."""
+"""Product-quantization codebooks: where they come from, and the loss that trains them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,26 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
+
+
+def evenly_spaced(x: Float[Array, "n K H"], *, num_codewords: int) -> Float[Array, "K H E 1"]:
+    """Codebooks of width 1: for each dimension codewords from its least value to its largest.
+
+    k-means would spend its codewords on the many small values and cut the few large ones, such as
+    those of the first token, to which a decoder's queries pay most of their attention.
+
+    Args:
+      x: Sample of activations.
+      num_codewords: Codewords E of a dimension, at least 2.
+
+    Raises:
+      ValueError: There are no samples.
+    """
+    if not len(x):
+        raise ValueError("evenly_spaced needs at least one sample, got none.")
+    least, largest = (f(x.astype(jnp.float32), 0)[..., None] for f in (jnp.min, jnp.max))
+    share = jnp.arange(num_codewords, dtype=jnp.float32) / (num_codewords - 1)
+    return (least + (largest - least) * share)[..., None]
 
 
 @partial(jax.jit, static_argnames=("num_codewords", "codeword_width", "steps"))

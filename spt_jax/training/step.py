@@ -245,8 +245,13 @@ def eval_step(
     objective: Objective,
     with_outputs: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Loss sum, weight sum, and float32 outputs (or None) of a batch, without dropout."""
-    outcome = objective(merge(params, frozen), batch, None)
+    """Loss sum, weight sum, and float32 outputs (or None) of a batch, without dropout.
+
+    Nothing that a token of a causal model is judged by depends on a later one.
+    """
+    model = merge(params, frozen)
+    model.set_attributes(strict=True, raise_if_not_found=False)
+    outcome = objective(model, batch, None)
     outputs = outcome.outputs if with_outputs else None
     outputs = None if outputs is None else outputs.astype(jnp.float32)
     return outcome.loss, outcome.weight, outputs

@@ -66,7 +66,8 @@ def test_the_oracle_is_the_best_within_its_budget(rule, causal):
         jnp.broadcast_to(window_keys(64, rule, **options), mass.shape),
     ):
         number = np.asarray(kept.sum(-1))
-        assert number.max() <= 16
+        own = 16 * (rule is TILE and causal)  # those of the tile itself come on top
+        assert number.max() <= 16 + own
         assert number.min() >= 1
         if not causal:
             assert (number == 16).all()
@@ -87,7 +88,7 @@ def test_a_window_is_the_nearest_keys():
     kept = np.asarray(window_keys(10, Rule(), num_keys=3, causal=True))[0, 0]
     assert np.flatnonzero(kept[5]).tolist() == [3, 4, 5]
     kept = np.asarray(window_keys(64, TILE, num_keys=24, causal=True))[0, 0]
-    assert np.flatnonzero(kept[31]).tolist() == list(range(8, 32))
+    assert np.flatnonzero(kept[63]).tolist() == list(range(24, 64))
 
 
 def test_measure_of_a_model():

@@ -88,9 +88,15 @@ def test_what_a_sweep_measures():
 
 
 def test_rows_to_measure_are_not_those_that_calibrate():
-    one, two = capture.two_sets(np.arange(1000, dtype=np.int32), 50, 7)
+    ids = np.arange(1000, dtype=np.int32)
+    one, two = capture.two_sets(capture.Texts(ids), 50, 7)
     assert one.shape == two.shape == (7, 50)
     assert not set(one.ravel()) & set(two.ravel())
+    one, two = capture.two_sets(capture.Texts(ids, ids + 1000), 50, 7)
+    assert one.shape == two.shape == (7, 50)
+    assert one.max() < 1000 <= two.min()
+    with pytest.raises(ValueError, match=r"100 tokens, and 7 rows of 50 .* a longer --eval-file"):
+        capture.two_sets(capture.Texts(ids, ids[:100]), 50, 7)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +107,7 @@ def test_rows_to_measure_are_not_those_that_calibrate():
         (None, [], "does not exist"),
         ("short", ["--length", 65], "--length 65 is above the 64 positions"),
         ("short", ["--rows", 0], "--rows must be at least 1"),
+        ("short", ["--measure", "loss"], "--measure 'loss' is unknown; choose from perplexity"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(

@@ -67,7 +67,9 @@ def test_moving_averages_follow_the_activations():
     model = ToyModel(rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     before, after = ({"input_ids": rng.integers(*ids, (8, 32))} for ids in ((0, 25), (25, 50)))
-    attention = spt_jax.SparseAttentionConfig(codeword_width=2, num_codewords=8)
+    attention = spt_jax.SparseAttentionConfig(
+        codeword_width=2, num_codewords=8, granularity="token"
+    )
     config = spt_jax.SPTConfig(lora=None, attention=attention, ffn=None)
     spt_jax.adapt(model, config, calibration_batch=before)
     averages = MovingAverages(model, layer_tokens(model, before))

@@ -175,8 +175,9 @@ def test_cases():
     assert all(name == case.name for name, case in cases.items())
     assert len(gpu_cases.cases(all_lengths=True)) > len(cases)
     for case in cases.values():
-        dense = "full" in case.name or "lora" in case.name or case.name.endswith("_dense")
-        assert case.launches or (case.kind in ("block", "benchmark") and dense), case.name
+        plain = "full" in case.name or "lora" in case.name
+        plain = plain or case.name.endswith(("_dense", "_encode"))
+        assert case.launches or (case.kind in ("block", "benchmark") and plain), case.name
     figures = [case.figure for case in cases.values() if case.figure is not None]
     assert len(set(figures)) == len(figures)
     assert {"spt_block_temp_bytes", "lora_block_temp_bytes", "full_block_temp_bytes"} <= {*figures}

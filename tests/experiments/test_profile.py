@@ -61,7 +61,7 @@ def step_of(name, module, method, **options):
         method=method,
         dense_attention="xla",
         dtype=jnp.float32,
-        attention=SparseAttentionConfig(min_keys=4),
+        attention=SparseAttentionConfig(min_keys=4, granularity="token"),
         **options,
     )
 

@@ -23,7 +23,7 @@ from spt_jax.layers import (
 )
 from tests.spt_jax.toy import HEADS, HIDDEN, WIDTH, ToyModel, toy_batch
 
-SPARSE = SparseAttentionConfig(min_keys=8, num_codewords=8)
+SPARSE = SparseAttentionConfig(min_keys=8, num_codewords=8, granularity="token")
 
 
 def _adapted(config, **options):

@@ -30,7 +30,9 @@ from spt_jax.models.slots import module_at, tensor_slots
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ADAPTERS = GOLDEN / "adapters"
-SPARSE = SparseAttentionConfig(density=0.5, min_keys=4, num_codewords=4)
+SPARSE = SparseAttentionConfig(
+    density=0.5, min_keys=4, num_codewords=4, codeword_width=2, granularity="token"
+)
 ROUTED = RoutedFFNConfig(num_blocks=4, active_blocks=2, absent_rank=3)
 TASKS = {
     "bert": "sequence-classification",

@@ -12,7 +12,7 @@ import spt_jax
 from spt_jax import RoutedFFNConfig, SparseAttentionConfig, SPTConfig
 from tests.spt_jax.toy import HEADS, HIDDEN, WIDTH, ToyModel, toy_batch
 
-SPARSE = SparseAttentionConfig(min_keys=8, num_codewords=8, codeword_width=4)
+SPARSE = SparseAttentionConfig(min_keys=8, num_codewords=8, codeword_width=4, granularity="token")
 
 
 def _adapted(config, *, causal=False):
@@ -85,7 +85,7 @@ def test_a_packed_row_stays_within_its_segments():
     model = spt_jax.load_pretrained("minilm")
     ids = np.random.default_rng(0).integers(1000, 2000, (4, 64)).astype(np.int32)
     batch = {"input_ids": ids, "segment_ids": np.repeat([[0, 1]], 32, 1).repeat(4, 0)}
-    config = SPTConfig(attention=SparseAttentionConfig(min_keys=8), ffn=None)
+    config = SPTConfig(attention=SparseAttentionConfig(min_keys=8, granularity="token"), ffn=None)
     spt_jax.adapt(model, config, calibration_batch=batch)
     for layer in spt_jax.sparse_choices(model, batch).attention.values():
         for array in (layer.kept, layer.weights):

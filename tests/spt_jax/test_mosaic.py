@@ -20,7 +20,6 @@ pytestmark = pytest.mark.mosaic
 
 LENGTH = 72
 KERNELS = {
-    "pq_encode": 2,  # queries and keys
     "sparse_attention_forward": 1,
     "sparse_attention_dq": 1,
     "sparse_attention_dkv": 1,

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,24 @@ def test_a_causal_layer_never_looks_ahead(granularity):
     np.testing.assert_allclose(before, after, atol=1e-6)
 
 
+def test_strictly_no_output_depends_on_a_later_token():
+    """By tile others do, through the keys that their tile keeps."""
+    config = SparseAttentionConfig(min_keys=8, granularity="tile", block_q=16, key_group=4)
+    layer = Attention(32, N, num_kv_heads=K, causal=True, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(2), (B, 64, 32))
+    q, k, _ = layer._project(x, None, [None] * 4)
+    layer.sparse = fit_sparse_attention(
+        q.reshape(-1, N, H), k.reshape(-1, K, H), config=config, causal=True, key=jax.random.key(1)
+    )
+    changed = x.at[:, -1].multiply(-3)
+    for strict in (False, True):
+        layer.set_attributes(strict=strict)
+        before, after = (np.asarray(layer(a)[0])[:, :-1] for a in (x, changed))
+        assert (before == after).all() == strict
+    layer.sparse.config = dataclasses.replace(config, granularity="token")
+    np.testing.assert_array_equal(layer(x)[0][:, :-1], before)
+
+
 @pytest.mark.parametrize("num_tokens", [7, 40, 1000])
 def test_the_sampled_codebook_loss_estimates_the_whole(num_tokens):
     config = SparseAttentionConfig()
@@ -80,5 +100,16 @@ def test_short_sequences_keep_every_key():
     assert aux == {}
     assert config.num_keys(S) == S
     assert config.num_keys(16 * S) == 2 * S
-    assert config.granularity_at(config.token_max_length) == "token"
-    assert config.granularity_at(config.token_max_length + 1) == "tile"
+
+
+def test_the_rule_for_a_length():
+    config = SparseAttentionConfig()
+    longest = config.dense_max_length
+    assert config.granularity_at(longest) == "dense"
+    assert config.granularity_at(longest + 1) == "tile"
+    assert config.granularity_at(longest + 1, strict=True) == "token"
+    assert config.granularity_at(longest, strict=True) == "dense"
+    for granularity in ("token", "tile", "dense"):
+        chosen = dataclasses.replace(config, granularity=granularity)
+        assert chosen.granularity_at(512) == granularity
+        assert chosen.granularity_at(chosen.min_keys) == "dense"

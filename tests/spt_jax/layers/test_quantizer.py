@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import pq_encode
-from spt_jax.layers.quantizer import codebook_loss, kmeans
+from spt_jax.layers.quantizer import codebook_loss, evenly_spaced, kmeans
 from tests.tolerance import assert_close
 
 
@@ -53,6 +53,20 @@ def test_kmeans_with_fewer_samples_than_codewords():
     x = jnp.arange(3.0).reshape(3, 1, 1)
     books = kmeans(x, num_codewords=5, codeword_width=1, steps=4, key=jax.random.key(0))
     assert set(np.asarray(books).ravel()) == {0.0, 1.0, 2.0}
+
+
+def test_evenly_spaced_codewords_reach_from_the_least_value_to_the_largest():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(50, 2, 3)), jnp.bfloat16)
+    x = x.at[7, 1, 2].set(100)
+    books = np.asarray(evenly_spaced(x, num_codewords=5))
+    assert books.shape == (2, 3, 5, 1)
+    values = np.asarray(x, np.float32)
+    np.testing.assert_array_equal(books[:, :, 0, 0], values.min(0))
+    np.testing.assert_allclose(books[:, :, -1, 0], values.max(0), rtol=1e-6)
+    gaps = np.diff(books[..., 0], axis=-1)
+    np.testing.assert_allclose(gaps, gaps.mean(-1, keepdims=True).repeat(4, -1), rtol=1e-4)
+    with pytest.raises(ValueError, match="at least one sample"):
+        evenly_spaced(x[:0], num_codewords=5)
 
 
 def test_kmeans_errors():

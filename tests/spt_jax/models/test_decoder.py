@@ -16,6 +16,8 @@ from spt_jax import LoRAConfig, SparseAttentionConfig, SPTConfig
 from spt_jax.layers import LoRAParam
 from spt_jax.models import load_pretrained
 from spt_jax.models.decoder import Decoder
+from spt_jax.training import eval_step, partition
+from spt_jax.training.objectives import Outcome
 from tests.spt_jax.models.builders import GOLDEN, golden
 
 TOLERANCE = 1e-4  # float32, absolute; outputs are of size 1 to 10
@@ -112,6 +114,29 @@ def test_classifiers_equal_transformers(name):
     assert_close(model(**left), expected)
     full = inputs["attention_mask"].all(1)
     assert_close(model(inputs["input_ids"]), expected, full)
+
+
+def test_evaluation_is_strictly_causal():
+    """No logit that a model is judged by depends on a later token; by tile some do."""
+    config = SparseAttentionConfig(min_keys=8, granularity="tile", block_q=16, key_group=4)
+    model = load_pretrained(GOLDEN / "llama", task="causal-lm")
+    spt = SPTConfig(lora=LoRAConfig(rank=2), attention=config, ffn=None)
+    spt_jax.adapt(model, spt, calibration_batch={"input_ids": tokens((4, 32))})
+    ids = tokens((4, 32), seed=1)
+    changed = ids.at[:, -1].set((ids[:, -1] + 40) % 97)
+    parts = partition(model, "adapter")
+
+    def logits(model, batch, key):
+        return Outcome(jnp.zeros(()), jnp.ones(()), {}, model(batch["input_ids"]))
+
+    judged = [
+        eval_step(
+            parts.params, parts.frozen, {"input_ids": x}, merge=parts.merge, objective=logits
+        )[2][:, :-1]
+        for x in (ids, changed)
+    ]
+    np.testing.assert_array_equal(*judged)
+    assert (np.asarray(model(ids)) != np.asarray(model(changed)))[:, :-1].any()
 
 
 VARIANTS = [
@@ -305,9 +330,10 @@ def test_the_output_matrix_is_the_word_embedding_without_its_factors():
 def test_sparse_attention_knows_no_window(monkeypatch):
     model, sparse = small("mistral"), small("llama", "token").layers[0].attention.sparse
     monkeypatch.setattr(model.layers[0].attention, "sparse", sparse)
-    assert jax.eval_shape(model, tokens((2, 4))).shape == (2, 4, 97)
-    with pytest.raises(NotImplementedError, match=r"window of 4 keys: give .* got 5, or adapt"):
-        model(tokens((2, 5)))
+    ids = tokens((2, 9))  # of which every query keeps all, within the window
+    np.testing.assert_array_equal(model(ids), small("mistral")(ids))
+    with pytest.raises(NotImplementedError, match=r"window of 4 keys: give .* got 10, or adapt"):
+        model(tokens((2, 10)))
 
 
 @pytest.mark.parametrize("name", ["opt", "llama"])
