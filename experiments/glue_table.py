@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -89,6 +89,8 @@ class Options(Inputs, Recipe):
     """Put examples of like length into a batch and pad it less: faster where lengths differ."""
     min_keys: int = 8
     """A query attends to at least so many keys: the share --density of 64."""
+    granularity: Literal["auto", "token", "tile", "dense"] = "token"
+    """Which keys those are; auto keeps all of them at such lengths."""
     max_length: int | None = 64
     """Longer examples are cut; None takes what experiments.glue takes."""
     out: Path = Path("runs/glue-table")
