@@ -130,6 +130,10 @@ class SparseAttentionConfig:
 
     def __post_init__(self) -> None:
         _require(0 < self.density <= 1, f"attention density must lie in (0, 1], got {self.density}")
+        _require(
+            self.dense_max_length >= 0,
+            f"dense_max_length must be at least 0, got {self.dense_max_length}",
+        )
         _require(self.min_keys >= 1, f"min_keys must be at least 1, got {self.min_keys}")
         _require(
             2 <= self.num_codewords <= 256,

@@ -14,11 +14,11 @@ SIZE = (1, 2048, 2, 128)
 
 
 def test_lists_are_as_scattered_as_those_of_text():
-    """The module's docstring has the figures of SmolLM2: 1.69, 1.33 and 0.82."""
+    """The module's docstring has the figures of SmolLM2: 1.64, 1.31 and 0.87."""
     q, k = text_like(jax.random.key(0), *SIZE, jnp.float32)
-    assert touched_blocks(selected(q, k, 16)) == pytest.approx(1.69, rel=0.15)
-    assert touched_blocks(selected(q, k, 32)) == pytest.approx(1.33, rel=0.15)
-    assert kept_mass(q, k, 16) == pytest.approx(0.82, rel=0.15)
+    assert touched_blocks(selected(q, k, 16)) == pytest.approx(1.64, rel=0.15)
+    assert touched_blocks(selected(q, k, 32)) == pytest.approx(1.31, rel=0.15)
+    assert kept_mass(q, k, 16) == pytest.approx(0.87, rel=0.15)
 
 
 def test_random_ones_overstate_waste():

@@ -304,6 +304,7 @@ def test_heads_must_divide():
     [
         (lambda: SparseAttentionConfig(density=0), r"density must lie in \(0, 1\], got 0"),
         (lambda: SparseAttentionConfig(min_keys=0), "min_keys must be at least 1, got 0"),
+        (lambda: SparseAttentionConfig(dense_max_length=-1), "dense_max_length .* got -1"),
         (lambda: SparseAttentionConfig(num_codewords=257), "num_codewords .* got 257"),
         (lambda: SparseAttentionConfig(rule="cosine"), "got 'cosine'"),
         (lambda: SparseAttentionConfig(granularity="row"), "got 'row'"),
