@@ -8,10 +8,14 @@ Kept are the last two and the best one.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
+import inspect
 import json
 import logging
 import shutil
+import sys
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -215,17 +219,18 @@ class Checkpoints:
             CheckpointError: the checkpoint belongs to another run.
         """
         for step in exchange(sorted(self._manager.all_steps(), reverse=True))[0]:
-            try:
-                restored = self.restore(step, template)
-            except CheckpointError:
-                raise
-            except Exception as error:
-                self._log(
-                    f"passing over checkpoint {self.directory / str(step)}, which cannot be read "
-                    f"({summary(error)})"
-                )
-                self._set_aside(step)
-                continue
+            with _abandoned_reads_quiet():
+                try:
+                    restored = self.restore(step, template)
+                except CheckpointError:
+                    raise
+                except Exception as error:
+                    self._log(
+                        f"passing over checkpoint {self.directory / str(step)}, which cannot be "
+                        f"read ({summary(error)})"
+                    )
+                    self._set_aside(step)
+                    continue
             self._last_good = step
             return restored
         return None
@@ -310,6 +315,29 @@ class Checkpoints:
             (self.directory / str(step)).rename(target)
         exchange(None)  # others wait
         self._manager.reload()
+
+
+@contextlib.contextmanager
+def _abandoned_reads_quiet() -> Iterator[None]:
+    """What a failed read leaves behind is collected here, not in a later moment with a traceback.
+
+    Orbax drops the other reads of a checkpoint once one of them fails, in cycles of references. Each
+    of their coroutines raises when it is collected, and a read that ends then finds its event loop
+    closed; Python reports both as exceptions ignored.
+    """
+    report = sys.unraisablehook
+
+    def report_others(unraisable: Any) -> None:
+        closed = str(unraisable.exc_value) == "Event loop is closed"
+        if not (closed or inspect.iscoroutine(unraisable.object)):
+            report(unraisable)
+
+    sys.unraisablehook = report_others
+    try:
+        yield
+    finally:
+        gc.collect()
+        sys.unraisablehook = report
 
 
 class _LastAndBest(ocp.checkpoint_managers.PreservationPolicy):

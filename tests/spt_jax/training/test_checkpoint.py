@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import jax
@@ -149,6 +151,22 @@ def test_a_damaged_checkpoint_is_passed_over(written, tmp_path, damage):
         checkpoints.save(3, state_of(3), {"again": True}, best_step=None)
     with reopen(directory, messages) as checkpoints:
         assert checkpoints.restore_latest(state_of(0))[1] == {"again": True}
+
+
+def test_abandoned_reads_say_nothing_later(written, tmp_path, monkeypatch):
+    """Reads that one damaged file gave up are not reported by the collector, then or later."""
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: said.append(str(unraisable)))
+    files = [p.relative_to(written) for p in (written / "3" / "state").rglob("*") if p.is_file()]
+    for number, file in enumerate(files):
+        directory = tmp_path / str(number)
+        shutil.copytree(written, directory)
+        path = directory / file
+        os.truncate(path, path.stat().st_size // 2)
+        with reopen(directory, []) as checkpoints:
+            checkpoints.restore_latest(state_of(0))
+        gc.collect()
+    assert said == []
 
 
 def test_all_damaged(written, tmp_path):
