@@ -19,6 +19,7 @@ Rule = Literal["inner_product", "match_count"]
 
 MAX_TRITON_ROW = 256  # codeword elements of a token that the kernels take
 MAX_GROUPS = 2**16  # key groups of a tile
+MAX_QUERIES = 512  # of a list
 
 
 def _triton_select_unfit(codewords: Array) -> str | None:
@@ -199,6 +200,7 @@ def pq_select(
     segment_ids: Int[Array, "B S"] | None = None,
     block_q: int = 64,
     key_group: int = 16,
+    share_heads: bool = False,
     implementation: Implementation | None = None,
 ) -> Selection:
     """Chooses the keys that each query keeps, from codes alone.
@@ -221,7 +223,8 @@ def pq_select(
     come first, d = g - t block_q // key_group. ceil(num_keys / key_group) groups are kept and, with
     `causal` or `segment_ids`, those that overlap the tile on top, so that no query is without a
     key. A tile of one query reads no later token; one of several does, through the scores of its
-    later queries.
+    later queries. With `share_heads` the queries of a tile are those of all N / K heads of a key
+    head at its positions: they keep one list.
 
     Every device comes to the same score: 2^x is taken as 2^i (1 + f) for x = i + f, clipped to
     -100..100, which is float32's own bit pattern, and summed over a group's keys in their order, to
@@ -243,8 +246,9 @@ def pq_select(
       causal: Whether a query sees only itself and earlier keys.
       key_mask: False where a key is padding.
       segment_ids: Tokens see only tokens with their own id.
-      block_q: Queries of a tile, at most 512; unused with "token".
+      block_q: Positions of a tile, which has at most 512 queries; unused with "token".
       key_group: Keys of a group, of which there are at most 2^16; unused with "token".
+      share_heads: Whether the query heads of a key head share a list; unused with "token".
       implementation: The kernel; None for the best supported one.
 
     Returns:
@@ -271,8 +275,13 @@ def pq_select(
         )
     if num_keys < 1:
         raise ValueError(f"pq_select: num_keys must be at least 1, got {num_keys}.")
-    if granularity == "tile" and not 1 <= block_q <= 512:
-        raise ValueError(f"pq_select: block_q must be 1..512, got {block_q}.")
+    if granularity == "tile" and not 1 <= block_q <= MAX_QUERIES:
+        raise ValueError(f"pq_select: block_q must be 1..{MAX_QUERIES}, got {block_q}.")
+    if granularity == "tile" and share_heads and block_q * (heads // kv_heads) > MAX_QUERIES:
+        raise ValueError(
+            f"pq_select: a list shared by {heads // kv_heads} heads serves at most {MAX_QUERIES} "
+            f"queries; take block_q of at most {MAX_QUERIES // (heads // kv_heads)}, got {block_q}."
+        )
     if granularity == "tile" and key_group < 1:
         raise ValueError(f"pq_select: key_group must be at least 1, got {key_group}.")
     if granularity == "tile" and -(-key_codes.shape[1] // key_group) > MAX_GROUPS:
@@ -310,4 +319,5 @@ def pq_select(
         causal=causal,
         block_q=block_q,
         key_group=key_group,
+        share_heads=share_heads,
     )

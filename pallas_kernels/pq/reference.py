@@ -185,6 +185,7 @@ def select(
     segment_ids: Int[Array, "B S"] | None,
     block_q: int,
     key_group: int,
+    share_heads: bool,
 ) -> Selection:
     """As `pq_select`."""
     batch, length, heads, _ = query_codes.shape
@@ -219,13 +220,18 @@ def select(
     weights = cut_weight(weights)
     counted = jnp.ones((1, length), bool) if key_mask is None else key_mask
     shares = jnp.where(counted[:, None, :, None], group_shares(weights, -1), 0)
+    lists = key_codes.shape[2] if share_heads else heads
     shares, weights = (
-        jnp.pad(a, ((0, 0), (0, 0), (0, rows), (0, 0))).reshape(batch, heads, tiles, -1, count)
+        jnp.pad(a, ((0, 0), (0, 0), (0, rows), (0, 0))).reshape(
+            batch, lists, -1, tiles, block_q, count
+        )
         for a in (shares, weights)
     )
     own, away = tile_groups(length, block_q, key_group)
     own_first = causal or segment_ids is not None
-    group_score = tile_score(shares.sum(3), (weights > 0).any(3), own if own_first else None)
+    group_score = tile_score(
+        shares.sum((2, 4)), (weights > 0).any((2, 4)), own if own_first else None
+    )
     listed = group_score > -jnp.inf
     list_length = tile_list_length(
         length,
@@ -253,7 +259,7 @@ def select(
     )
 
 
-def kept_keys(selection: Selection, length: int) -> Bool[Array, "B N S S"]:
+def kept_keys(selection: Selection, length: int) -> Bool[Array, "B T S S"]:
     """The selection as a mask in memory quadratic in S, for tests and figures.
 
     Args:
@@ -261,7 +267,7 @@ def kept_keys(selection: Selection, length: int) -> Bool[Array, "B N S S"]:
       length: Positions S.
 
     Returns:
-      Whether a query keeps a key.
+      Whether a query keeps a key; T is N, or K where the heads of a key head share lists.
     """
     if isinstance(selection, TokenSelection):
         score = scores(

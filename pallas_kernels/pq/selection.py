@@ -39,7 +39,7 @@ class Kernels(NamedTuple):
         of 2^x over the keys that the query sees, cut by `cut_weight`: `[B, N, u, g]`, padded or
         not.
       tile_thresholds: `(scores, origin, *, count)` returns the lowest score and the largest tie
-        distance of the `count` groups that every tile keeps, `[B, N, Q]` int32; a tile measures
+        distance of the `count` groups that every tile keeps, `[B, T, Q]` int32; a tile measures
         distances from the group `origin`, `[Q]` int32.
       token_thresholds: `(queries, keys, tags, *, count, causal)` returns those of the `count` keys
         that every query keeps, `[B, N, S]` int32.
@@ -145,9 +145,10 @@ def _select_tiles(
     size: int,
     block_q: int,
     key_group: int,
+    share_heads: bool,
     causal: bool,
     own_first: bool,
-) -> tuple[Int32[Array, "B N Q P"], Int32[Array, "B N Q"]]:
+) -> tuple[Int32[Array, "B T Q P"], Int32[Array, "B T Q"]]:
     """Lists of key groups and their lengths."""
     batch, padded, heads, _ = part.queries.shape
     tiles = padded // block_q
@@ -163,7 +164,8 @@ def _select_tiles(
     here = (part.first + jnp.arange(padded, dtype=jnp.int32) < length)[:, None]
     weights = jnp.where(here, weights, 0)
     shares = jnp.where(part.counted[:, None, :, None], group_shares(weights, -1), 0)
-    of_tiles = batch, heads, tiles, block_q, weights.shape[-1]
+    lists = part.keys.shape[2] if share_heads else heads
+    of_tiles = batch, lists, heads // lists, tiles, block_q, weights.shape[-1]
     tile = lax.div(part.first, jnp.int32(block_q)) + jnp.arange(tiles, dtype=jnp.int32)
     first = None
     if own_first:
@@ -171,8 +173,8 @@ def _select_tiles(
         own = jnp.pad(own, ((0, 0), (0, weights.shape[-1] - own.shape[1])))
         first = own[jnp.minimum(tile, len(own) - 1)]
     scores = tile_score(
-        shares.reshape(of_tiles).sum(3, dtype=jnp.int32),
-        (weights > 0).reshape(of_tiles).any(3),
+        shares.reshape(of_tiles).sum((2, 4), dtype=jnp.int32),
+        (weights > 0).reshape(of_tiles).any((2, 4)),
         first,
     )
     origin = lax.div(tile * block_q, jnp.int32(key_group))
@@ -225,6 +227,7 @@ def select(
     segment_ids: Int[Array, "B S"] | None,
     block_q: int,
     key_group: int,
+    share_heads: bool,
 ) -> Selection:
     """As `pq_select`."""
     batch, length = query_codes.shape[:2]
@@ -313,6 +316,7 @@ def select(
             size=size,
             block_q=block_q,
             key_group=key_group,
+            share_heads=share_heads,
             causal=causal,
             own_first=causal or segment_ids is not None,
         )
@@ -320,17 +324,19 @@ def select(
     number = batch // batch_chunk * head_steps * tile_steps
     found = lax.map(run, jnp.arange(number, dtype=jnp.int32)) if number > 1 else run(jnp.int32(0))
 
+    per_head = 1 if share_heads else rows  # lists of a key head
+
     def join(a: jax.Array) -> jax.Array:
         a = a.reshape(
             batch // batch_chunk,
             head_steps,
             tile_steps,
             batch_chunk,
-            head_chunk * rows,
+            head_chunk * per_head,
             tile_chunk,
             -1,
         ).transpose(0, 3, 1, 4, 2, 5, 6)
-        return a.reshape(batch, kv_heads * rows, tile_steps * tile_chunk, -1)[:, :, :tiles]
+        return a.reshape(batch, kv_heads * per_head, tile_steps * tile_chunk, -1)[:, :, :tiles]
 
     lists, counts = (join(a) for a in found)
     return TileSelection(groups=lists, counts=counts[..., 0], block_q=block_q, key_group=key_group)

@@ -46,11 +46,13 @@ class TokenSelection:
 class TileSelection:
     """One list of key groups for each tile of consecutive queries.
 
+    T is N, a list for each query head, or K: one that the query heads of a key head share.
+
     Attributes:
-        groups: int32 `[B, N, Q, P]`, ascending group indices; past the count the last one repeats
+        groups: int32 `[B, T, Q, P]`, ascending group indices; past the count the last one repeats
             (0 where the count is 0) and is to be ignored.
-        counts: int32 `[B, N, Q]`, groups in each list.
-        block_q: queries of a tile.
+        counts: int32 `[B, T, Q]`, groups in each list.
+        block_q: positions of a tile.
         key_group: consecutive keys of a group.
     """
 
@@ -58,6 +60,10 @@ class TileSelection:
     counts: Leaf
     block_q: int = field(metadata={"static": True})
     key_group: int = field(metadata={"static": True})
+
+    def heads_of_list(self, heads: int) -> int:
+        """Query heads, of N in all, that a list serves."""
+        return heads // self.counts.shape[1]
 
 
 Selection = TokenSelection | TileSelection

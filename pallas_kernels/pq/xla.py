@@ -296,17 +296,28 @@ def select(
     segment_ids: Int[Array, "B S"] | None,
     block_q: int,
     key_group: int,
+    share_heads: bool,
 ) -> Selection:
     """As `pq_select`."""
     batch, length, heads, _ = query_codes.shape
     queries, keys = decode(query_codes, query_codewords), decode(key_codes, key_codewords)[:, 0]
     if granularity == "tile":
         groups, counts = _select_tiles(
-            queries, keys, score_unit, num_keys, block_q, key_group, causal, key_mask, segment_ids
+            queries,
+            keys,
+            score_unit,
+            num_keys,
+            block_q,
+            key_group,
+            share_heads,
+            causal,
+            key_mask,
+            segment_ids,
         )
+        lists = key_codes.shape[2] if share_heads else heads
         return TileSelection(
-            groups=groups.reshape(batch, heads, *groups.shape[2:]),
-            counts=counts.reshape(batch, heads, -1),
+            groups=groups.reshape(batch, lists, *groups.shape[2:]),
+            counts=counts.reshape(batch, lists, -1),
             block_q=block_q,
             key_group=key_group,
         )
@@ -418,10 +429,11 @@ def _select_tiles(
     num_keys: int,
     block_q: int,
     key_group: int,
+    share_heads: bool,
     causal: bool,
     key_mask: Bool[Array, "B S"] | None,
     segment_ids: Int[Array, "B S"] | None,
-) -> tuple[Int32[Array, "g r Q P"], Int32[Array, "g r Q"]]:
+) -> tuple[Int32[Array, "g t Q P"], Int32[Array, "g t Q"]]:
     """Lists of key groups and their lengths."""
     pairs, _, length, _ = queries.shape
     own, away = tile_groups(length, block_q, key_group)
@@ -440,7 +452,9 @@ def _select_tiles(
     masks = per_pair(key_mask, pairs), per_pair(segment_ids, pairs)
     steps = jnp.tile(exponent_step(score_unit), pairs // len(score_unit))
     parts = [
-        _tile_scores(stage, queries, keys, steps, length, block_q, key_group, causal, *masks)
+        _tile_scores(
+            stage, queries, keys, steps, length, block_q, key_group, share_heads, causal, *masks
+        )
         for stage in _tile_stages(tiles, block_q, count, key_group, causal)
     ]
     shares, seen = (
@@ -492,10 +506,11 @@ def _tile_scores(
     length: int,
     block_q: int,
     key_group: int,
+    share_heads: bool,
     causal: bool,
     key_mask: Bool[Array, "g S"] | None,
     segments: Int[Array, "g S"] | None,
-) -> tuple[Int32[Array, "g G r Q"], Bool[Array, "g G r Q"]]:
+) -> tuple[Int32[Array, "g G t Q"], Bool[Array, "g G t Q"]]:
     """Sums of the shares of groups over the queries of tiles, and whether any sees the group."""
     pairs, rows, _, _ = queries.shape
     span = stage.groups * key_group
@@ -536,13 +551,15 @@ def _tile_scores(
         share = group_shares(weights, 0)
         if key_mask is not None:
             share = jnp.where(key_mask[pair][jnp.minimum(position, length - 1)], share, 0)
-        of_tiles = stage.groups, rows, step, block_q
-        seen = (weights > 0).reshape(of_tiles).any(-1)
-        return share.reshape(of_tiles).sum(-1, dtype=jnp.int32), seen
+        of_tiles = stage.groups, lists, rows // lists, step, block_q
+        seen = (weights > 0).reshape(of_tiles).any((2, 4))
+        return share.reshape(of_tiles).sum((2, 4), dtype=jnp.int32), seen
+
+    lists = 1 if share_heads else rows
 
     def join(a: jax.Array) -> jax.Array:
-        a = a.reshape(pairs, blocks, stage.groups, rows, step).transpose(0, 2, 3, 1, 4)
-        return a.reshape(pairs, stage.groups, rows, -1)[..., : stage.tiles]
+        a = a.reshape(pairs, blocks, stage.groups, lists, step).transpose(0, 2, 3, 1, 4)
+        return a.reshape(pairs, stage.groups, lists, -1)[..., : stage.tiles]
 
     share, seen = jax.lax.map(run, jnp.arange(pairs * blocks))
     return join(share), join(seen)

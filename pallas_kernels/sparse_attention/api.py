@@ -77,8 +77,9 @@ def sparse_attention(
             "head width must agree and query heads be a multiple of key heads."
         )
     if isinstance(selection, TileSelection):
-        expected = (batch, heads, -(-length // selection.block_q))
         found = selection.counts.shape
+        lists = k.shape[2] if found[1] == k.shape[2] else heads
+        expected = (batch, lists, -(-length // selection.block_q))
     else:
         expected, found = (batch, heads, length), selection.threshold.shape
     if found != expected:

@@ -7,6 +7,8 @@ it takes the next keys in order and computes their scores again from the codewor
 keys and values walk transposed lists: nothing is added with atomics, and results repeat exactly.
 
 Inside, matrices are `[B S, N H]`: the heads of a position side by side, S padded to whole tiles.
+Where the r = N / K heads of a key head share lists, queries are taken for those of K heads at S r
+positions, r of them at each: `[B S r, K H]`.
 """
 
 from __future__ import annotations
@@ -68,8 +70,9 @@ class Problem(NamedTuple):
       batch: B.
       length: Positions.
       padded: Positions, padded to whole tiles.
-      heads: Query heads N.
+      heads: Query heads N; K where they share lists.
       kv_heads: Key heads K.
+      fold: Queries of a head at a position, N / K where they share lists, else 1.
       width: H.
       block_q: Queries that share a list; those of a grid cell with `token`.
       group: Keys of a group; those of a step with `token`.
@@ -86,6 +89,7 @@ class Problem(NamedTuple):
     padded: int
     heads: int
     kv_heads: int
+    fold: int
     width: int
     block_q: int
     group: int
@@ -112,9 +116,18 @@ class Problem(NamedTuple):
         return self.heads // self.kv_heads
 
     @property
+    def queries(self) -> int:
+        """Queries of a head, padded to whole tiles."""
+        return self.padded * self.fold
+
+    @property
     def tiles(self) -> int:
         """Lists of a head."""
-        return self.padded // self.block_q
+        return self.queries // self.block_q
+
+    def position(self, query: jax.Array) -> jax.Array:
+        """Positions of queries of a head."""
+        return query if self.fold == 1 else lax.div(query, jnp.int32(self.fold))
 
 
 class Tags(NamedTuple):
@@ -125,12 +138,12 @@ class Tags(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """Key groups of the tiles.
+    """Key groups of the tiles; T is N, or K where the heads of a key head share lists.
 
     Attributes:
-      groups: `[B, N, Q, P]` int32, group indices.
-      counts: `[B, N, Q]` int32, groups in each list.
-      clear: `[B, N, Q]` int32, leading groups of which every query of the tile sees every key.
+      groups: `[B, T, Q, P]` int32, group indices.
+      counts: `[B, T, Q]` int32, groups in each list.
+      clear: `[B, T, Q]` int32, leading groups of which every query of the tile sees every key.
     """
 
     groups: jax.Array
@@ -199,8 +212,9 @@ def unfit(q: jax.Array, k: jax.Array, v: jax.Array, selection: Selection) -> str
                 f"it takes key groups of {', '.join(map(str, GROUPS))}, and got "
                 f"{selection.key_group}"
             )
-        if selection.block_q % ROWS:
-            return f"it takes tiles of a multiple of {ROWS} queries, and got {selection.block_q}"
+        queries = selection.block_q * selection.heads_of_list(q.shape[2])
+        if queries % ROWS:
+            return f"it takes tiles of a multiple of {ROWS} queries, and got {queries}"
         return None
     if q.shape[1] > 2**16:
         return f"with token selection it takes up to {2**16} positions, and got {q.shape[1]}"
@@ -217,19 +231,22 @@ def _problem(
     q: jax.Array, k: jax.Array, selection: Selection, scale: float, causal: bool, tagged: bool
 ) -> Problem:
     batch, length, heads, width = q.shape
+    positions, fold = CELL, 1
     if isinstance(selection, TileSelection):
-        block_q, group, code_width = selection.block_q, min(ROWS, selection.key_group), 0
+        positions, fold = selection.block_q, selection.heads_of_list(heads)
+        group, code_width = min(ROWS, selection.key_group), 0
     else:
-        block_q, group, code_width = CELL, ROWS, row_width(selection.query_codewords)
-    whole = math.lcm(CELL, block_q)
+        group, code_width = ROWS, row_width(selection.query_codewords)
+    whole = math.lcm(CELL, positions)
     return Problem(
         batch=batch,
         length=length,
         padded=-(-length // whole) * whole,
-        heads=heads,
+        heads=heads // fold,
         kv_heads=k.shape[2],
+        fold=fold,
         width=width,
-        block_q=block_q,
+        block_q=positions * fold,
         group=group,
         code_width=code_width,
         scale=scale,
@@ -350,7 +367,7 @@ def _query_rows(
     problem: Problem, given: Given, batch: jax.Array, head: jax.Array, start: jax.Array, number: int
 ) -> Buffers:
     """Where rows of the queries' side lie in global memory."""
-    rows, positions = pl.ds(batch * problem.padded + start, number), pl.ds(start, number)
+    rows, positions = pl.ds(batch * problem.queries + start, number), pl.ds(start, number)
     line = batch * problem.heads + head
     vectors = {}
     if given.tags is not None:
@@ -448,7 +465,7 @@ class Walk(NamedTuple):
         batch, head = mosaic.axis_index("batch"), mosaic.axis_index("head")
         cell = mosaic.axis_index("cell")
         if problem.causal:  # those with the most keys first
-            cell = problem.padded // CELL - 1 - cell
+            cell = problem.queries // CELL - 1 - cell
         start = cell * CELL + warpgroup * ROWS
         tile = lax.div(start, jnp.int32(problem.block_q))
         if not problem.token:
@@ -504,7 +521,7 @@ class Walk(NamedTuple):
         if clear and not problem.token:
             return None
         column = mosaic.iota(shape, 1)
-        query = mosaic.iota(shape, 0) + self.start
+        query = problem.position(mosaic.iota(shape, 0) + self.start)
         size = problem.group
         key = self.group(step * self.per_step) * size + column
         for i in range(1, self.per_step):
@@ -590,16 +607,17 @@ def _launch(
     name: str,
     problem: Problem,
     heads: int,
+    rows: int,
     out_type: Any,
     scratch: Any,
     *operands: Any,
 ) -> Any:
-    """Runs a kernel on a grid of sequences, heads and pairs of 64 rows."""
+    """Runs a kernel on a grid of sequences, heads and pairs of 64 of their rows."""
     return plgpu.kernel(
         body,
         out_type=out_type,
         scratch_types=scratch,
-        grid=(problem.batch, heads, problem.padded // CELL),
+        grid=(problem.batch, heads, rows // CELL),
         grid_names=mosaic.axes("batch", "head", "cell"),
         num_threads=WARPGROUPS + 1,
         thread_name=mosaic.axis("warpgroup"),
@@ -678,7 +696,7 @@ def _forward_kernel(
         sums_ref[warpgroup] = jnp.where(some, top + jnp.log2(total), jnp.inf)
         plgpu.commit_smem()
         columns = pl.ds(walk.head * problem.width, problem.width)
-        target = pl.ds(walk.batch * problem.padded + walk.start, ROWS)
+        target = pl.ds(walk.batch * problem.queries + walk.start, ROWS)
         plgpu.copy_smem_to_gmem(own.first, out_ref.at[target, columns])
         line = walk.batch * problem.heads + walk.head
         sums = lse_ref.at[line, pl.ds(walk.start, ROWS)]
@@ -701,9 +719,10 @@ def _forward(problem: Problem, given: Given) -> tuple[jax.Array, jax.Array]:
         "sparse_attention_forward",
         problem,
         problem.heads,
+        problem.queries,
         [
             jax.ShapeDtypeStruct(given.q.shape, problem.dtype),
-            jax.ShapeDtypeStruct((problem.batch * problem.heads, problem.padded), jnp.float32),
+            jax.ShapeDtypeStruct((problem.batch * problem.heads, problem.queries), jnp.float32),
         ],
         [scratch, plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)],
         given,
@@ -739,7 +758,7 @@ def _dq_kernel(given: Given, dq_ref: Any, scratch: Scratch, *, problem: Problem)
         own.first[...] = (dq * problem.scale).astype(problem.dtype)
         plgpu.commit_smem()
         columns = pl.ds(walk.head * problem.width, problem.width)
-        target = pl.ds(walk.batch * problem.padded + walk.start, ROWS)
+        target = pl.ds(walk.batch * problem.queries + walk.start, ROWS)
         plgpu.copy_smem_to_gmem(own.first, dq_ref.at[target, columns])
         plgpu.wait_smem_to_gmem(0)
 
@@ -756,6 +775,7 @@ def _dq(problem: Problem, given: Given) -> jax.Array:
         "sparse_attention_dq",
         problem,
         problem.heads,
+        problem.queries,
         jax.ShapeDtypeStruct(given.q.shape, problem.dtype),
         [_query_scratch(problem, ROWS, problem.config.stages_dq, backward=True)],
         given,
@@ -837,7 +857,8 @@ class Share(NamedTuple):
         problem, shape = self.problem, (ROWS, ROWS)
         _, start, bits = self.locate(step)
         row = mosaic.iota(shape, 0)
-        key, query = row + self.block * ROWS, mosaic.iota(shape, 1) + start
+        key = row + self.block * ROWS
+        query = problem.position(mosaic.iota(shape, 1) + start)
         seen = key < problem.length
         if problem.token:
             score = mosaic.dot(own.codes, ring.codes.T)
@@ -936,6 +957,7 @@ def _dkv(problem: Problem, given: Given, lists: Transposed | None) -> list[jax.A
         "sparse_attention_dkv",
         problem,
         problem.kv_heads,
+        problem.padded,
         [jax.ShapeDtypeStruct(given.k.shape, problem.dtype)] * 2,
         [scratch],
         given,
@@ -947,17 +969,33 @@ def _dkv(problem: Problem, given: Given, lists: Transposed | None) -> list[jax.A
 
 
 def _flat(problem: Problem, a: jax.Array) -> jax.Array:
-    """`[B, S, ...]` to `[B S, ...]`, S padded, what follows side by side."""
-    tail = problem.padded - problem.length
-    if tail:
-        a = jnp.pad(a, ((0, 0), (0, tail), *[(0, 0)] * (a.ndim - 2)))
-    return a.reshape(problem.batch * problem.padded, *([-1] if a.ndim > 2 else []))
+    """`[B, S, ...]` or `[B, S r, ...]` to two axes, S padded, what follows side by side."""
+    rows = problem.padded * (a.shape[1] // problem.length)
+    if rows > a.shape[1]:
+        a = jnp.pad(a, ((0, 0), (0, rows - a.shape[1]), *[(0, 0)] * (a.ndim - 2)))
+    return a.reshape(problem.batch * rows, *([-1] if a.ndim > 2 else []))
 
 
 def _unflat(problem: Problem, a: jax.Array, heads: int) -> jax.Array:
-    """`[B S, heads H]` to `[B, S, heads, H]`, S without padding."""
-    a = a.reshape(problem.batch, problem.padded, heads, problem.width)
-    return a[:, : problem.length]
+    """The reverse of `_flat`, for `heads` heads of width H."""
+    a = a.reshape(problem.batch, -1, heads, problem.width)
+    return a[:, : problem.length * (a.shape[1] // problem.padded)]
+
+
+def _fold(problem: Problem, q: jax.Array) -> jax.Array:
+    """`[B, S, K r, H]` to `[B, S r, K, H]`."""
+    if problem.fold == 1:
+        return q
+    q = q.reshape(problem.batch, problem.length, problem.kv_heads, problem.fold, problem.width)
+    return q.swapaxes(2, 3).reshape(problem.batch, -1, problem.kv_heads, problem.width)
+
+
+def _unfold(problem: Problem, out: jax.Array) -> jax.Array:
+    """`[B, S r, K, H]` to `[B, S, K r, H]`."""
+    if problem.fold == 1:
+        return out
+    out = out.reshape(problem.batch, problem.length, problem.fold, problem.kv_heads, problem.width)
+    return out.swapaxes(2, 3).reshape(problem.batch, problem.length, -1, problem.width)
 
 
 def _tags(
@@ -988,7 +1026,7 @@ def _lists(problem: Problem, selection: TileSelection, tags: Tags | None) -> Lis
     end = (groups + 1) * problem.group
     clear = (entry < counts[..., None]) & (end <= problem.length)
     if problem.causal:
-        start = jnp.arange(problem.tiles, dtype=jnp.int32) * problem.block_q
+        start = problem.position(jnp.arange(problem.tiles, dtype=jnp.int32) * problem.block_q)
         clear = clear & (end <= start[:, None] + 1)
     if tags is not None:
         clear = clear & _uniform(problem, tags, groups)
@@ -996,7 +1034,7 @@ def _lists(problem: Problem, selection: TileSelection, tags: Tags | None) -> Lis
     return Lists(groups, counts, leading)
 
 
-def _uniform(problem: Problem, tags: Tags, groups: jax.Array) -> Bool[Array, "B N Q P"]:
+def _uniform(problem: Problem, tags: Tags, groups: jax.Array) -> Bool[Array, "B T Q P"]:
     """Whether all queries of a tile and all keys of a listed group have one tag."""
 
     def ends(a: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
@@ -1004,7 +1042,7 @@ def _uniform(problem: Problem, tags: Tags, groups: jax.Array) -> Bool[Array, "B 
         a = a.reshape(problem.batch, -1, size)
         return a.min(-1), a.max(-1)
 
-    low, high = ends(tags.queries, problem.block_q)
+    low, high = ends(tags.queries, problem.block_q // problem.fold)
     key_low, key_high = (
         jnp.take_along_axis(a[:, None, None], groups, -1) for a in ends(tags.keys, problem.group)
     )
@@ -1076,7 +1114,8 @@ def _given(
             ((0, 0), (0, problem.padded - problem.length)),
             constant_values=HIDDEN,
         )
-        tags = Tags(_flat(problem, tags.queries), keys.reshape(-1))
+        queries = jnp.repeat(tags.queries, problem.fold, 1)
+        tags = Tags(_flat(problem, queries), keys.reshape(-1))
     q, k, v = (_flat(problem, a) for a in (q, k, v))
     return Given(q, k, v, kept, tags)
 
@@ -1118,9 +1157,9 @@ def _vjp_backward(
     selection, dout = lax.optimization_barrier((selection, dout))
     given = _given(problem, q, k, v, selection, tags)
     delta = jnp.einsum("bsnh,bsnh->bns", out, dout, preferred_element_type=jnp.float32)
-    delta = jnp.pad(delta, ((0, 0), (0, 0), (0, problem.padded - problem.length)))
+    delta = jnp.pad(delta, ((0, 0), (0, 0), (0, problem.queries - delta.shape[2])))
     given = given._replace(
-        dout=_flat(problem, dout), lse=lse, delta=delta.reshape(-1, problem.padded)
+        dout=_flat(problem, dout), lse=lse, delta=delta.reshape(-1, problem.queries)
     )
     dq = _dq(problem, given)
     lists = None if problem.token else _transposed(problem, given.kept)
@@ -1153,4 +1192,5 @@ def attention(
     if scale <= 0:  # the kernels scale the largest logit to get the largest scaled one
         q, scale = q * scale, 1.0
     problem = _tuned(_problem(q, k, selection, float(scale), causal, tagged))
-    return _attention(problem, q, k, v, selection, _tags(problem, key_mask, segment_ids))
+    tags = _tags(problem, key_mask, segment_ids)
+    return _unfold(problem, _attention(problem, _fold(problem, q), k, v, selection, tags))

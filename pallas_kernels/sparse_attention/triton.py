@@ -56,6 +56,7 @@ class Problem(NamedTuple):
       length: Positions S.
       heads: Query heads N.
       kv_heads: Key heads K.
+      fold: Query heads that share a list.
       width: H.
       block_q: Queries that share a list; those of a program with `token`.
       group: Keys of a group; 0 with `token`.
@@ -71,6 +72,7 @@ class Problem(NamedTuple):
     length: int
     heads: int
     kv_heads: int
+    fold: int
     width: int
     block_q: int
     group: int
@@ -87,9 +89,14 @@ class Problem(NamedTuple):
         return self.group == 0
 
     @property
+    def lists(self) -> int:
+        """Lists at a position."""
+        return self.heads // self.fold
+
+    @property
     def tiles(self) -> int:
-        """Lists of a head."""
-        return triton.cdiv(self.length, self.block_q)
+        """Tiles along the positions."""
+        return triton.cdiv(self.length * self.fold, self.block_q)
 
     @property
     def parts(self) -> int:
@@ -117,6 +124,7 @@ class Problem(NamedTuple):
             "LENGTH": self.length,
             "HEADS": self.heads,
             "KV_HEADS": self.kv_heads,
+            "FOLD": self.fold,
             "WIDTH": self.width,
             "TILE": self.block_q,
             "TILES": self.tiles,
@@ -229,13 +237,23 @@ def _kept(
 @triton.jit
 @no_type_check
 def _queries_of(
-    block, LENGTH: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, BLOCK_Q: tl.constexpr
+    block,
+    list_head,
+    LENGTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    FOLD: tl.constexpr,
+    TILE: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
 ):
-    """Tile, queries, and which of them are the tile's, of the `block`-th part of a tile."""
+    """Of the `block`-th part of a tile: the tile, and of its queries the positions, which of them
+    are the tile's, the rows among `[S, N]` and the places among `[N, S]`."""
     tile = block // PARTS
     local = (block % PARTS) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    queries = tile * TILE + local
-    return tile, queries, (local < TILE) & (queries < LENGTH)
+    queries = tile * (TILE // FOLD) + local // FOLD
+    head = list_head * FOLD + local % FOLD
+    valid = (local < TILE) & (queries < LENGTH)
+    return tile, queries, valid, queries * HEADS + head, head * LENGTH + queries
 
 
 @triton.jit
@@ -300,6 +318,7 @@ def sparse_attention_forward_kernel(
     LENGTH: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
+    FOLD: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
@@ -316,13 +335,16 @@ def sparse_attention_forward_kernel(
 ):
     """Output and log-sum-exp of some queries of a tile."""
     head, batch = tl.program_id(1), tl.program_id(2)
-    tile, queries, q_valid = _queries_of(tl.program_id(0), LENGTH, TILE, PARTS, BLOCK_Q)
-    kv_head = head // (HEADS // KV_HEADS)
-    line = ((batch * HEADS + head) * TILES + tile).to(tl.int64)
+    tile, queries, q_valid, rows, places = _queries_of(
+        tl.program_id(0), head, LENGTH, HEADS, FOLD, TILE, PARTS, BLOCK_Q
+    )
+    lists: tl.constexpr = HEADS // FOLD
+    kv_head = head // (lists // KV_HEADS)
+    line = ((batch * lists + head) * TILES + tile).to(tl.int64)
     first = batch.to(tl.int64) * LENGTH
-    of_queries = (first * HEADS + head) * WIDTH
+    of_queries = first * HEADS * WIDTH
     of_keys = (first * KV_HEADS + kv_head) * WIDTH
-    own = _load_rows(q + of_queries, queries, q_valid, HEADS * WIDTH, WIDTH, BLOCK_H)
+    own = _load_rows(q + of_queries, rows, q_valid, WIDTH, WIDTH, BLOCK_H)
     top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, BLOCK_H), tl.float32)
@@ -348,10 +370,9 @@ def sparse_attention_forward_kernel(
     some = total > 0
     total = tl.where(some, total, 1.0)
     acc = tl.where(some[:, None], acc / total[:, None], 0.0)
-    _store_rows(out + of_queries, acc, queries, q_valid, HEADS * WIDTH, WIDTH, BLOCK_H)
+    _store_rows(out + of_queries, acc, rows, q_valid, WIDTH, WIDTH, BLOCK_H)
     sums = tl.where(some, top + tl.log2(total), float("inf"))
-    of_line = (batch * HEADS + head).to(tl.int64) * LENGTH
-    tl.store(lse + of_line + queries, sums, mask=q_valid)
+    tl.store(lse + first * HEADS + places, sums, mask=q_valid)
 
 
 @triton.jit
@@ -375,6 +396,7 @@ def sparse_attention_dq_kernel(
     LENGTH: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
+    FOLD: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
@@ -391,17 +413,19 @@ def sparse_attention_dq_kernel(
 ):
     """Gradient of some queries of a tile."""
     head, batch = tl.program_id(1), tl.program_id(2)
-    tile, queries, q_valid = _queries_of(tl.program_id(0), LENGTH, TILE, PARTS, BLOCK_Q)
-    kv_head = head // (HEADS // KV_HEADS)
-    line = ((batch * HEADS + head) * TILES + tile).to(tl.int64)
+    tile, queries, q_valid, rows, places = _queries_of(
+        tl.program_id(0), head, LENGTH, HEADS, FOLD, TILE, PARTS, BLOCK_Q
+    )
+    lists: tl.constexpr = HEADS // FOLD
+    kv_head = head // (lists // KV_HEADS)
+    line = ((batch * lists + head) * TILES + tile).to(tl.int64)
     first = batch.to(tl.int64) * LENGTH
-    of_queries = (first * HEADS + head) * WIDTH
+    of_queries = first * HEADS * WIDTH
     of_keys = (first * KV_HEADS + kv_head) * WIDTH
-    own = _load_rows(q + of_queries, queries, q_valid, HEADS * WIDTH, WIDTH, BLOCK_H)
-    grad = _load_rows(dout + of_queries, queries, q_valid, HEADS * WIDTH, WIDTH, BLOCK_H)
-    of_line = (batch * HEADS + head).to(tl.int64) * LENGTH
-    sums = tl.load(lse + of_line + queries, mask=q_valid, other=float("inf"))
-    shift = tl.load(delta + of_line + queries, mask=q_valid, other=0.0)
+    own = _load_rows(q + of_queries, rows, q_valid, WIDTH, WIDTH, BLOCK_H)
+    grad = _load_rows(dout + of_queries, rows, q_valid, WIDTH, WIDTH, BLOCK_H)
+    sums = tl.load(lse + first * HEADS + places, mask=q_valid, other=float("inf"))
+    shift = tl.load(delta + first * HEADS + places, mask=q_valid, other=0.0)
     acc = tl.zeros((BLOCK_Q, BLOCK_H), tl.float32)
     number = _number_of_keys(counts, line, queries, LENGTH, GROUP, CAUSAL)
     for step in range(tl.cdiv(number, BLOCK_K)):
@@ -417,7 +441,7 @@ def sparse_attention_dq_kernel(
         slopes = tl.dot(grad, tl.trans(value), input_precision=PRECISION) - shift[:, None]
         slopes = (weights * slopes).to(key.dtype)
         acc = tl.dot(slopes, key, acc, input_precision=PRECISION)
-    _store_rows(dq + of_queries, acc * SCALE, queries, q_valid, HEADS * WIDTH, WIDTH, BLOCK_H)
+    _store_rows(dq + of_queries, acc * SCALE, rows, q_valid, WIDTH, WIDTH, BLOCK_H)
 
 
 @triton.jit
@@ -443,6 +467,7 @@ def sparse_attention_dkv_kernel(
     LENGTH: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
+    FOLD: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
@@ -471,7 +496,9 @@ def sparse_attention_dkv_kernel(
     value = _load_rows(v + of_keys, keys, k_valid, KV_HEADS * WIDTH, WIDTH, BLOCK_H)
     d_key = tl.zeros((BLOCK_K, BLOCK_H), tl.float32)
     d_value = tl.zeros((BLOCK_K, BLOCK_H), tl.float32)
-    each: tl.constexpr = HEADS // KV_HEADS
+    lists: tl.constexpr = HEADS // FOLD
+    each: tl.constexpr = lists // KV_HEADS
+    of_queries = first * HEADS * WIDTH
     if entries is None:  # every tile of queries that is not before the keys
         skipped = 0
         if CAUSAL:
@@ -490,15 +517,15 @@ def sparse_attention_dkv_kernel(
         else:
             entry = tl.load(entries + step // PARTS)
             list_number = entry // LISTED
-            head = (list_number // TILES) % HEADS
+            head = (list_number // TILES) % lists
             part = (list_number % TILES) * PARTS + step % PARTS
-        _, queries, q_valid = _queries_of(part, LENGTH, TILE, PARTS, BLOCK_Q)
-        of_queries = (first * HEADS + head) * WIDTH
-        own = _load_rows(q + of_queries, queries, q_valid, HEADS * WIDTH, WIDTH, BLOCK_H)
-        grad = _load_rows(dout + of_queries, queries, q_valid, HEADS * WIDTH, WIDTH, BLOCK_H)
-        of_line = (batch * HEADS + head).to(tl.int64) * LENGTH
-        sums = tl.load(lse + of_line + queries, mask=q_valid, other=float("inf"))
-        shift = tl.load(delta + of_line + queries, mask=q_valid, other=0.0)
+        _, queries, q_valid, rows, places = _queries_of(
+            part, head, LENGTH, HEADS, FOLD, TILE, PARTS, BLOCK_Q
+        )
+        own = _load_rows(q + of_queries, rows, q_valid, WIDTH, WIDTH, BLOCK_H)
+        grad = _load_rows(dout + of_queries, rows, q_valid, WIDTH, WIDTH, BLOCK_H)
+        sums = tl.load(lse + first * HEADS + places, mask=q_valid, other=float("inf"))
+        shift = tl.load(delta + first * HEADS + places, mask=q_valid, other=0.0)
         kept = _kept(
             batch, head, queries, q_valid, keys, k_valid, key_mask, segment_ids,
             q_codes, k_codes, threshold, radius, LENGTH, HEADS, KV_HEADS, CODES, CAUSAL,
@@ -564,7 +591,7 @@ def _forward(
             ),
         },
         name="sparse_attention_forward",
-        grid=(problem.tiles * problem.parts, problem.heads, problem.batch),
+        grid=(problem.tiles * problem.parts, problem.lists, problem.batch),
         BLOCK_K=problem.config.block_k,
         **problem.constants(),
     )
@@ -581,7 +608,7 @@ def _dq(
         {**arrays, **lists, **inputs, **grads},
         {"dq": jax.ShapeDtypeStruct(q.shape, q.dtype)},
         name="sparse_attention_dq",
-        grid=(problem.tiles * problem.parts, problem.heads, problem.batch),
+        grid=(problem.tiles * problem.parts, problem.lists, problem.batch),
         BLOCK_K=problem.config.block_k,
         **problem.constants(),
     )
@@ -617,9 +644,9 @@ def _transposed(problem: Problem, selection: Selection) -> Inputs:
     """For every block of keys the entries of lists that keep any of it, in order.
 
     Returns:
-      `entries`: int32, numbers of entries `[B, N, Q, P]`, those of a sequence's key head and block
+      `entries`: int32, numbers of entries `[B, T, Q, P]`, those of a sequence's key head and block
         side by side; `starts`: int32 `[B K blocks + 1]`, where each begins; `bits`: int32
-        `[B, N, Q, P]`, a bit for each group of its block that an entry keeps, None where a block is
+        `[B, T, Q, P]`, a bit for each group of its block that an entry keeps, None where a block is
         one group. None of them with `token`.
     """
     if not isinstance(selection, TileSelection):
@@ -642,7 +669,7 @@ def _transposed(problem: Problem, selection: Selection) -> Inputs:
         valid = bits > 0
     pairs = problem.batch * problem.kv_heads
     pair = jnp.arange(pairs, dtype=jnp.int32).reshape(problem.batch, problem.kv_heads)
-    pair = jnp.repeat(pair, problem.heads // problem.kv_heads, 1)[:, :, None, None]
+    pair = jnp.repeat(pair, problem.lists // problem.kv_heads, 1)[:, :, None, None]
     last = pairs * problem.key_blocks
     key = jnp.where(valid, pair * problem.key_blocks + blocks, last).ravel()
     entries = jnp.argsort(key, stable=True).astype(jnp.int32)
@@ -718,9 +745,11 @@ def problem_of(
 ) -> Problem:
     """Sizes and tile sizes."""
     batch, length, heads, width = q.shape
+    fold = 1
     if isinstance(selection, TileSelection):
-        config = config_for(q.dtype, width, selection.block_q)
-        block_q, group, code_width = selection.block_q, selection.key_group, 0
+        fold = selection.heads_of_list(heads)
+        block_q, group, code_width = selection.block_q * fold, selection.key_group, 0
+        config = config_for(q.dtype, width, block_q)
         listed = selection.groups.shape[3]
     else:
         config = config_for(q.dtype, width, MOST_KEYS)
@@ -731,6 +760,7 @@ def problem_of(
         length=length,
         heads=heads,
         kv_heads=k.shape[2],
+        fold=fold,
         width=width,
         block_q=block_q,
         group=group,

@@ -297,32 +297,47 @@ class Tiling(NamedTuple):
     Attributes:
       pairs: Sequences times key heads.
       rows: Query heads of a key head.
+      lists: Lists of a key head at a position: one for every query head, or one in all.
       length: Positions.
       tiles: Tiles along the positions.
-      block: Queries of a tile.
+      block: Positions of a tile.
       step: Tiles of a step.
       steps: Steps of a key head.
     """
 
     pairs: int
     rows: int
+    lists: int
     length: int
     tiles: int
     block: int
     step: int
     steps: int
 
+    @property
+    def items(self) -> int:
+        """Tiles of a key head."""
+        return self.lists * self.tiles
+
+    @property
+    def heads(self) -> int:
+        """Query heads of a list."""
+        return self.rows // self.lists
+
     def deal(self, a: jax.Array, value: float = 0) -> jax.Array:
-        """`[pairs, rows, length, ...]` to `[pairs, steps * step, 1, block, ...]`."""
+        """`[pairs, rows, length, ...]` to `[pairs, steps * step, heads, block, ...]`."""
         a = pad(a, self.tiles * self.block, 2, value)
-        a = a.reshape(self.pairs, self.rows * self.tiles, 1, self.block, *a.shape[3:])
+        a = a.reshape(
+            self.pairs, self.lists, self.heads, self.tiles, self.block, *a.shape[3:]
+        ).swapaxes(2, 3)
+        a = a.reshape(self.pairs, self.items, *a.shape[3:])
         return pad(a, self.steps * self.step, 1, value)
 
     def collect(self, a: jax.Array) -> jax.Array:
-        """`[pairs, steps, step, 1, block, ...]` back to `[pairs, rows, length, ...]`."""
-        a = a.reshape(self.pairs, self.steps * self.step, self.block, *a.shape[5:])
-        a = a[:, : self.rows * self.tiles]
-        a = a.reshape(self.pairs, self.rows, self.tiles * self.block, *a.shape[3:])
+        """`[pairs, steps, step, heads, block, ...]` back to `[pairs, rows, length, ...]`."""
+        a = a.reshape(self.pairs, self.steps * self.step, *a.shape[3:])[:, : self.items]
+        a = a.reshape(self.pairs, self.lists, self.tiles, *a.shape[2:]).swapaxes(2, 3)
+        a = a.reshape(self.pairs, self.rows, self.tiles * self.block, *a.shape[5:])
         return a[:, :, : self.length]
 
     def here(self, a: jax.Array, pair: jax.Array, index: jax.Array) -> jax.Array:
@@ -347,12 +362,14 @@ class TileSteps(NamedTuple):
 def _tile_steps(given: Given, selection: TileSelection, causal: bool) -> TileSteps:
     """Deals the tiles of queries out to steps."""
     pairs, rows, length, _ = given.q.shape
-    tiles, listed = selection.groups.shape[2:]
+    batch, heads, tiles, listed = selection.groups.shape
     block, size = selection.block_q, selection.key_group
+    lists = batch * heads // pairs
+    items, queries = lists * tiles, rows // lists * block
     number = -(-length // size)
-    step = max(1, min(rows * tiles, TILE_ELEMENTS // (block * listed * size)))
-    steps = -(-rows * tiles // step)
-    tiling = Tiling(pairs, rows, length, tiles, block, step, steps)
+    step = max(1, min(items, TILE_ELEMENTS // (queries * listed * size)))
+    steps = -(-items // step)
+    tiling = Tiling(pairs, rows, lists, length, tiles, block, step, steps)
 
     def grouped(a: jax.Array) -> jax.Array:
         return pad(a, number * size, 1).reshape(pairs, number, size, *a.shape[2:])
@@ -360,12 +377,12 @@ def _tile_steps(given: Given, selection: TileSelection, causal: bool) -> TileSte
     key_mask, segments = per_pair(given.key_mask, pairs), per_pair(given.segment_ids, pairs)
     keys_values = grouped(jnp.concatenate([given.k, given.v], -1))
     queries = tiling.deal(given.q)
-    lists = pad(selection.groups.reshape(pairs, rows * tiles, listed), steps * step, 1)
-    counts = pad(selection.counts.reshape(pairs, rows * tiles), steps * step, 1)
+    groups_of = pad(selection.groups.reshape(pairs, items, listed), steps * step, 1)
+    counts = pad(selection.counts.reshape(pairs, items), steps * step, 1)
 
     def inputs(pair: jax.Array, index: jax.Array) -> Block:
         item = index * step + jnp.arange(step)
-        groups = tiling.here(lists, pair, index)
+        groups = tiling.here(groups_of, pair, index)
 
         def gather(a: jax.Array) -> jax.Array:
             return a[pair, groups].reshape(step, listed * size, *a.shape[3:])
@@ -384,7 +401,7 @@ def _tile_steps(given: Given, selection: TileSelection, causal: bool) -> TileSte
         keys, values = jnp.split(gather(keys_values), 2, -1)
         return Block(tiling.here(queries, pair, index), keys, values, kept[:, :, None])
 
-    return TileSteps(tiling, lists, inputs)
+    return TileSteps(tiling, groups_of, inputs)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

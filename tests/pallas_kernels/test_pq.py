@@ -32,6 +32,7 @@ class Case:
     rule: str = "inner_product"
     block_q: int = 8
     key_group: int = 4
+    share_heads: bool = False
     batch: int = 2
     limit: int = xla.BLOCK_ELEMENTS
 
@@ -49,9 +50,14 @@ CASES = {
         300, 4, 2, 40, causal=True, key_mask=True, segments=True, batch=1, limit=24000
     ),
     "everything": Case(33, num_keys=40, key_mask=True),
+    # four stages, two key heads with a list for three heads
+    "shared_lists": Case(
+        150, 6, 2, 9, True, True, block_q=12, key_group=8, share_heads=True, limit=4000
+    ),
 }
 # Masks of one kind alone differ in what the tiles see.
-TOKEN_CASES = [name for name in CASES if name not in ("groups_across_tiles", "packed")]
+TILE_ONLY = {"groups_across_tiles", "packed", "shared_lists"}
+TOKEN_CASES = [name for name in CASES if name not in TILE_ONLY]
 
 
 @functools.cache
@@ -88,6 +94,7 @@ def selected(case, granularity, implementation, seed=0):
             segment_ids=segments,
             block_q=case.block_q,
             key_group=case.key_group,
+            share_heads=case.share_heads,
             implementation=implementation,
         )
 
@@ -172,6 +179,7 @@ def test_tile_lists_are_ascending_and_valid_and_leave_no_query_alone(name):
     selection = selected(case, "tile", "xla")
     valid = valid_keys(case)
     groups, counts = np.asarray(selection.groups), np.asarray(selection.counts)
+    assert counts.shape[1] == (case.kv_heads if case.share_heads else case.heads)
     for (b, n, t), count in np.ndenumerate(counts):
         first, last = t * case.block_q, min((t + 1) * case.block_q, case.length)
         seen = np.flatnonzero(valid[b, first:last].any(0)) // case.key_group

@@ -100,6 +100,7 @@ class Select:
     rule: str = "inner_product"
     block_q: int = 64
     key_group: int = 16
+    share_heads: bool = False
 
 
 TOKEN = {
@@ -114,6 +115,9 @@ TILE = {
     "grouped": Select(130, heads=4, kv_heads=2, num_keys=40),
     "causal_8": Select(140, causal=True, key_group=8, num_keys=40),
     "causal_small_tiles": Select(200, causal=True, block_q=24, num_keys=40),
+    "shared_heads": Select(
+        130, heads=8, kv_heads=2, causal=True, block_q=16, num_keys=40, share_heads=True
+    ),
     "packed_32": Select(130, batch=2, segments=True, causal=True, key_group=32, num_keys=40),
     "hidden_64": Select(130, batch=2, key_mask=True, key_group=64, num_keys=64),
     "ties_128": Select(
@@ -151,6 +155,7 @@ def selecting(case, granularity, implementation="mosaic"):
             segment_ids=segments,
             block_q=case.block_q,
             key_group=case.key_group,
+            share_heads=case.share_heads,
             implementation=implementation,
         )
 

@@ -33,6 +33,7 @@ class Case:
     segments: bool = False
     block_q: int = 8
     key_group: int = 4
+    share_heads: bool = False
     batch: int = 2
     limit: int | None = None  # elements of a block, small enough to give several
 
@@ -47,6 +48,8 @@ CASES = {
     "packed": Case(70, num_keys=16, key_mask=True, segments=True, block_q=16, key_group=1),
     # three blocks of 24 queries, three steps of tiles
     "several_blocks": Case(70, 2, 1, num_keys=9, causal=True, key_mask=True, limit=3400),
+    # one list for three heads
+    "shared_lists": Case(70, 6, 2, 8, 9, True, True, True, share_heads=True, limit=9000),
     "groups_across_tiles": Case(70, num_keys=9, causal=True, block_q=24, key_group=16, batch=4),
 }
 
@@ -86,6 +89,7 @@ def select(case, codes, masks, granularity):
         granularity=granularity,
         block_q=case.block_q,
         key_group=case.key_group,
+        share_heads=case.share_heads,
         implementation="xla",
         **options(case, masks),
     )

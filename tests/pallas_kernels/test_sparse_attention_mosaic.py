@@ -31,9 +31,13 @@ TILE = {
     "packed": Case(130, 2, 2, width=64, key_group=8, key_mask=True, segments=True, batch=2),
     "packed_causal": Case(129, 2, 1, key_group=32, causal=True, key_mask=True, segments=True),
     "large_groups": Case(257, 1, 1, num_keys=140, block_q=128, key_group=128),
-    "shared_lists": Case(200, 2, 1, num_keys=64, block_q=128, key_group=8, causal=True),
+    "two_warpgroups": Case(200, 2, 1, num_keys=64, block_q=128, key_group=8, causal=True),
     "three_warpgroups": Case(390, 1, 1, num_keys=100, block_q=192, key_group=32, causal=True),
     "every_key": Case(70, 2, 2, num_keys=70),
+    "shared_heads": Case(100, 8, 2, causal=True, block_q=16, share_heads=True),
+    "shared_packed": Case(
+        70, 6, 2, key_group=8, causal=True, key_mask=True, segments=True, share_heads=True
+    ),
     "width_80": Case(64, 1, 1, width=80, key_group=64, causal=True),
     "width_96": Case(64, 1, 1, width=96),
     "width_128": Case(64, 1, 1, width=128, causal=True),
@@ -47,7 +51,15 @@ TOKEN = {
     "width_128": Case(64, 1, 1, width=128),
 }
 #: Sizes that differ from others in one number; a program of each takes half a minute to interpret.
-SLOW = {"large_groups", "shared_lists", "three_warpgroups", "width_80", "width_96", "packed"}
+SLOW = {
+    "large_groups",
+    "shared_packed",
+    "two_warpgroups",
+    "three_warpgroups",
+    "width_80",
+    "width_96",
+    "packed",
+}
 #: One program of each kernel, for other versions of jax.
 VERSIONS = {("tile", "one_group"), ("token", "one_position")}
 CASES = [

@@ -34,9 +34,12 @@ CASES = {name: dataclasses.replace(case, limit=None) for name, case in CASES.ite
     "large_groups": Case(
         300, 1, 1, width=32, num_keys=140, block_q=96, key_group=128, batch=1, causal=True
     ),
+    "shared_parts": Case(
+        130, 6, 2, width=24, num_keys=40, causal=True, block_q=40, key_group=16, share_heads=True
+    ),
     "odd_groups": Case(70, 2, 1, num_keys=20, block_q=24, key_group=5, causal=True, batch=1),
 }
-TILE_ONLY = {"single_keys", "whole_blocks", "large_groups", "odd_groups"}
+TILE_ONLY = {"shared_parts", "single_keys", "whole_blocks", "large_groups", "odd_groups"}
 BOTH = [
     (granularity, name)
     for name in CASES
