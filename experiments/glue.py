@@ -28,6 +28,7 @@ from experiments.methods import (
     Method,
     MethodOptions,
     device_line,
+    form_note,
     results_table,
     speed_note,
     write_metrics,
@@ -208,7 +209,7 @@ def run_task(
         results[method] = train_method(task, method, options, data, out / method)
     figures = {method: result.figures() for method, result in results.items()}
     console.print(results_table(f"{task.name}, validation", results))
-    if note := speed_note(results):
+    for note in filter(None, (speed_note(results), form_note(results))):
         console.print(note)
     write_metrics(out, "glue", options, figures)
     return figures

@@ -94,6 +94,8 @@ class Attention:
     width: int = 64
     granularity: Literal["token", "tile"] = "tile"
     key_group: int = 16
+    block_q: int = 64
+    share_heads: bool = False
     causal: bool = True
     kv_heads: int = 8
     masked: bool = False
@@ -129,7 +131,9 @@ class Attention:
             num_keys=128,
             granularity=self.granularity,
             causal=self.causal,
+            block_q=self.block_q,
             key_group=self.key_group,
+            share_heads=self.share_heads,
             implementation=self.implementation,
             **masks,
         )
@@ -158,6 +162,7 @@ ATTENTION_CASES = {
     **{f"h{width}": Attention(width=width) for width in (32, 64, 80, 96, 128)},
     "h128_bidirectional": Attention(width=128, causal=False),
     "h128_grouped_heads": Attention(width=128, kv_heads=2),
+    "h128_shared_heads": Attention(width=128, kv_heads=2, block_q=16, share_heads=True),
     "h64_group8": Attention(key_group=8),
     "h64_group32": Attention(key_group=32),
     "h64_group64": Attention(key_group=64),

@@ -6,18 +6,20 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import jax
+import tyro
 from rich.table import Table
 
 import spt_jax
 from experiments import cli
 from pallas_kernels import best_implementation, why_not_mosaic, why_not_triton
-from spt_jax.config import LearningRateMultipliers
+from spt_jax.config import Form, LearningRateMultipliers
+from spt_jax.forms import FORMS
 from spt_jax.processes import is_first, several, start_processes
 from spt_jax.sharding import make_mesh, parse_mesh
-from spt_jax.training import TrainResult, environment, write_json_atomic
+from spt_jax.training import TrainResult, environment, form_of, write_json_atomic
 
 Method = Literal[
     "spt",
@@ -39,6 +41,7 @@ DESCRIPTIONS: Mapping[Method, str] = {
     "spt-match-count": "spt that selects keys by the paper's match count",
     "spt-random-router": "spt with the paper's start of the FFN: random blocks, random router",
 }
+MOST_LOSS_ADDED = 0.1  # by the sparse form, in nats, before a warning
 LEARNING_RATES: Mapping[Family, float] = {"spt": 1e-3, "lora": 1e-3, "full": 5e-5}
 
 
@@ -90,6 +93,9 @@ class Recipe:
     """Steps between evaluations; by default once an epoch."""
     result: Literal["last", "best"] = "last"
     """Which evaluation the table shows."""
+    evaluate_as: Annotated[Form, tyro.conf.arg(name="as")] = "dense"
+    """Form of the model that is judged: dense, as other tools serve the adapter, or sparse, as it
+    trains. Tables and metrics.json have both."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype, and that of frozen weights."""
     remat: bool = False
@@ -211,6 +217,7 @@ class MethodOptions(Recipe):
             eval_every=self.eval_every,
             patience=self.patience,
             result=self.result,
+            evaluate_as=self.evaluate_as,
             seed=self.seed,
             mesh=self.mesh_config(),
         )
@@ -259,16 +266,31 @@ def device_line(dtype: str) -> str:
 
 
 def results_table(title: str, results: Mapping[str, TrainResult]) -> Table:
-    """One row a method."""
+    """One row a method; a metric has a column for each form that any of the models has."""
     table = Table(title=title)
-    metrics = [name for name in next(iter(results.values())).metrics if name != "eval_loss"]
-    headers = ["method", *metrics, "train loss", "step ms", "tokens/s", "peak MB", "trainable"]
+    first = next(iter(results.values())).metrics
+    columns = {
+        f"{name}_{form}": f"{name}, {form}"
+        for name in first
+        if form_of(name) is None and not name.startswith("eval_loss")
+        for form in reversed(FORMS)
+        if any(f"{name}_{form}" in result.metrics for result in results.values())
+    }
+    headers = [
+        "method",
+        *columns.values(),
+        "train loss",
+        "step ms",
+        "tokens/s",
+        "peak MB",
+        "trainable",
+    ]
     for header in headers:
         table.add_column(header, justify="left" if header == "method" else "right")
     for method, result in results.items():
         table.add_row(
             method,
-            *(f"{result.metrics[name]:.4f}" for name in metrics),
+            *(f"{result.metrics[name]:.4f}" if name in result.metrics else "-" for name in columns),
             f"{result.train_loss:.4f}",
             f"{result.step_ms:.0f}",
             f"{result.tokens_per_s:.0f}",
@@ -279,11 +301,34 @@ def results_table(title: str, results: Mapping[str, TrainResult]) -> Table:
 
 
 def speed_note(results: Mapping[str, TrainResult]) -> str | None:
-    """A sentence on SPT's step beside LoRA's, where both ran."""
+    """A sentence on SPT's step beside LoRA's, where both ran, with what it reached."""
     if not {"spt", "lora"} <= results.keys():
         return None
-    ratio = results["lora"].step_ms / results["spt"].step_ms
-    return f"an spt step is {ratio:.2f}x as fast as a lora step"
+    spt, lora = results["spt"], results["lora"]
+    ratio = lora.step_ms / spt.step_ms
+    speed = f"{ratio:.2f}x as fast as" if ratio >= 1 else f"{1 / ratio:.2f}x as slow as"
+    name = next(iter(spt.metrics))
+    return (
+        f"an spt step is {speed} a lora step; {name} {spt.metrics[name]:.4f} beside "
+        f"{lora.metrics[name]:.4f}"
+    )
+
+
+def form_note(results: Mapping[str, TrainResult]) -> str | None:
+    """A warning where a model's sparse form predicts clearly worse than its dense form."""
+    added = {
+        method: max(
+            x - result.metrics[name.replace("_sparse", "_dense")]
+            for name, x in result.metrics.items()
+            if name.startswith("eval_loss") and form_of(name) == "sparse"
+        )
+        for method, result in results.items()
+        if any(form_of(name) == "sparse" for name in result.metrics)
+    }
+    worse = [f"{method} by {x:.2f}" for method, x in added.items() if x > MOST_LOSS_ADDED]
+    if not worse:
+        return None
+    return f"sparse, the loss is higher than dense ({', '.join(worse)}): serve the adapter dense"
 
 
 def write_metrics(

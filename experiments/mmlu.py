@@ -19,11 +19,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from flax import nnx
 from jaxtyping import Array, Float, Int
 from rich.table import Table
@@ -33,6 +34,7 @@ from tqdm import tqdm
 import spt_jax
 from experiments import cli
 from experiments.methods import write_metrics
+from spt_jax.config import Form
 from spt_jax.models.decoder import Decoder
 
 LETTERS = "ABCD"
@@ -120,6 +122,9 @@ class Options:
     """Folder that holds dev/ and test/."""
     adapter: str | None = None
     """Adapter of the model: a directory or hub id of save_adapter or PEFT."""
+    evaluate_as: Annotated[Form, tyro.conf.arg(name="as")] = "dense"
+    """Form of the adapted model: dense, as other tools serve the adapter, or sparse, as it was
+    trained."""
     out: Path = Path("runs/mmlu")
     """Folder for metrics.json."""
     subjects: str = "all"
@@ -433,6 +438,7 @@ def main() -> None:
     if options.adapter is not None:
         model = spt_jax.load_adapter(model, options.adapter)
         model.set_attributes(strict=True, raise_if_not_found=False)  # as in training's evaluation
+        spt_jax.set_form(model, options.evaluate_as)
     positions = model.config.max_length
     max_length = positions if options.max_length is None else options.max_length
     if max_length > positions:

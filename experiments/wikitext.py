@@ -33,6 +33,7 @@ from experiments.methods import (
     MethodOptions,
     device_line,
     family,
+    form_note,
     results_table,
     speed_note,
     write_metrics,
@@ -335,12 +336,13 @@ def run(options: Options, console: Console) -> dict[str, dict[str, Any]]:
         )
         save(model, method, source, options.out / method)
         if options.prompt is not None:
+            spt_jax.set_form(model, options.evaluate_as)
             chat = not all(isinstance(record, str) for record in corpus.train)
             console.print(options.prompt, style="dim", markup=False)
             console.print(answer(model, options.prompt, encoder, chat=chat), markup=False)
     figures = {"base": before} | {method: result.figures() for method, result in results.items()}
     console.print(results_table("language model, evaluation", results))
-    if note := speed_note(results):
+    for note in filter(None, (speed_note(results), form_note(results))):
         console.print(note)
     write_metrics(options.out, "wikitext", options, figures)
     return figures

@@ -10,6 +10,7 @@ from spt_jax.config import (
     TrainConfig,
 )
 from spt_jax.export import load_adapter, save_adapter, save_pretrained
+from spt_jax.forms import set_form
 from spt_jax.generation import generate
 from spt_jax.inspection import sparse_choices
 from spt_jax.models import load_pretrained, load_tokenizer
@@ -28,6 +29,7 @@ __all__ = [
     "load_tokenizer",
     "save_adapter",
     "save_pretrained",
+    "set_form",
     "sparse_choices",
 ]
 __version__ = "0.1.0"

@@ -125,10 +125,11 @@ def fit_sparse_attention(
         The module that replaces dense attention.
 
     Raises:
-        ValueError: the codeword width does not divide the head width, or there are fewer tokens
-            than codewords.
+        ValueError: the codeword width does not divide the head width, there are fewer tokens than
+            codewords, or heads cannot share lists as they are to.
     """
     width = q.shape[-1]
+    config.heads_of_list(q.shape[1], k.shape[1])
     if width % config.codeword_width:
         raise ValueError(
             f"codeword_width={config.codeword_width} does not divide the head width {width}"

@@ -7,8 +7,8 @@ it takes the next keys in order and computes their scores again from the codewor
 keys and values walk transposed lists: nothing is added with atomics, and results repeat exactly.
 
 Inside, matrices are `[B S, N H]`: the heads of a position side by side, S padded to whole tiles.
-Where the r = N / K heads of a key head share lists, queries are taken for those of K heads at S r
-positions, r of them at each: `[B S r, K H]`.
+Where heads share a list, the queries of a tile are those of the first head at all its positions,
+then those of the second, and so on.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ ROWS = mosaic.WARPGROUP_ROWS
 WARPGROUPS = 2  # that compute, of a grid cell
 CELL = WARPGROUPS * ROWS
 BITS = 8  # groups of 64 keys, at most
+LEAST_RUN = 8  # rows that a copy into shared memory takes together
 HIDDEN = -(2**31)  # tag of a key that no query may see
 SHARED_BYTES = 227 * 1024  # a block's share of a Hopper multiprocessor
 GROUPS = (8, 16, 32, 64, 128)
@@ -70,9 +71,9 @@ class Problem(NamedTuple):
       batch: B.
       length: Positions.
       padded: Positions, padded to whole tiles.
-      heads: Query heads N; K where they share lists.
+      heads: Query heads N.
       kv_heads: Key heads K.
-      fold: Queries of a head at a position, N / K where they share lists, else 1.
+      fold: Query heads that share a list.
       width: H.
       block_q: Queries that share a list; those of a grid cell with `token`.
       group: Keys of a group; those of a step with `token`.
@@ -111,23 +112,42 @@ class Problem(NamedTuple):
         return 1 if self.block_q % (CELL) == 0 else WARPGROUPS
 
     @property
-    def heads_per_key_head(self) -> int:
-        """Query heads that read one key head."""
-        return self.heads // self.kv_heads
+    def lists(self) -> int:
+        """Lists at a position."""
+        return self.heads // self.fold
+
+    @property
+    def lists_per_key_head(self) -> int:
+        """Lists at a position that one key head serves."""
+        return self.lists // self.kv_heads
 
     @property
     def queries(self) -> int:
-        """Queries of a head, padded to whole tiles."""
+        """Queries of the heads of a list, at all positions, padded to whole tiles."""
         return self.padded * self.fold
 
     @property
-    def tiles(self) -> int:
-        """Lists of a head."""
-        return self.queries // self.block_q
+    def tile_positions(self) -> int:
+        """Positions of a tile."""
+        return self.block_q // self.fold
 
-    def position(self, query: jax.Array) -> jax.Array:
-        """Positions of queries of a head."""
-        return query if self.fold == 1 else lax.div(query, jnp.int32(self.fold))
+    @property
+    def tiles(self) -> int:
+        """Tiles along the positions."""
+        return self.padded // self.tile_positions
+
+    @property
+    def run(self) -> int:
+        """Queries, of 64, at consecutive positions of one head."""
+        return math.gcd(ROWS, self.tile_positions)
+
+    def position(self, start: jax.Array, query: jax.Array) -> jax.Array:
+        """Positions of queries, numbered within the 64 from `start` on."""
+        if self.fold == 1:
+            return start + query
+        tile = lax.div(start, jnp.int32(self.block_q))
+        within = query + (start - tile * self.block_q)
+        return tile * self.tile_positions + lax.rem(within, jnp.int32(self.tile_positions))
 
 
 class Tags(NamedTuple):
@@ -215,6 +235,11 @@ def unfit(q: jax.Array, k: jax.Array, v: jax.Array, selection: Selection) -> str
         queries = selection.block_q * selection.heads_of_list(q.shape[2])
         if queries % ROWS:
             return f"it takes tiles of a multiple of {ROWS} queries, and got {queries}"
+        if selection.block_q % LEAST_RUN:
+            return (
+                f"it takes tiles of a multiple of {LEAST_RUN} positions, and got "
+                f"{selection.block_q}"
+            )
         return None
     if q.shape[1] > 2**16:
         return f"with token selection it takes up to {2**16} positions, and got {q.shape[1]}"
@@ -242,7 +267,7 @@ def _problem(
         batch=batch,
         length=length,
         padded=-(-length // whole) * whole,
-        heads=heads // fold,
+        heads=heads,
         kv_heads=k.shape[2],
         fold=fold,
         width=width,
@@ -363,11 +388,48 @@ def _vectors(problem: Problem, side: str, backward: bool) -> dict[str, Any]:
     return vectors
 
 
+def _runs(
+    problem: Problem, head: jax.Array, start: jax.Array
+) -> list[tuple[int, jax.Array, jax.Array]]:
+    """First row, head and position of each run of queries at consecutive positions of one head.
+
+    Args:
+      problem: The problem.
+      head: The list's at a position.
+      start: First of 64 queries that the lists of `head` serve.
+    """
+    if problem.fold == 1:
+        return [(0, head, start)]
+    tile = lax.div(start, jnp.int32(problem.block_q))
+    runs = []
+    for first in range(0, ROWS, problem.run):
+        within = start - tile * problem.block_q + first
+        positions = jnp.int32(problem.tile_positions)
+        own = head * problem.fold + lax.div(within, positions)
+        runs.append((first, own, tile * problem.tile_positions + lax.rem(within, positions)))
+    return runs
+
+
+def _copy_queries(
+    problem: Problem,
+    given: Given,
+    batch: jax.Array,
+    head: jax.Array,
+    start: jax.Array,
+    target: Buffers,
+    barrier: Any,
+) -> None:
+    """Starts the copies of the 64 queries of a list from `start` on."""
+    for first, own, position in _runs(problem, head, start):
+        source = _query_rows(problem, given, batch, own, position, problem.run)
+        _copy(source, target.at(pl.ds(first, problem.run)), barrier)
+
+
 def _query_rows(
     problem: Problem, given: Given, batch: jax.Array, head: jax.Array, start: jax.Array, number: int
 ) -> Buffers:
-    """Where rows of the queries' side lie in global memory."""
-    rows, positions = pl.ds(batch * problem.queries + start, number), pl.ds(start, number)
+    """Where rows of the queries' side lie in global memory, of one head at some positions."""
+    rows, positions = pl.ds(batch * problem.padded + start, number), pl.ds(start, number)
     line = batch * problem.heads + head
     vectors = {}
     if given.tags is not None:
@@ -392,8 +454,8 @@ def _query_rows(
 def _key_rows(
     problem: Problem, given: Given, batch: jax.Array, head: jax.Array, start: jax.Array, number: int
 ) -> Buffers:
-    """Where rows of the keys' side lie in global memory; `head` is a query head."""
-    kv_head = lax.div(head, jnp.int32(problem.heads_per_key_head))
+    """Where rows of the keys' side lie in global memory; `head` is that of a list."""
+    kv_head = lax.div(head, jnp.int32(problem.lists_per_key_head))
     rows = pl.ds(batch * problem.padded + start, number)
     columns = pl.ds(kv_head * problem.width, problem.width)
     return Buffers(
@@ -444,8 +506,8 @@ class Walk(NamedTuple):
       given: The inputs.
       block_k: Keys of a step.
       batch: The sequence.
-      head: The query head.
-      start: First of the warpgroup's 64 queries.
+      head: The list at a position: a query head, or those that share it.
+      start: First of the warpgroup's 64 queries, of those that the lists serve.
       tile: The list of those queries.
       entries: Groups in it.
     """
@@ -521,7 +583,7 @@ class Walk(NamedTuple):
         if clear and not problem.token:
             return None
         column = mosaic.iota(shape, 1)
-        query = problem.position(mosaic.iota(shape, 0) + self.start)
+        query = problem.position(self.start, mosaic.iota(shape, 0))
         size = problem.group
         key = self.group(step * self.per_step) * size + column
         for i in range(1, self.per_step):
@@ -544,6 +606,12 @@ class Walk(NamedTuple):
             tags = _column_vector(ring.vectors["tags"], shape)
             seen = seen & (tags == _row_vector(own.vectors["tags"], shape))
         return seen if kept is None else kept & seen
+
+    def target(self, ref: Any, head: jax.Array, position: jax.Array) -> Any:
+        """Where a run of queries lies in `[B S, N H]`."""
+        width = self.problem.width
+        rows = pl.ds(self.batch * self.problem.padded + position, self.problem.run)
+        return ref.at[rows, pl.ds(head * width, width)]
 
     def run(
         self,
@@ -593,7 +661,9 @@ def _query_scratch(problem: Problem, block_k: int, stages: int, backward: bool) 
     ring = _buffers(problem, number, block_k, True, _vectors(problem, "keys", backward))
     return Scratch(
         own=own,
-        ready=plgpu.Barrier(num_arrivals=own.copies, num_barriers=WARPGROUPS),
+        ready=plgpu.Barrier(
+            num_arrivals=own.copies * (ROWS // problem.run), num_barriers=WARPGROUPS
+        ),
         ring=ring,
         full=plgpu.Barrier(
             num_arrivals=ring.copies * (block_k // problem.group), num_barriers=number
@@ -662,8 +732,8 @@ def _forward_kernel(
 
     def compute(warpgroup: jax.Array) -> None:
         walk, own = walk_of(warpgroup), scratch.own.at(warpgroup)
-        rows = _query_rows(problem, given, walk.batch, walk.head, walk.start, ROWS)
-        _copy(rows, own, scratch.ready.at[warpgroup])
+        place = walk.batch, walk.head, walk.start
+        _copy_queries(problem, given, *place, own, scratch.ready.at[warpgroup])
         plgpu.barrier_wait(scratch.ready.at[warpgroup])
 
         def body(carry: Any, keys: Buffers, find_kept: Callable[[], Any]) -> Any:
@@ -695,12 +765,11 @@ def _forward_kernel(
         own.first[...] = (out * mosaic.rows(inverse, out.shape)).astype(problem.dtype)
         sums_ref[warpgroup] = jnp.where(some, top + jnp.log2(total), jnp.inf)
         plgpu.commit_smem()
-        columns = pl.ds(walk.head * problem.width, problem.width)
-        target = pl.ds(walk.batch * problem.queries + walk.start, ROWS)
-        plgpu.copy_smem_to_gmem(own.first, out_ref.at[target, columns])
-        line = walk.batch * problem.heads + walk.head
-        sums = lse_ref.at[line, pl.ds(walk.start, ROWS)]
-        plgpu.copy_smem_to_gmem(sums_ref.at[warpgroup], sums)
+        for first, head, position in _runs(problem, walk.head, walk.start):
+            rows = pl.ds(first, problem.run)
+            plgpu.copy_smem_to_gmem(own.first.at[rows], walk.target(out_ref, head, position))
+            line = lse_ref.at[walk.batch * problem.heads + head, pl.ds(position, problem.run)]
+            plgpu.copy_smem_to_gmem(sums_ref.at[warpgroup].at[rows], line)
         plgpu.wait_smem_to_gmem(0)
 
     def feed() -> None:
@@ -718,11 +787,11 @@ def _forward(problem: Problem, given: Given) -> tuple[jax.Array, jax.Array]:
         functools.partial(_forward_kernel, problem=problem),
         "sparse_attention_forward",
         problem,
-        problem.heads,
+        problem.lists,
         problem.queries,
         [
             jax.ShapeDtypeStruct(given.q.shape, problem.dtype),
-            jax.ShapeDtypeStruct((problem.batch * problem.heads, problem.queries), jnp.float32),
+            jax.ShapeDtypeStruct((problem.batch * problem.heads, problem.padded), jnp.float32),
         ],
         [scratch, plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)],
         given,
@@ -737,8 +806,8 @@ def _dq_kernel(given: Given, dq_ref: Any, scratch: Scratch, *, problem: Problem)
 
     def compute(warpgroup: jax.Array) -> None:
         walk, own = walk_of(warpgroup), scratch.own.at(warpgroup)
-        rows = _query_rows(problem, given, walk.batch, walk.head, walk.start, ROWS)
-        _copy(rows, own, scratch.ready.at[warpgroup])
+        place = walk.batch, walk.head, walk.start
+        _copy_queries(problem, given, *place, own, scratch.ready.at[warpgroup])
         plgpu.barrier_wait(scratch.ready.at[warpgroup])
         shape = ROWS, ROWS
 
@@ -757,9 +826,9 @@ def _dq_kernel(given: Given, dq_ref: Any, scratch: Scratch, *, problem: Problem)
         plgpu.commit_smem()
         own.first[...] = (dq * problem.scale).astype(problem.dtype)
         plgpu.commit_smem()
-        columns = pl.ds(walk.head * problem.width, problem.width)
-        target = pl.ds(walk.batch * problem.queries + walk.start, ROWS)
-        plgpu.copy_smem_to_gmem(own.first, dq_ref.at[target, columns])
+        for first, head, position in _runs(problem, walk.head, walk.start):
+            rows = pl.ds(first, problem.run)
+            plgpu.copy_smem_to_gmem(own.first.at[rows], walk.target(dq_ref, head, position))
         plgpu.wait_smem_to_gmem(0)
 
     def feed() -> None:
@@ -774,7 +843,7 @@ def _dq(problem: Problem, given: Given) -> jax.Array:
         functools.partial(_dq_kernel, problem=problem),
         "sparse_attention_dq",
         problem,
-        problem.heads,
+        problem.lists,
         problem.queries,
         jax.ShapeDtypeStruct(given.q.shape, problem.dtype),
         [_query_scratch(problem, ROWS, problem.config.stages_dq, backward=True)],
@@ -789,8 +858,8 @@ class Transposed(NamedTuple):
     """The tiles of queries that keep anything of 64 keys.
 
     Attributes:
-      entries: `[B, K, S / 64, R Q]` int32, `(r Q + t) << BITS | bits`: tile t of the r-th query
-        head of the key head, and a bit for each group of the keys that it keeps.
+      entries: `[B, K, S / 64, R Q]` int32, `(r Q + t) << BITS | bits`: tile t of the r-th list of
+        the key head, and a bit for each group of the keys that it keeps.
       counts: `[B, K, S / 64]` int32, entries in each list.
     """
 
@@ -827,15 +896,15 @@ class Share(NamedTuple):
         block = cell * WARPGROUPS + warpgroup
         first = cell * CELL if problem.causal else jnp.int32(0)
         if lists is None:
-            steps = lax.div(problem.padded - first, jnp.int32(ROWS)) * problem.heads_per_key_head
+            steps = lax.div(problem.padded - first, jnp.int32(ROWS)) * problem.lists_per_key_head
         else:
             steps = lists.counts[batch, kv_head, block] * (problem.block_q // ROWS)
         return cls(problem, lists, batch, kv_head, block, first, steps)
 
     def locate(self, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Query head, first query, and a bit for each group of the keys that is kept."""
+        """The list's head, first query, and a bit for each group of the keys that is kept."""
         problem = self.problem
-        heads = self.kv_head * problem.heads_per_key_head
+        heads = self.kv_head * problem.lists_per_key_head
         if self.lists is None:
             blocks = lax.div(problem.padded - self.first, jnp.int32(ROWS))
             start = self.first + lax.rem(step, blocks) * ROWS
@@ -849,8 +918,8 @@ class Share(NamedTuple):
     def feed(self, given: Given, scratch: Scratch, slot: jax.Array, step: jax.Array) -> None:
         """Starts the copies of a step's queries."""
         head, start, _ = self.locate(step)
-        rows = _query_rows(self.problem, given, self.batch, head, start, ROWS)
-        _copy(rows, scratch.ring.at(slot), scratch.full.at[slot])
+        place, ring = (self.batch, head, start), scratch.ring.at(slot)
+        _copy_queries(self.problem, given, *place, ring, scratch.full.at[slot])
 
     def kept(self, step: jax.Array, own: Buffers, ring: Buffers) -> jax.Array:
         """Which keys the queries of a step keep, keys in rows."""
@@ -858,7 +927,7 @@ class Share(NamedTuple):
         _, start, bits = self.locate(step)
         row = mosaic.iota(shape, 0)
         key = row + self.block * ROWS
-        query = problem.position(mosaic.iota(shape, 1) + start)
+        query = problem.position(start, mosaic.iota(shape, 1))
         seen = key < problem.length
         if problem.token:
             score = mosaic.dot(own.codes, ring.codes.T)
@@ -891,7 +960,7 @@ def _dkv_kernel(
 
     def compute(warpgroup: jax.Array) -> None:
         share, own = Share.of(problem, lists, warpgroup), scratch.own.at(warpgroup)
-        head = share.kv_head * problem.heads_per_key_head
+        head = share.kv_head * problem.lists_per_key_head
         rows = _key_rows(problem, given, share.batch, head, share.block * ROWS, ROWS)
         _copy(rows, own, scratch.ready.at[warpgroup])
         plgpu.barrier_wait(scratch.ready.at[warpgroup])
@@ -949,7 +1018,7 @@ def _dkv(problem: Problem, given: Given, lists: Transposed | None) -> list[jax.A
         own=own,
         ready=plgpu.Barrier(num_arrivals=own.copies, num_barriers=WARPGROUPS),
         ring=ring,
-        full=plgpu.Barrier(num_arrivals=ring.copies, num_barriers=number),
+        full=plgpu.Barrier(num_arrivals=ring.copies * (ROWS // problem.run), num_barriers=number),
         free=plgpu.Barrier(num_arrivals=WARPGROUPS // streams, num_barriers=number),
     )
     return _launch(
@@ -969,33 +1038,17 @@ def _dkv(problem: Problem, given: Given, lists: Transposed | None) -> list[jax.A
 
 
 def _flat(problem: Problem, a: jax.Array) -> jax.Array:
-    """`[B, S, ...]` or `[B, S r, ...]` to two axes, S padded, what follows side by side."""
-    rows = problem.padded * (a.shape[1] // problem.length)
-    if rows > a.shape[1]:
-        a = jnp.pad(a, ((0, 0), (0, rows - a.shape[1]), *[(0, 0)] * (a.ndim - 2)))
-    return a.reshape(problem.batch * rows, *([-1] if a.ndim > 2 else []))
+    """`[B, S, ...]` to `[B S, ...]`, S padded, what follows side by side."""
+    tail = problem.padded - problem.length
+    if tail:
+        a = jnp.pad(a, ((0, 0), (0, tail), *[(0, 0)] * (a.ndim - 2)))
+    return a.reshape(problem.batch * problem.padded, *([-1] if a.ndim > 2 else []))
 
 
 def _unflat(problem: Problem, a: jax.Array, heads: int) -> jax.Array:
-    """The reverse of `_flat`, for `heads` heads of width H."""
-    a = a.reshape(problem.batch, -1, heads, problem.width)
-    return a[:, : problem.length * (a.shape[1] // problem.padded)]
-
-
-def _fold(problem: Problem, q: jax.Array) -> jax.Array:
-    """`[B, S, K r, H]` to `[B, S r, K, H]`."""
-    if problem.fold == 1:
-        return q
-    q = q.reshape(problem.batch, problem.length, problem.kv_heads, problem.fold, problem.width)
-    return q.swapaxes(2, 3).reshape(problem.batch, -1, problem.kv_heads, problem.width)
-
-
-def _unfold(problem: Problem, out: jax.Array) -> jax.Array:
-    """`[B, S r, K, H]` to `[B, S, K r, H]`."""
-    if problem.fold == 1:
-        return out
-    out = out.reshape(problem.batch, problem.length, problem.fold, problem.kv_heads, problem.width)
-    return out.swapaxes(2, 3).reshape(problem.batch, problem.length, -1, problem.width)
+    """`[B S, heads H]` to `[B, S, heads, H]`, S without padding."""
+    a = a.reshape(problem.batch, problem.padded, heads, problem.width)
+    return a[:, : problem.length]
 
 
 def _tags(
@@ -1026,7 +1079,7 @@ def _lists(problem: Problem, selection: TileSelection, tags: Tags | None) -> Lis
     end = (groups + 1) * problem.group
     clear = (entry < counts[..., None]) & (end <= problem.length)
     if problem.causal:
-        start = problem.position(jnp.arange(problem.tiles, dtype=jnp.int32) * problem.block_q)
+        start = jnp.arange(problem.tiles, dtype=jnp.int32) * problem.tile_positions
         clear = clear & (end <= start[:, None] + 1)
     if tags is not None:
         clear = clear & _uniform(problem, tags, groups)
@@ -1042,7 +1095,7 @@ def _uniform(problem: Problem, tags: Tags, groups: jax.Array) -> Bool[Array, "B 
         a = a.reshape(problem.batch, -1, size)
         return a.min(-1), a.max(-1)
 
-    low, high = ends(tags.queries, problem.block_q // problem.fold)
+    low, high = ends(tags.queries, problem.tile_positions)
     key_low, key_high = (
         jnp.take_along_axis(a[:, None, None], groups, -1) for a in ends(tags.keys, problem.group)
     )
@@ -1064,7 +1117,7 @@ def _transposed(problem: Problem, lists: Lists) -> Transposed:
     bits = jnp.zeros((batch * heads * tiles, blocks), jnp.int32)
     bits = bits.at[lines, block.reshape(-1, listed)].add(bit.reshape(-1, listed), mode="drop")
     # Those above zero, packed to the front of the list of a block of keys.
-    items = problem.heads_per_key_head * tiles
+    items = problem.lists_per_key_head * tiles
     bits = bits.reshape(batch * problem.kv_heads, items, blocks).swapaxes(1, 2)
     bits = bits.reshape(-1, items)
     rank = jnp.cumsum(bits > 0, 1, dtype=jnp.int32)
@@ -1114,8 +1167,7 @@ def _given(
             ((0, 0), (0, problem.padded - problem.length)),
             constant_values=HIDDEN,
         )
-        queries = jnp.repeat(tags.queries, problem.fold, 1)
-        tags = Tags(_flat(problem, queries), keys.reshape(-1))
+        tags = Tags(_flat(problem, tags.queries), keys.reshape(-1))
     q, k, v = (_flat(problem, a) for a in (q, k, v))
     return Given(q, k, v, kept, tags)
 
@@ -1157,9 +1209,9 @@ def _vjp_backward(
     selection, dout = lax.optimization_barrier((selection, dout))
     given = _given(problem, q, k, v, selection, tags)
     delta = jnp.einsum("bsnh,bsnh->bns", out, dout, preferred_element_type=jnp.float32)
-    delta = jnp.pad(delta, ((0, 0), (0, 0), (0, problem.queries - delta.shape[2])))
+    delta = jnp.pad(delta, ((0, 0), (0, 0), (0, problem.padded - problem.length)))
     given = given._replace(
-        dout=_flat(problem, dout), lse=lse, delta=delta.reshape(-1, problem.queries)
+        dout=_flat(problem, dout), lse=lse, delta=delta.reshape(-1, problem.padded)
     )
     dq = _dq(problem, given)
     lists = None if problem.token else _transposed(problem, given.kept)
@@ -1193,4 +1245,4 @@ def attention(
         q, scale = q * scale, 1.0
     problem = _tuned(_problem(q, k, selection, float(scale), causal, tagged))
     tags = _tags(problem, key_mask, segment_ids)
-    return _unfold(problem, _attention(problem, _fold(problem, q), k, v, selection, tags))
+    return _attention(problem, q, k, v, selection, tags)

@@ -246,8 +246,11 @@ def _queries_of(
     PARTS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """Of the `block`-th part of a tile: the tile, and of its queries the positions, which of them
-    are the tile's, the rows among `[S, N]` and the places among `[N, S]`."""
+    """The tile of a part of one, and that part's queries.
+
+    Returns the tile, and of its queries the positions, which of them are the tile's, the rows
+    among `[S, N]` and the places among `[N, S]`.
+    """
     tile = block // PARTS
     local = (block % PARTS) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     queries = tile * (TILE // FOLD) + local // FOLD

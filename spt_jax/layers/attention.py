@@ -23,7 +23,7 @@ from pallas_kernels import (
     sparse_decode,
 )
 from spt_jax import sharding
-from spt_jax.config import SparseAttentionConfig
+from spt_jax.config import Form, SparseAttentionConfig
 from spt_jax.layers.linear import Linear, split_key
 from spt_jax.layers.quantizer import codebook_loss
 from spt_jax.layers.recording import record
@@ -131,6 +131,7 @@ class SparseAttention(nnx.Module):
     Attributes:
         strict: whether no token may have an influence on what an earlier one attends to; at first
             `config.strict`. It matters for causal attention by tile.
+        form: whether only selected keys are attended to ("sparse") or all of them ("dense").
     """
 
     def __init__(
@@ -149,9 +150,12 @@ class SparseAttention(nnx.Module):
         self.config = config
         self.causal = causal
         self.strict = config.strict
+        self.form: Form = "sparse"
 
     def granularity_at(self, length: int) -> Literal["token", "tile", "dense"]:
         """The rule for a sequence of `length` positions."""
+        if self.form == "dense":
+            return "dense"
         return self.config.granularity_at(length, strict=self.strict and self.causal)
 
     def __call__(
@@ -283,12 +287,14 @@ class SparseAttention(nnx.Module):
         self, codes: tuple[UInt8[Array, "B S N M"], UInt8[Array, "B S K M"]], **options: Any
     ) -> Selection:
         config, codebooks = self.config, self._codebooks()
+        heads = config.heads_of_list(codes[0].shape[2], codes[1].shape[2])
         return pq_select(
             *codes,
             *scoring_codewords(*codebooks, config.rule),
             score_unit=score_unit(*codebooks, config.rule),
-            block_q=config.block_q,
+            block_q=config.block_q // heads,
             key_group=config.key_group,
+            share_heads=heads > 1,
             implementation=config.implementation,
             **options,
         )

@@ -22,10 +22,10 @@ from pallas_kernels import (
     routed_ffn_decode,
 )
 from spt_jax import sharding
-from spt_jax.config import RoutedFFNConfig
+from spt_jax.config import Form, RoutedFFNConfig
 from spt_jax.layers.attention import AuxLosses
 from spt_jax.layers.linear import Linear, split_key
-from spt_jax.layers.lora import dense_dot
+from spt_jax.layers.lora import dense_dot, lora_dot
 from spt_jax.layers.recording import record
 from spt_jax.layers.rematerialization import choice
 from spt_jax.layers.variables import CalibrationStat, RouterParam
@@ -120,6 +120,10 @@ class RoutedFFN(nnx.Module):
         absent_b: `[G, r, D]`, second factors; None likewise.
         config: number of blocks and of active ones, and the rank.
 
+    Attributes:
+        form: whether a token computes its active blocks ("sparse") or, as the dense FFN does, all
+            hidden units, whatever the router says ("dense").
+
     Raises:
         ValueError: the hidden units do not split into blocks, or the factors are of another rank.
     """
@@ -166,6 +170,7 @@ class RoutedFFN(nnx.Module):
         self.absent_b = nnx.data(None if absent_b is None else CalibrationStat(absent_b))
         self.activation: Activation = dense.activation
         self.config = config
+        self.form: Form = "sparse"
 
     def probabilities(self, x: Float[Array, "T D"]) -> Float[Array, "T G"]:
         """The router's `p`, in float32."""
@@ -184,6 +189,9 @@ class RoutedFFN(nnx.Module):
         record(self, x=x)
         rows = x.reshape(-1, x.shape[-1]).astype(self.up.dtype)
         rows = sharding.constrain(rows, sharding.BATCH)
+        if self.form == "dense":
+            y = self._dense(rows, dropout_key)
+            return sharding.constrain(y.reshape(x.shape), sharding.BATCH), {}
         probabilities, index, coefficients = self.route(rows)
         weights, lora = self._weights(), self._lora(dropout_key)
         weights, lora = jax.tree.map(lambda array: array.astype(rows.dtype), (weights, lora))
@@ -203,6 +211,8 @@ class RoutedFFN(nnx.Module):
         There is one kernel for that, whatever `config.implementation`, and it has no gradient.
         """
         rows = x.reshape(-1, x.shape[-1]).astype(self.up.dtype)
+        if self.form == "dense":
+            return self._dense(rows, None).reshape(x.shape)
         _, index, coefficients = self.route(rows)
         weights, lora = _whole(self._weights(), self._lora(None))
         y = routed_ffn_decode(
@@ -215,6 +225,33 @@ class RoutedFFN(nnx.Module):
             activation=self.activation,
         )
         return (y + self._absent(rows, index)).reshape(x.shape)
+
+    def _dense(
+        self, rows: Float[Array, "T D"], dropout_key: jax.Array | None
+    ) -> Float[Array, "T D"]:
+        """All hidden units."""
+        weights, lora = _whole(self._weights(), self._lora(dropout_key))
+        lora = lora or RoutedFFNLoRA()
+
+        def apply(
+            x: jax.Array,
+            w: jax.Array,
+            bias: jax.Array | None,
+            a: jax.Array | None,
+            b: jax.Array | None,
+        ) -> jax.Array:
+            w = w.astype(x.dtype)
+            y = dense_dot(x, w) if a is None or b is None else lora_dot(x, w, a, b)
+            return y if bias is None else y + bias.astype(x.dtype)
+
+        act = activation_function(self.activation)
+        hidden = apply(rows, weights.w_in, weights.b_in, lora.a_in, lora.b_in)
+        if weights.w_gate is None:
+            hidden = act(hidden)
+        else:
+            gate = apply(rows, weights.w_gate, weights.b_gate, lora.a_gate, lora.b_gate)
+            hidden = act(gate) * hidden
+        return apply(hidden, weights.w_out, weights.b_out, lora.a_out, lora.b_out)
 
     def route(
         self, rows: Float[Array, "T D"]

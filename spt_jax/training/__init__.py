@@ -7,7 +7,14 @@ from spt_jax.training.checkpoint import (
     weights_fingerprint,
 )
 from spt_jax.training.data import Examples, check_labels, eval_batches, tokenize, train_batches
-from spt_jax.training.loop import Interrupted, NonFiniteLoss, TrainResult, evaluate, train
+from spt_jax.training.loop import (
+    Interrupted,
+    NonFiniteLoss,
+    TrainResult,
+    evaluate,
+    form_of,
+    train,
+)
 from spt_jax.training.losses import cross_entropy, linear_cross_entropy, mean_squared_error
 from spt_jax.training.metrics import (
     environment,
@@ -49,6 +56,7 @@ __all__ = [
     "eval_step",
     "evaluate",
     "evaluation_metrics",
+    "form_of",
     "glue_metrics",
     "learning_rate_schedule",
     "linear_cross_entropy",

@@ -29,7 +29,8 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
-from spt_jax.config import TrainConfig
+from spt_jax.config import Form, TrainConfig
+from spt_jax.forms import FORMS, has_sparse_parts
 from spt_jax.layers import Attention, FeedForward, RoutedFFN
 from spt_jax.processes import ProcessLost, exchange, is_first, is_lost, several
 from spt_jax.sharding import BATCH, TENSOR, Devices
@@ -153,7 +154,8 @@ def train(
         eval_data: examples to evaluate on; if several splits by name, each metric's name ends in
             `_` and that of its split.
         metrics: names for `evaluation_metrics`, the most important first; `eval_loss` comes
-            without asking.
+            without asking. Each is taken of the form `config.evaluate_as` and, with that form at
+            the end of its name, of every form that the model has.
         identity: what else must be the same for a checkpoint to be resumed, such as the options
             of the model; JSON.
         resume: go on from the newest good checkpoint in `out_dir`, if there is one.
@@ -232,8 +234,12 @@ def train(
         }
         compile_s = time.perf_counter() - compiling
         evaluate_splits = partial(
-            _evaluate,
-            _evaluation_step(parts, objective, metrics, devices),
+            _evaluate_forms,
+            {
+                form: _evaluation_step(parts, objective, metrics, devices, form)
+                for form in (FORMS if has_sparse_parts(model) else ("dense",))
+            },
+            judged=config.evaluate_as if has_sparse_parts(model) else "dense",
             frozen=parts.frozen,
             devices=devices,
             splits=splits,
@@ -374,11 +380,21 @@ def evaluate(
 
 
 def _evaluation_step(
-    parts: Partition, objective: Objective, metrics: Sequence[str], devices: Devices
+    parts: Partition,
+    objective: Objective,
+    metrics: Sequence[str],
+    devices: Devices,
+    form: Form | None = None,
 ) -> Any:
     with_outputs = any(name != "perplexity" for name in metrics)
     return jax.jit(
-        partial(eval_step, merge=parts.merge, objective=objective, with_outputs=with_outputs),
+        partial(
+            eval_step,
+            merge=parts.merge,
+            objective=objective,
+            with_outputs=with_outputs,
+            form=form,
+        ),
         out_shardings=devices.everywhere,
     )
 
@@ -506,8 +522,37 @@ class _Reporter:
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         self._board.add_scalars("evaluation", values, step)
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        shown = ", ".join(
+            f"{name} {value:.4f}{_other_form(values, name)}"
+            for name, value in values.items()
+            if form_of(name) is None
+        )
         self._log(f"evaluation at step {step}: {shown}")
+
+
+def form_of(metric: str) -> Form | None:
+    """The form in a metric's name; None for the metric of the form that is judged."""
+    return next((form for form in FORMS if metric.endswith(f"_{form}")), None)
+
+
+def _other_form(values: Mapping[str, float], name: str) -> str:
+    """A metric of the form that differs from the judged one, in brackets."""
+    others = [(f, values.get(f"{name}_{f}", values[name])) for f in FORMS]
+    return "".join(f" ({form} form {x:.4f})" for form, x in others if x != values[name])
+
+
+def _evaluate_forms(
+    steps: Mapping[Form, Callable[..., Any]], params: Any, *, judged: Form, **options: Any
+) -> dict[str, float] | None:
+    """Metrics as `judged` by their names, and of each form as `NAME_FORM`."""
+    found: dict[Form, dict[str, float]] = {}
+    for form, step in steps.items():
+        values = _evaluate(step, params, **options)
+        if values is None:
+            return None
+        found[form] = values
+    named = {f"{name}_{form}": x for form, values in found.items() for name, x in values.items()}
+    return found[judged] | named
 
 
 def _evaluate(

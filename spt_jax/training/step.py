@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from spt_jax.config import Trainable, TrainConfig
+from spt_jax.config import Form, Trainable, TrainConfig
+from spt_jax.forms import set_form
 from spt_jax.layers.variables import ADAPTER
 from spt_jax.processes import put, to_host
 from spt_jax.sharding import BATCH, constrain
@@ -244,12 +245,16 @@ def eval_step(
     merge: Callable[[Params, nnx.State], nnx.Module],
     objective: Objective,
     with_outputs: bool = True,
+    form: Form | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Loss sum, weight sum, and float32 outputs (or None) of a batch, without dropout.
 
-    Nothing that a token of a causal model is judged by depends on a later one.
+    Nothing that a token of a causal model is judged by depends on a later one. The model is taken
+    in the given form, or as it is.
     """
     model = merge(params, frozen)
+    if form is not None:
+        set_form(model, form)
     model.set_attributes(strict=True, raise_if_not_found=False)
     outcome = objective(model, batch, None)
     outputs = outcome.outputs if with_outputs else None

@@ -243,7 +243,7 @@ def test_transposed_lists_hold_what_the_lists_hold(group, heads):
                 start = block * 64 + i * problem.group
                 kept[
                     b,
-                    n * problem.heads_per_key_head + head,
+                    n * problem.lists_per_key_head + head,
                     tile * block_q : (tile + 1) * block_q,
                     start : start + problem.group,
                 ] = entry >> i & 1
