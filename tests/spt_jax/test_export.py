@@ -176,6 +176,24 @@ def test_sparse_models_come_back(tmp_path, caplog):
     assert LoRAParam not in kinds
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_the_dense_form_is_what_is_exported(name, tmp_path):
+    """And it computes the same with and without a cache, and leaves the sparse form as it was."""
+    model = _make_sparse(_with_lora(name))
+    sparse = _run(model)
+    spt_jax.save_pretrained(model, tmp_path / "merged")
+    exported = _load(name, tmp_path / "merged")
+    spt_jax.set_form(model, "dense")
+    _assert_same(model, _run(exported))
+    if TASKS[name] == "causal-lm":
+        prompts = _batch()["input_ids"][:, :6].tolist()
+        tokens = [spt_jax.generate(m, prompts, max_new_tokens=5) for m in (model, exported)]
+        assert tokens[0] == tokens[1]
+    spt_jax.set_form(model, "sparse")
+    np.testing.assert_array_equal(_run(model), sparse)
+    assert np.abs(sparse - _run(exported)).max() > 1e-2
+
+
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_sparse_adapters_come_back(name, tmp_path, caplog):
     model = _make_sparse(_with_lora(name))

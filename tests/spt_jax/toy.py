@@ -38,7 +38,11 @@ class ToyModel(nnx.Module):
             if isinstance(module, Linear):  # large enough for the parts to matter
                 module.kernel[...] = module.kernel[...] * 8
 
-    def forward(self, input_ids, attention_mask=None, *, dropout_key=None):
+    def forward(
+        self, input_ids, attention_mask=None, token_types=None, segments=None, *, dropout_key=None
+    ):
+        assert token_types is None
+        assert segments is None
         key_mask = None if attention_mask is None else attention_mask > 0
         x, aux = self.embedding(input_ids), {}
         for layer, key in zip(self.layers, split_key(dropout_key, len(self.layers)), strict=True):

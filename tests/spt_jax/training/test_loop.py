@@ -12,17 +12,27 @@ import pytest
 from flax import nnx
 from tensorboardX.proto import event_pb2
 
-from spt_jax.config import LearningRateMultipliers, TrainConfig
+import spt_jax
+from spt_jax.config import (
+    LearningRateMultipliers,
+    LoRAConfig,
+    RoutedFFNConfig,
+    SPTConfig,
+    TrainConfig,
+)
 from spt_jax.training import (
     CheckpointError,
+    Examples,
     Interrupted,
     NonFiniteLoss,
     cross_entropy,
+    evaluate,
     mean_squared_error,
     supervised,
     train,
     weights_fingerprint,
 )
+from tests.spt_jax.toy import ToyModel, toy_batch
 from tests.spt_jax.training.toy import Toy, examples
 
 CONFIG = TrainConfig(
@@ -65,7 +75,9 @@ def straight(tmp_path_factory):
 def test_learns_and_reports(straight):
     _, result, _, messages = straight
     assert result.metrics["matthews"] > 0.5
-    assert list(result.metrics) == ["matthews", "accuracy", "eval_loss"]
+    names = ["matthews", "accuracy", "eval_loss"]
+    assert list(result.metrics) == [*names, *(f"{name}_dense" for name in names)]
+    assert result.metrics["matthews_dense"] == result.metrics["matthews"]
     assert (result.steps, result.metrics_step, result.stopped_early) == (12, 12, False)
     assert result.epochs == pytest.approx(12 * 16 / 100)
     assert (result.trainable_parameters, result.total_parameters) == (482, 1122)
@@ -206,6 +218,31 @@ def test_early_stopping_and_the_best_parameters(tmp_path):
     assert outcome(resumed, again) == outcome(result, model)
 
 
+@pytest.mark.parametrize("judged", ["dense", "sparse"])
+def test_both_forms_are_evaluated_and_one_is_judged(tmp_path, judged):
+    model, batch = ToyModel(rngs=nnx.Rngs(0)), toy_batch(64)
+    routed = SPTConfig(lora=LoRAConfig(rank=2), attention=None, ffn=RoutedFFNConfig())
+    model = spt_jax.adapt(model, routed, calibration_batch=batch)
+    data = Examples(
+        {k: np.asarray(v) for k, v in batch.items()} | {"label": np.arange(64) % 2}, "toy"
+    )
+    config = replace(CONFIG, steps=3, eval_every=1, evaluate_as=judged, result="best")
+    messages = []
+    result, model = run(
+        tmp_path, config, model=model, data=data, eval_data=data, log=messages.append
+    )
+    (other,) = {"dense", "sparse"} - {judged}
+    for name in ("matthews", "accuracy", "eval_loss"):
+        assert result.metrics[name] == result.metrics[f"{name}_{judged}"]
+    assert result.metrics["eval_loss_dense"] != result.metrics["eval_loss_sparse"]
+    shown = [m for m in messages if m.startswith("evaluation at")]
+    assert all(f"({other} form " in m for m in shown)
+    for form in ("sparse", "dense"):
+        spt_jax.set_form(model, form)
+        found = evaluate(model, data, **OPTIONS)
+        assert found["eval_loss"] == pytest.approx(result.metrics[f"eval_loss_{form}"], rel=1e-5)
+
+
 def test_regression_with_two_splits_and_accumulation(tmp_path):
     config = TrainConfig(epochs=2, batch_size=16, accumulation=4, learning_rate=0.03, remat=True)
     messages = []
@@ -220,7 +257,8 @@ def test_regression_with_two_splits_and_accumulation(tmp_path):
         log=messages.append,
     )
     names = ("pearson", "spearman", "eval_loss")
-    assert list(result.metrics) == [f"{n}_{split}" for split in ("near", "far") for n in names]
+    names = [f"{n}_{split}" for split in ("near", "far") for n in names]
+    assert list(result.metrics) == [*names, *(f"{name}_dense" for name in names)]
     assert result.steps == math.ceil(2 * 50 / 16)
     # by default once an epoch: after step 4 all 50 were seen, after step 7 all of them twice
     evaluations = [message.split(":")[0] for message in messages if "evaluation" in message]
