@@ -321,9 +321,9 @@ class Checkpoints:
 def _abandoned_reads_quiet() -> Iterator[None]:
     """What a failed read leaves behind is collected here, not in a later moment with a traceback.
 
-    Orbax drops the other reads of a checkpoint once one of them fails, in cycles of references. Each
-    of their coroutines raises when it is collected, and a read that ends then finds its event loop
-    closed; Python reports both as exceptions ignored.
+    Orbax drops the other reads of a checkpoint once one of them fails, in cycles of references.
+    Each of their coroutines raises when it is collected, and a read that ends then finds its event
+    loop closed; Python reports both as exceptions ignored.
     """
     report = sys.unraisablehook
 

@@ -22,7 +22,7 @@ GROUPED_BATCHES = 16
 #: Sequence lengths at most that batches by length are cut to; a training step is compiled for each.
 MOST_LENGTHS = 4
 _LENGTH_UNIT = 16
-#: Examples after which an endless order ends. One of grain's own ends at the largest of its integers,
+#: Examples after which an endless order ends. One of grain's own has as many as an index can count,
 #: which it divides by the batch size in floating point: in batches of 1 that is one too many.
 _ENDLESS = 2**52
 _ALL = slice(None)
