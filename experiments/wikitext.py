@@ -61,7 +61,7 @@ from spt_jax.training import (
 SCRATCH = "scratch"
 CALIBRATION_TOKENS = 8192
 #: Steps at most where neither --steps nor --epochs is given.
-MOST_STEPS = 30
+MOST_STEPS = 20
 LEARNING_RATES = {"spt": 1e-3, "lora": 1e-3, "full": 2e-5}
 SCRATCH_RATES = {"spt": 2e-3, "lora": 2e-3, "full": 2e-4}
 METRICS = ("perplexity",)
@@ -100,7 +100,7 @@ class Options(MethodOptions):
     """Folder for checkpoints, TensorBoard events, trained weights and metrics.json."""
 
     epochs: float | None = None
-    """Passes over the training text; by default 3, but at most 30 steps."""
+    """Passes over the training text; by default 3, but at most 20 steps."""
     batch_size: int = 2
     """Rows an optimizer step."""
     learning_rate: float | None = None
