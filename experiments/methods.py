@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -263,6 +265,18 @@ def device_line(dtype: str) -> str:
         return line
     reasons = {"mosaic": why_not_mosaic(dtype), "triton": why_not_triton(dtype)}
     return line + "".join(f"; not {name}: {why}" for name, why in reasons.items() if why)
+
+
+def release() -> None:
+    """Give up what a finished model leaves behind, before the next one needs the memory.
+
+    That is arrays in cycles of references, compiled programs, and freed memory that the C library
+    keeps for itself.
+    """
+    gc.collect()
+    jax.clear_caches()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def results_table(title: str, results: Mapping[str, TrainResult]) -> Table:

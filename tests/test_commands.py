@@ -88,6 +88,8 @@ def test_the_commands_of_the_readme_run(workspace, monkeypatch, capsys):
             if not (workspace / hub_id).exists():  # the model that the command before has made
                 shutil.copytree(base, workspace / hub_id)
         arguments = [*options, *shlex.split(SMALL[module])]
+        if module == "experiments.wikitext" and "--model" not in options:
+            arguments += ["--model", "scratch"]
         monkeypatch.setattr(sys, "argv", [module, *arguments])
         if module == "experiments.peers":
             if all(map(importlib.util.find_spec, runner.PACKAGES)):

@@ -22,6 +22,9 @@ GROUPED_BATCHES = 16
 #: Sequence lengths at most that batches by length are cut to; a training step is compiled for each.
 MOST_LENGTHS = 4
 _LENGTH_UNIT = 16
+#: Examples after which an endless order ends. One of grain's own has as many as an index can count,
+#: which it divides by the batch size in floating point: in batches of 1 that is one too many.
+_ENDLESS = 2**52
 _ALL = slice(None)
 
 
@@ -238,7 +241,8 @@ def train_batches(
     def gather(indices: np.ndarray) -> dict[str, np.ndarray]:
         return _with_weight(examples.take(indices[rows]))
 
-    order = grain.MapDataset.range(len(examples)).shuffle(seed).repeat()
+    order = grain.MapDataset.range(len(examples)).shuffle(seed)
+    order = order.repeat(_ENDLESS // len(examples))
     if group_by_length:
         valid, lengths = _valid_lengths(examples.columns["attention_mask"]), batch_lengths(examples)
 

@@ -1,4 +1,4 @@
-"""The command, on a tiny model trained from nothing: results, what it saves, and its errors."""
+"""The command: results, what it saves, its errors; on a tiny model, but for the default one."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import spt_jax
 from experiments import cli, small_llama, wikitext
 from experiments.corpora import cpython_documentation, cut
-from spt_jax.training import evaluate, next_token
+from spt_jax.training import Document, evaluate, next_token
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
 STEPS = ["--steps", "2", "--batch-size", "4", "--max-length", "64"]
+EVERYTHING = ["--model", "scratch", "--method", "spt,lora,full", "--eval-tokens", "all"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,7 +53,7 @@ def run(capsys, *arguments: object) -> str:
 def finished(texts, tmp_path_factory):
     out = tmp_path_factory.mktemp("wikitext") / "run"
     options = ["--text-file", texts["train.txt"], "--eval-file", texts["eval.txt"], "--out", out]
-    arguments = [*STEPS, "--pretrain-steps", 4, "--prompt", "The statement", *options]
+    arguments = [*EVERYTHING, *STEPS, "--pretrain-steps", 4, "--prompt", "The statement", *options]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["experiments.wikitext", *map(str, arguments)])
         cli.run(wikitext.main)
@@ -119,11 +121,13 @@ def test_of_conversations_the_replies_are_learnt(finished, texts, tmp_path, caps
     [
         (["--dataset", "wikitext/x"], "not both"),
         (["--eval-share", 1.5], "--eval-share must lie in"),
-        (["--eval-stride", 3000], "--eval-stride must lie in 1..256"),
+        (["--eval-stride", 3000], "--eval-stride must lie in 1..512"),
+        (["--model", "scratch", "--eval-stride", 300], "--eval-stride must lie in 1..256"),
+        (["--eval-tokens", 0], "--eval-tokens must be at least 1, or all, got 0"),
         (["--method", "spt,qlora"], "unknown method 'qlora'"),
         (["--model", "minilm", "--max-length", 64], "encoder, not a causal language model"),
         (["--text-file", "missing.txt"], "missing.txt"),
-        (["--max-length", 4096], "above the 2048 positions"),
+        (["--model", "scratch", "--max-length", 4096], "above the 2048 positions"),
     ],
 )
 def test_a_wrong_option_is_told_in_one_line(arguments, message, texts, tmp_path, capsys):
@@ -134,6 +138,66 @@ def test_a_wrong_option_is_told_in_one_line(arguments, message, texts, tmp_path,
     assert stopped.value.code == 2
     assert errors[-1].startswith("error: ")
     assert message in errors[-1]
+
+
+def test_a_text_shorter_than_a_row(finished, texts, tmp_path, capsys):
+    text = tmp_path / "short.txt"
+    text.write_text(texts["eval.txt"].read_text()[:150], encoding="utf-8")
+    options = ["--model", finished[0] / "base" / "model", "--text-file", text, "--eval-file", text]
+    one, few = ["--batch-size", 1, "--method", "spt"], ["--batch-size", 4, "--method", "lora"]
+    for sizes in (one, [*few, "--group-by-length"]):
+        out = tmp_path / sizes[-1]
+        output = run(capsys, *options, *sizes, "--max-length", 64, "--steps", 3, "--out", out)
+        assert "tokens to learn in 1 rows" in output
+        assert figures(out)[sizes[3]]["steps"] == 3
+
+
+def test_the_default_budget_is_a_cap():
+    data = spt_jax.training.Examples(
+        {name: np.ones((8, 4)) for name in ("input_ids", "attention_mask", "label")}, "eight rows"
+    )
+    for given, steps in [
+        ({}, 12),  # 3 epochs
+        ({"batch_size": 1}, 24),
+        ({"batch_size": 1, "epochs": 10}, 80),
+        ({"steps": 50}, 50),
+    ]:
+        options = wikitext.Options(**given)
+        assert options.train_config_for("lora", data).total_steps(len(data)) == steps
+    many = data.take(np.zeros(1000, int))
+    assert wikitext.Options().train_config_for("lora", many).steps == wikitext.MOST_STEPS
+
+
+def test_the_small_llama_has_rates_of_its_own():
+    rates = {
+        model: [wikitext.Options(model=model).default_learning_rate(m) for m in ("spt", "full")]
+        for model in (wikitext.Options().model, "scratch")
+    }
+    assert rates == {"smollm2": [1e-3, 2e-5], "scratch": [2e-3, 2e-4]}
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 8, 9, 100])
+def test_the_first_tokens_that_are_predicted(tokens):
+    flags = [[0, 1, 1, 1], [0, 0, 0], [1, 0, 1, 0, 1, 1], [0, 1, 1, 1]]
+    documents = [
+        Document(np.arange(len(of), dtype=np.int32) + 10 * i, np.array(of, bool))
+        for i, of in enumerate(flags)
+    ]
+
+    def predicted(documents):
+        return [int(i) for d in documents for i in d.ids[1:][d.predicted[1:]]]
+
+    assert predicted(wikitext.head(documents, tokens)) == predicted(documents)[:tokens]
+
+
+@pytest.mark.slow
+def test_the_default_model_is_a_pretrained_one(tmp_path, capsys):
+    sizes = ["--max-length", 64, "--batch-size", 1, "--steps", 2, "--eval-tokens", 64]
+    output = run(capsys, *sizes, "--method", "lora", "--out", tmp_path)
+    found = figures(tmp_path)
+    assert found["base"]["perplexity"] < 100
+    assert found["lora"]["perplexity"] < 1.5 * found["base"]["perplexity"]
+    assert "64 tokens of" in output
 
 
 def test_cutting_keeps_every_character_and_lines_whole():

@@ -125,26 +125,43 @@ def numbered(n):
     return Examples({**data.columns, "label": np.arange(n, dtype=np.int32)}, "numbered")
 
 
-@pytest.mark.parametrize("n", [3, 10, 32])
-def test_every_example_is_seen_once_an_epoch_in_full_batches(n):
-    batches = train_batches(numbered(n), 8, seed=1)
-    found = [next(batches) for _ in range(2 * n)]
-    assert {batch["input_ids"].shape for batch in found} == {(8, 16)}
+@pytest.mark.parametrize(("n", "size"), [(1, 1), (1, 8), (3, 1), (3, 8), (10, 8), (32, 8)])
+def test_every_example_is_seen_once_an_epoch_in_full_batches(n, size):
+    batches = train_batches(numbered(n), size, seed=1)
+    found = [next(batches) for _ in range(4 * n)]
+    assert {batch["input_ids"].shape for batch in found} == {(size, 16)}
     assert all(batch["weight"].all() for batch in found)
     seen = np.concatenate([batch["label"] for batch in found])
     epochs = seen.reshape(-1, n)
     np.testing.assert_array_equal(np.sort(epochs, 1), np.tile(np.arange(n), (len(epochs), 1)))
-    assert any((epochs[0] != epoch).any() for epoch in epochs[1:])
+    assert n == 1 or any((epochs[0] != epoch).any() for epoch in epochs[1:])
 
 
-def test_iterator_state_is_json_and_continues_the_stream():
+@pytest.mark.parametrize(("n", "size"), [(1, 1), (2, 1), (2, 4)])
+def test_few_examples_are_batched_by_length_too(n, size):
+    lengths = np.arange(1, n + 1) * 20
+    batches = train_batches(of_lengths(lengths), size, seed=1, group_by_length=True)
+    found = [next(batches) for _ in range(6)]
+    assert {len(batch["label"]) for batch in found} == {size}
+    assert {int(label) for batch in found for label in batch["label"]} == set(range(n))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_few_examples_are_evaluated_once(size):
+    batches = list(eval_batches(numbered(2), size))
+    assert {batch["label"].shape for batch in batches} == {(size,)}
+    assert sum(batch["weight"].sum() for batch in batches) == 2
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_iterator_state_is_json_and_continues_the_stream(size):
     def labels(batches, count):
         return [next(batches)["label"].tolist() for _ in range(count)]
 
-    batches = train_batches(numbered(10), 4, seed=3)
+    batches = train_batches(numbered(10), size, seed=3)
     labels(batches, 7)
     state = json.loads(json.dumps(batches.get_state()))
-    again = train_batches(numbered(10), 4, seed=3)
+    again = train_batches(numbered(10), size, seed=3)
     again.set_state(state)
     assert labels(batches, 9) == labels(again, 9)
     assert labels(train_batches(numbered(10), 4, seed=4), 3) != labels(
