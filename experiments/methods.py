@@ -29,6 +29,7 @@ Method = Literal[
     "full",
     "spt-dense-attention",
     "spt-dense-ffn",
+    "spt-routed-ffn",
     "spt-match-count",
     "spt-random-router",
 ]
@@ -37,9 +38,10 @@ Family = Literal["spt", "lora", "full"]
 DESCRIPTIONS: Mapping[Method, str] = {
     "full": "all weights, nothing added",
     "lora": "LoRA alone",
-    "spt": "LoRA, sparse attention and routed FFN",
-    "spt-dense-attention": "spt without sparse attention",
-    "spt-dense-ffn": "spt without routed FFN",
+    "spt": "LoRA, sparse attention and, where --ffn says so, a routed FFN",
+    "spt-dense-attention": "LoRA and a routed FFN",
+    "spt-dense-ffn": "LoRA and sparse attention",
+    "spt-routed-ffn": "LoRA, sparse attention and a routed FFN",
     "spt-match-count": "spt that selects keys by the paper's match count",
     "spt-random-router": "spt with the paper's start of the FFN: random blocks, random router",
 }
@@ -119,6 +121,8 @@ class Recipe:
     auto: dense up to 1,024 tokens, where sparse attention gains nothing, tile above."""
     codebook_loss_weight: float = spt_jax.SparseAttentionConfig.codebook_loss_weight
     """Weight of the paper's codebook loss, there 0.01; 0 leaves codebooks as they were fitted."""
+    ffn: Literal["routed", "dense"] = "routed"
+    """Whether spt routes the FFN."""
     num_blocks: int = 4
     """Blocks of FFN units."""
     active_blocks: int = 2
@@ -132,8 +136,8 @@ class MethodOptions(Recipe):
     """Options of an experiment that compares methods in one run."""
 
     method: str = "spt,lora"
-    """Methods to compare, separated by commas: spt, lora, full, and ablations of spt:
-    spt-dense-attention, spt-dense-ffn, spt-match-count, spt-random-router."""
+    """Methods to compare, separated by commas: spt, lora, full, and variants of spt:
+    spt-dense-attention, spt-dense-ffn, spt-routed-ffn, spt-match-count, spt-random-router."""
     seed: int = 0
     """Seed of fresh weights, the order of examples, and dropout."""
     patience: int | None = None
@@ -178,23 +182,26 @@ class MethodOptions(Recipe):
             active_blocks=self.active_blocks,
             absent_rank=self.absent_rank,
         )
-        spt = spt_jax.SPTConfig(lora=lora, attention=attention, ffn=ffn)
+        both = spt_jax.SPTConfig(lora=lora, attention=attention, ffn=ffn)
+        spt = both if self.ffn == "routed" else replace(both, ffn=None)
         match method:
             case "spt":
                 return spt
+            case "spt-routed-ffn":
+                return both
             case "lora":
                 return replace(spt, attention=None, ffn=None)
             case "full":
                 return None
             case "spt-dense-attention":
-                return replace(spt, attention=None)
+                return replace(both, attention=None)
             case "spt-dense-ffn":
                 return replace(spt, ffn=None)
             case "spt-match-count":
                 paper = replace(attention, rule="match_count", codeword_width=8)
                 return replace(spt, attention=paper)
             case "spt-random-router":
-                return replace(spt, ffn=replace(ffn, calibration="random"))
+                return replace(both, ffn=replace(ffn, calibration="random"))
 
     def train_config(self, method: Method) -> spt_jax.TrainConfig:
         """How `method` trains."""

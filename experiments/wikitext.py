@@ -109,6 +109,8 @@ class Options(MethodOptions):
     scratch 2e-3 and 2e-4."""
     max_length: int | None = None
     """Tokens of a row; by default 512, or 256 with --model scratch."""
+    ffn: Literal["routed", "dense"] = "dense"
+    """Whether spt routes the FFN; a decoder's loss suffers more from that than it gains in time."""
     eval_stride: int | None = None
     """Tokens by which evaluation windows advance; by default half of --max-length."""
     plain_chat: bool = False
@@ -326,6 +328,20 @@ def answer(model: Decoder, prompt: str, encoder: Encoder, *, chat: bool) -> str:
     return encoder.tokenizer.decode([int(token) for token in new])
 
 
+def dense_note(options: Options) -> str | None:
+    """Says where spt leaves everything dense; None where it does not."""
+    spt = options.spt_config("spt")
+    if "spt" not in options.methods or spt is None or spt.ffn is not None or spt.attention is None:
+        return None
+    attention, length = spt.attention, options.row_length
+    if attention.granularity_at(length) != "dense":
+        return None
+    return (
+        f"rows of {length} tokens are too short for sparse attention to pay: spt attends to all "
+        "keys and trains as lora does (--granularity, --ffn and longer rows make it sparse)"
+    )
+
+
 def sizes_line(
     options: Options, train_data: Examples, eval_data: Examples, whole_evaluation: int
 ) -> str:
@@ -391,6 +407,8 @@ def run(options: Options, console: Console) -> dict[str, dict[str, Any]]:
     release()
     console.print(f"before fine-tuning: perplexity {before['perplexity']:.2f}")
     conversations = not all(isinstance(record, str) for record in corpus.train)
+    if note := dense_note(options):
+        console.print(note)
     results: dict[str, TrainResult] = {}
     for method in options.methods:
         console.print(f"\n{method}")
