@@ -16,6 +16,7 @@ from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig, SPTConfig
 from spt_jax.layers import (
     ADAPTER,
     AuxLosses,
+    DenseImplementation,
     FeedForward,
     Linear,
     RotaryAngles,
@@ -34,7 +35,6 @@ from spt_jax.training import cross_entropy, next_token, supervised
 BlockMethod = Literal["full", "lora", "spt"]
 #: What of a layer: all of it, or its first or second half, with norm and residual connection.
 Part = Literal["block", "mha", "ffn"]
-DenseAttention = Literal["cudnn", "xla"]
 
 #: How `x (W + A B)` is computed. "merged" and "factored" are those of `spt_jax.layers.lora_dot`.
 #: "skinny" is `x W + (x A) B` with every product in the type of x; "skinny_float32" takes the
@@ -101,31 +101,6 @@ OPT_2048 = opt_config(width=2048, heads=32, hidden=8192)
 LLAMA_4096 = llama_config(width=4096, heads=32, kv_heads=8, hidden=11008)
 
 
-class FlashAttention(nnx.Module):
-    """Dense attention by cuDNN's kernel, in the place of a layer's sparse attention."""
-
-    def __init__(self, implementation: DenseAttention, *, causal: bool) -> None:
-        self.implementation: DenseAttention = implementation
-        self.causal = causal
-
-    def __call__(
-        self,
-        q: Float[Array, "B S N H"],
-        k: Float[Array, "B S K H"],
-        v: Float[Array, "B S K H"],
-        *,
-        capacity: int,
-        **masks: None,
-    ) -> tuple[Float[Array, "B S N H"], AuxLosses]:
-        """Attention output, and no auxiliary losses."""
-        del capacity  # all keys are kept, however many
-        if any(mask is not None for mask in masks.values()):
-            raise NotImplementedError("this baseline knows no masks but the causal one")
-        return jax.nn.dot_product_attention(
-            q, k, v, is_causal=self.causal, implementation=self.implementation
-        ), {}
-
-
 class SkinnyLinear(Linear):
     """Linear map whose LoRA factors are applied as two skinny products beside the dense one.
 
@@ -180,7 +155,7 @@ class BlockStep:
       attention: sparse attention of SPT.
       ffn: routed FFN of SPT; None leaves it dense.
       remat: whether a layer's activations are computed again in the backward pass.
-      dense_attention: implementation of dense attention: "cudnn", or "xla" where there is no GPU.
+      dense_attention: implementation of attention to all keys.
       dtype: of activations and frozen weights; what an adapter trains is float32.
       param_dtype: of weights that "full" trains; None for `dtype`.
     """
@@ -193,7 +168,7 @@ class BlockStep:
     attention: SparseAttentionConfig = field(default_factory=SparseAttentionConfig)
     ffn: RoutedFFNConfig | None = field(default_factory=RoutedFFNConfig)
     remat: bool = False
-    dense_attention: DenseAttention = "cudnn"
+    dense_attention: DenseImplementation = "cudnn"
     dtype: Any = jnp.bfloat16
     param_dtype: Any = None
     part: Part = "block"
@@ -228,7 +203,8 @@ class BlockStep:
             self._choose_lora_form(model)
         for layer in layers:
             if self.part != "ffn":
-                layer.attention.sparse = cast(Any, self._attention(rngs))
+                layer.attention.sparse = self._attention(rngs)
+                layer.attention.dense_implementation = self.dense_attention
             if self.part != "mha" and self.method == "spt" and self.ffn is not None:
                 layer.ffn = cast(Any, self._routed(layer.ffn, self.ffn, rngs))
 
@@ -264,9 +240,9 @@ class BlockStep:
         """Whether a query sees only itself and earlier keys."""
         return isinstance(self.config, DecoderConfig)
 
-    def _attention(self, rngs: nnx.Rngs) -> SparseAttention | FlashAttention:
+    def _attention(self, rngs: nnx.Rngs) -> SparseAttention | None:
         if self.method != "spt" or self.attention.granularity_at(self.length) == "dense":
-            return FlashAttention(self.dense_attention, causal=self.causal)
+            return None
         config, heads, width = self.attention, num_kv_heads(self.config), head_width(self.config)
         books = (heads, width // config.codeword_width, config.num_codewords, config.codeword_width)
         return SparseAttention(

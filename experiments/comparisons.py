@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from experiments.blocks import (
     OPT_2048,
     BlockStep,
-    DenseAttention,
     LoRAForm,
     attention_operations,
     llama_config,
@@ -40,7 +39,7 @@ from pallas_kernels import (
     sparse_attention,
 )
 from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
-from spt_jax.layers import lora_dot
+from spt_jax.layers import DenseImplementation, dense_attention, lora_dot
 from spt_jax.models.decoder_config import DecoderConfig
 
 Trained = Any
@@ -454,10 +453,15 @@ def attention_comparison(name: str, shape: AttentionShape) -> Comparison:
         shape=str(shape),
         baselines={
             "dense": Method(
+                name="dense_attention",
+                function=lambda qkv, _: dense_attention(*qkv),
+                arguments=partial(_attention_inputs, shape, jnp.float32),
+            ),
+            "dense_whole": Method(
                 name="jax.nn.dot_product_attention",
                 function=lambda qkv, _: jax.nn.dot_product_attention(*qkv),
                 arguments=partial(_attention_inputs, shape, jnp.float32),
-            )
+            ),
         },
         candidates={name: _Sparse(shape, "tile").method(jnp.float32)},
     )
@@ -552,7 +556,7 @@ class GPUSizes:
     block: DecoderConfig = OPT_2048
     block_batch: int = 16
     block_length: int = 512
-    dense_attention: DenseAttention = "cudnn"
+    dense_attention: DenseImplementation = "cudnn"
     implementation: Implementation | None = None
     dtype: Any = jnp.bfloat16
 
@@ -595,9 +599,7 @@ def _dense_attention(sizes: GPUSizes, length: int) -> dict[str, Method]:
     }
 
     def dense(qkv: Trained, _: Frozen) -> jax.Array:
-        return jax.nn.dot_product_attention(
-            *qkv, is_causal=True, implementation=sizes.dense_attention
-        )
+        return dense_attention(*qkv, causal=True, implementation=sizes.dense_attention)
 
     methods = {"dense": Method(name=f"dense, {sizes.dense_attention}", function=dense, **options)}
     if importlib.util.find_spec("tokamax") is not None:

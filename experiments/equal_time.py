@@ -6,7 +6,7 @@ Every method trains for --seconds at each length of a row; calibration, and comp
 all methods at once, are counted apart. What is compared is the mean loss on held-out text of the
 adapter merged into the dense model, which is what people deploy, beside that of SPT's sparse form
 as trained and of the untouched model. Rows are cut from one stream of tokens and have no padding,
-so that on a GPU the dense attention of LoRA, and of every evaluation of a dense model, is cuDNN's.
+so that dense attention has no mask, which cuDNN's would have to read.
 Writes equal_time.csv after every method and, last, metrics.json to --out.
 """
 
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 import spt_jax
 from experiments import cli
-from experiments.blocks import DenseAttention, FlashAttention
 from experiments.corpora import cpython_documentation
 from experiments.kernels import FAILURES, failure_of, in_threads
 from experiments.methods import Method, MethodOptions, device_line, write_metrics
@@ -159,18 +158,6 @@ def load(source: str | Path, options: Options) -> Decoder:
     return model
 
 
-def set_dense_attention(model: Decoder, implementation: DenseAttention | None) -> None:
-    """How the layers without sparse attention attend; None for the library's own way."""
-    for layer in model.layers:
-        if not isinstance(layer.attention.sparse, SparseAttention):
-            dense = None if implementation is None else FlashAttention(implementation, causal=True)
-            layer.attention.sparse = cast(Any, dense)
-
-
-def _fastest_dense() -> DenseAttention | None:
-    return "cudnn" if jax.default_backend() == "gpu" else None
-
-
 def loss_of(model: Decoder, data: Examples, options: Options) -> float:
     """Mean loss of a token."""
     batch_size = max(1, options.step_tokens // data.length)
@@ -212,7 +199,6 @@ def prepared(method: Method, train: Examples, options: Options) -> Training:
     rngs = nnx.Rngs(options.seed)
     model = spt_jax.adapt(model, config, calibration_batch=calibration, rngs=rngs)
     calibrated_s = time.perf_counter() - begun
-    set_dense_attention(model, _fastest_dense())
     train_config = spt_jax.TrainConfig(
         steps=MOST_STEPS, learning_rate=options.learning_rate, schedule="constant",
         warmup=WARMUP_STEPS, seed=options.seed,
@@ -258,12 +244,10 @@ def trained(
     losses = {}
     if any(isinstance(m, SparseAttention | RoutedFFN) for _, m in nnx.iter_modules(model)):
         losses["loss_as_trained"] = loss_of(model, evaluation, options)
-    set_dense_attention(model, None)
     with tempfile.TemporaryDirectory() as folder:
         logging.getLogger("spt_jax.export").setLevel(logging.ERROR)  # that it is dense is wanted
         spt_jax.save_pretrained(model, Path(folder) / "merged")
         merged = load(Path(folder) / "merged", options)
-    set_dense_attention(merged, _fastest_dense())
     return {
         "steps": steps,
         "trained_s": trained_s,
@@ -288,7 +272,6 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
     for length in lengths:
         train, evaluation = split(ids, length, options)
         untouched = load(options.model, options)
-        set_dense_attention(untouched, _fastest_dense())
         before = loss_of(untouched, evaluation, options)
         del untouched
         ready = [_tried(prepared, method, train, options) for method in methods]

@@ -6,8 +6,8 @@ from spt_jax.layers.attention import (
     KeyValueCache,
     RotaryAngles,
     SparseAttention,
-    dense_attention,
 )
+from spt_jax.layers.dense import DenseImplementation, dense_attention
 from spt_jax.layers.feed_forward import FeedForward, RoutedFFN
 from spt_jax.layers.linear import Embedding, Linear, dropout, split_key
 from spt_jax.layers.lora import LoRA, dense_dot, lora_dot
@@ -29,6 +29,7 @@ __all__ = [
     "AuxLosses",
     "CalibrationStat",
     "CodebookParam",
+    "DenseImplementation",
     "Embedding",
     "FeedForward",
     "HeadParam",

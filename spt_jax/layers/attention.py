@@ -24,6 +24,7 @@ from pallas_kernels import (
 )
 from spt_jax import sharding
 from spt_jax.config import Form, SparseAttentionConfig
+from spt_jax.layers.dense import DenseImplementation, dense_attention, dense_decode
 from spt_jax.layers.linear import Linear, split_key
 from spt_jax.layers.quantizer import codebook_loss
 from spt_jax.layers.recording import record
@@ -61,57 +62,6 @@ class KeyValueCache(NamedTuple):
     keys: jax.Array
     values: jax.Array
     codes: KeyCodes | None
-
-
-def dense_attention(
-    q: Float[Array, "B S N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    *,
-    causal: bool = False,
-    window: int | None = None,
-    key_mask: Bool[Array, "B S"] | None = None,
-    segment_ids: Int[Array, "B S"] | None = None,
-) -> Float[Array, "B S N H"]:
-    """Softmax attention over all valid keys; a query without one gets zeros.
-
-    With `window`, which needs `causal`, a query sees only the last `window` keys up to itself.
-    """
-    mask = None
-    sides = None if window is None else (window - 1, 0)
-    if key_mask is not None:
-        mask = key_mask[:, None, None, :]
-    if segment_ids is not None:
-        same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-        mask = same if mask is None else mask & same
-    out = jax.nn.dot_product_attention(
-        q, k, v, mask=mask, is_causal=causal, local_window_size=sides
-    )
-    if mask is None:
-        return out
-    if causal:
-        reach = jnp.tri(q.shape[1], dtype=bool)
-        if window is not None:
-            reach &= ~jnp.tri(q.shape[1], k=-window, dtype=bool)
-        mask = mask & reach
-    return jnp.where(mask.any(-1)[:, 0, :, None, None], out, 0)
-
-
-def dense_decode(
-    q: Float[Array, "B N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
-    key_mask: Bool[Array, "B S"],
-) -> Float[Array, "B N H"]:
-    """Softmax attention of one query a sequence, which has a valid key, over a cache."""
-    batch, kv_heads, _, width = k.shape
-    queries = q.reshape(batch, kv_heads, -1, width)
-    logits = jnp.einsum("bkrh,bksh->bkrs", queries, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.where(key_mask[:, None, None], width**-0.5 * logits, -jnp.inf))
-    out = jnp.einsum(
-        "bkrs,bksh->bkrh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
-    return out.reshape(q.shape).astype(q.dtype)
 
 
 class SparseAttention(nnx.Module):
@@ -346,6 +296,10 @@ class Attention(nnx.Module):
         dtype: compute dtype.
         param_dtype: dtype of the projections.
         rngs: source of the initial values.
+
+    Attributes:
+        sparse: selects keys; None for attention to all.
+        dense_implementation: of attention to all keys, as `dense_attention` takes it.
     """
 
     def __init__(
@@ -395,6 +349,7 @@ class Attention(nnx.Module):
         self.q_norm: nnx.RMSNorm | None = nnx.data(head_norm())
         self.k_norm: nnx.RMSNorm | None = nnx.data(head_norm())
         self.sparse: SparseAttention | None = nnx.data(None)
+        self.dense_implementation: DenseImplementation | None = None
 
     def __call__(
         self,
@@ -518,11 +473,14 @@ class Attention(nnx.Module):
         capacity: int,
         **masks: Any,
     ) -> tuple[Float[Array, "B S N H"], AuxLosses]:
-        if self.sparse is None:
-            return dense_attention(q, k, v, causal=self.causal, window=self.window, **masks), {}
-        if self.window is not None and capacity > self.window:
-            if self.sparse.granularity_at(capacity) == "dense":
-                return dense_attention(q, k, v, causal=True, window=self.window, **masks), {}
+        past_window = self.window is not None and capacity > self.window
+        if self.sparse is None or (past_window and self.sparse.granularity_at(capacity) == "dense"):
+            out = dense_attention(
+                q, k, v, causal=self.causal, window=self.window,
+                implementation=self.dense_implementation, **masks,
+            )  # fmt: skip
+            return out, {}
+        if past_window:
             raise NotImplementedError(
                 f"sparse attention does not know the model's window of {self.window} keys: give "
                 f"sequences of at most {self.window} tokens, got {capacity}, or adapt the model "
