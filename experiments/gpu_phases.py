@@ -173,10 +173,12 @@ def _training(setting: Setting) -> list[Job]:
     words += [] if setting.text_file is None else ["--text-file", str(setting.text_file)]
     if setting.rehearse:
         words += ["--lengths", "64", "--step-tokens", "128", "--eval-tokens", "128"]
-        words += ["--seconds", "0.5", "--calibration-tokens", "128"]
+        words += ["--seconds", "0.5", "--calibration-tokens", "128", "--evaluations", "1"]
     else:
         words += ["--lengths", "2048,8192", "--seconds", str(TRAINING_S), "--dtype", "bfloat16"]
-    return [Job("training", "experiments.equal_time", words, "equal_time.csv")]
+        words += ["--step-tokens", "16384", "--eval-tokens", "32768", "--evaluations", "3"]
+    words += ["--learning-rates", "1e-3"]
+    return [Job("training", "experiments.time_to_quality", words, "time_to_quality.csv")]
 
 
 def _counters(setting: Setting) -> list[Job]:
@@ -292,8 +294,8 @@ PHASES: Mapping[str, Phase] = {
                 Column("compiled s", "compiled_s", ".1f"),
                 Column("loss before", "loss_before", ".4f"),
                 Column("loss, dense", "loss_dense", ".4f"),
-                Column("loss, as trained", "loss_as_trained", ".4f"),
-                Column("peak MB", "planned_bytes", ".0f", _MB),
+                Column("loss, sparse", "loss_sparse", ".4f"),
+                Column("peak MB", "peak_bytes", ".0f", _MB),
                 Column("remark", "failure"),
             ),
         ),
