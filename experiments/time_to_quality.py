@@ -15,6 +15,7 @@ time_to_quality.csv after every run and, last, metrics.json and time_to_quality.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -158,9 +159,8 @@ def read_tokens(options: Options) -> tuple[np.ndarray, np.ndarray | None]:
         return np.concatenate([document.ids for document in documents])
 
     texts = cpython_documentation() if options.text_file is None else read_text(options.text_file)
-    return tokens(texts), None if options.eval_file is None else tokens(
-        read_text(options.eval_file)
-    )
+    held_out = None if options.eval_file is None else tokens(read_text(options.eval_file))
+    return tokens(texts), held_out
 
 
 def split(
@@ -213,6 +213,7 @@ class Judge:
         self._frozen, self._data, self._size = parts.frozen, data, batch_size
 
     def __call__(self, params: Any) -> float:
+        """The loss."""
         total = weight = 0.0
         for batch in eval_batches(self._data, self._size):
             loss, tokens, _ = self._step(params, self._frozen, batch)
@@ -261,7 +262,7 @@ def prepared(method: Method, train: Examples, evaluation: Examples, options: Opt
     )  # fmt: skip
     batch_size = max(1, options.step_tokens // train.length)
     parts = partition(model, "adapter")
-    _, step = start(parts, train_config, total_steps=MOST_STEPS, objective=unmasked)
+    step: Any = start(parts, train_config, total_steps=MOST_STEPS, objective=unmasked)[1]
     optimizer = step.keywords["optimizer"]
 
     def begin() -> Any:
@@ -338,7 +339,7 @@ def seconds_to(loss: float, curve: Sequence[tuple[float, float]]) -> float | Non
     """
     if curve[0][1] <= loss:
         return curve[0][0]
-    for (first, above), (second, below) in zip(curve, curve[1:], strict=False):
+    for (first, above), (second, below) in itertools.pairwise(curve):
         if below <= loss:
             return first + (second - first) * (above - loss) / (above - below)
     return None

@@ -10,17 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from flax import nnx
 
-from experiments import cli, gpu_phases, gpu_run, small_llama
+from experiments import cli, gpu_phases, gpu_run
 from experiments.corpora import cpython_documentation
 from experiments.gpu_phases import PHASES, Column, Job, LeftOut, Phase, Setting
 from experiments.gpu_run import REHEARSAL, Options
 from spt_jax.models import hub
-from spt_jax.models.config import parse_config
-from spt_jax.models.decoder import Decoder
 from spt_jax.training import environment
-from tests.spt_jax.models.builders import save_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -227,21 +223,10 @@ def test_the_table_of_docs_is_that_of_the_phases():
     assert "\n".join(lines) in page, "\n".join(["docs/gpus.md lacks", *lines])
 
 
-@pytest.fixture
-def model(tmp_path):
-    """A LLaMA of one layer, with a tokenizer."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    raw = small_llama.CONFIG | sizes
-    directory = save_model(tmp_path / "model", raw, Decoder(parse_config(raw), rngs=nnx.Rngs(0)))
-    tokenizer = small_llama.train_tokenizer(cpython_documentation()[:8])
-    tokenizer.save(str(directory / "tokenizer.json"))
-    return directory
-
-
 @pytest.mark.slow
 @pytest.mark.mosaic
 @pytest.mark.triton
-def test_the_whole_run_is_rehearsed(model, tmp_path, monkeypatch, capsys):
+def test_the_whole_run_is_rehearsed(small_decoder, tmp_path, monkeypatch, capsys):
     """Two minutes on two cores, of which one for the kernels in their interpreters."""
     commands = tmp_path / "bin"
     commands.mkdir()
@@ -252,7 +237,7 @@ def test_the_whole_run_is_rehearsed(model, tmp_path, monkeypatch, capsys):
     text_file = tmp_path / "text.txt"
     text_file.write_text("\n".join(cpython_documentation()[:4]))
     out = tmp_path / "out"
-    arguments = ["--rehearse", "--model", model, "--text-file", text_file, "--out", out]
+    arguments = ["--rehearse", "--model", small_decoder, "--text-file", text_file, "--out", out]
     monkeypatch.setattr(sys, "argv", ["gpu_run", *map(str, arguments)])
     monkeypatch.setattr(gpu_run.signal, "signal", lambda *_: None)
     cli.run(gpu_run.main)

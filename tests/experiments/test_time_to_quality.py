@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import numpy as np
 import pytest
 
 from experiments import cli, time_to_quality
-from experiments.time_to_quality import Options, rows_of, split
+from experiments.time_to_quality import Options, best_rows, rows_of, split
 
 
 def test_every_token_but_the_first_is_a_label_once():
@@ -73,10 +74,10 @@ def test_the_best_rate_counts_and_the_way_to_lora_is_measured():
     assert spt["seconds_to_lora"] == 18.0
 
 
-def test_a_run_learns_and_says_what_it_took(monkeypatch, tmp_path, capsys):
+def test_a_run_learns_and_says_what_it_took(small_decoder, monkeypatch, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat and the dog sat on the log. " * 60)
-    words = ["time_to_quality", "--model", str(MODEL), "--text-file", str(text)]
+    words = ["time_to_quality", "--model", str(small_decoder), "--text-file", str(text)]
     words += ["--methods", "lora,spt-routed-ffn", "--lengths", "32", "--seconds", "0.6"]
     words += ["--learning-rates", "1e-2", "--step-tokens", "64", "--eval-tokens", "64"]
     words += ["--evaluations", "2", "--out", str(tmp_path / "out")]
@@ -92,4 +93,4 @@ def test_a_run_learns_and_says_what_it_took(monkeypatch, tmp_path, capsys):
     assert figures["s32_spt-routed-ffn"]["loss_sparse"] > 0
     assert "loss_sparse" not in figures["s32_lora"]
     assert (tmp_path / "out" / "time_to_quality.png").stat().st_size > 1000
-    assert "s to LoRA's" in capsys.readouterr().out
+    assert "0.6 s of training, mean loss of a token" in capsys.readouterr().out
