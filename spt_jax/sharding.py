@@ -167,6 +167,12 @@ def constrain(x: jax.Array, *spec: Any) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _fitting(P(*spec), x.shape, mesh))
 
 
+def fitting(shape: Sequence[int], *spec: Any) -> P:
+    """`spec` on the current mesh without the axes that do not divide their dimension of `shape`."""
+    mesh = current()
+    return P() if mesh is None else _fitting(P(*spec), shape, mesh)
+
+
 def locally(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """`function` of what each device holds; without a mesh `function` itself.
 

@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pallas_kernels import devices, dispatch
@@ -45,7 +44,8 @@ def dense_attention(
 ) -> Float[Array, "B S N H"]:
     """Softmax attention over all valid keys; a query without one gets zeros.
 
-    Under a mesh, each device attends from its sequences and heads.
+    Under a mesh, each device attends from its sequences; and from its heads, where the mesh divides
+    the key heads.
 
     Args:
         q: queries.
@@ -75,7 +75,8 @@ def dense_attention(
         names = ("q", "k", "v", "key_mask", "segment_ids")
         return run(dict(zip(names, arrays, strict=True)))
 
-    batch, heads = P(sharding.BATCH), P(sharding.BATCH, None, sharding.TENSOR)
+    batch = sharding.fitting(k.shape, sharding.BATCH)
+    heads = sharding.fitting(k.shape, sharding.BATCH, None, sharding.TENSOR)
     specs = heads, heads, heads, batch, batch
     return sharding.locally(attend, specs, heads)(q, k, v, key_mask, segment_ids)
 
