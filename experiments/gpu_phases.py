@@ -176,7 +176,16 @@ def _training(setting: Setting) -> list[Job]:
         words += ["--seconds", "0.5", "--calibration-tokens", "128", "--evaluations", "1"]
     else:
         words += ["--lengths", "2048,8192", "--seconds", str(TRAINING_S), "--dtype", "bfloat16"]
-        words += ["--step-tokens", "16384", "--eval-tokens", "32768", "--evaluations", "3"]
+        words += [
+            "--step-tokens",
+            "16384",
+            "--eval-tokens",
+            "32768",
+            "--evaluations",
+            "3",
+            "--warmup-steps",
+            "10",
+        ]
     words += ["--learning-rates", "1e-3"]
     return [Job("training", "experiments.time_to_quality", words, "time_to_quality.csv")]
 

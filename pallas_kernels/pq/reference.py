@@ -256,10 +256,11 @@ def select(
         counts=counts.astype(jnp.int32),
         block_q=block_q,
         key_group=key_group,
+        heads=heads // lists,
     )
 
 
-def kept_keys(selection: Selection, length: int) -> Bool[Array, "B T S S"]:
+def kept_keys(selection: Selection, length: int) -> Bool[Array, "B N S S"]:
     """The selection as a mask in memory quadratic in S, for tests and figures.
 
     Args:
@@ -267,7 +268,7 @@ def kept_keys(selection: Selection, length: int) -> Bool[Array, "B T S S"]:
       length: Positions S.
 
     Returns:
-      Whether a query keeps a key; T is N, or K where the heads of a key head share lists.
+      Whether a query keeps a key.
     """
     if isinstance(selection, TokenSelection):
         score = scores(
@@ -284,4 +285,4 @@ def kept_keys(selection: Selection, length: int) -> Bool[Array, "B T S S"]:
     hits = selection.groups[..., None] == jnp.arange(number)
     kept = jnp.any(hits & chosen[..., None], -2)
     kept = jnp.repeat(jnp.repeat(kept, selection.block_q, 2), selection.key_group, 3)
-    return kept[:, :, :length, :length]
+    return jnp.repeat(kept[:, :, :length, :length], selection.heads, 1)

@@ -339,4 +339,10 @@ def select(
         return a.reshape(batch, kv_heads * per_head, tile_steps * tile_chunk, -1)[:, :, :tiles]
 
     lists, counts = (join(a) for a in found)
-    return TileSelection(groups=lists, counts=counts[..., 0], block_q=block_q, key_group=key_group)
+    return TileSelection(
+        groups=lists,
+        counts=counts[..., 0],
+        block_q=block_q,
+        key_group=key_group,
+        heads=rows // per_head,
+    )

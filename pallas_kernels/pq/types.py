@@ -46,7 +46,7 @@ class TokenSelection:
 class TileSelection:
     """One list of key groups for each tile of consecutive queries.
 
-    T is N, a list for each query head, or K: one that the query heads of a key head share.
+    T is N / heads: N for a list for each query head, K where all those of a key head share one.
 
     Attributes:
         groups: int32 `[B, T, Q, P]`, ascending group indices; past the count the last one repeats
@@ -54,16 +54,14 @@ class TileSelection:
         counts: int32 `[B, T, Q]`, groups in each list.
         block_q: positions of a tile.
         key_group: consecutive keys of a group.
+        heads: query heads that share a list.
     """
 
     groups: Leaf
     counts: Leaf
     block_q: int = field(metadata={"static": True})
     key_group: int = field(metadata={"static": True})
-
-    def heads_of_list(self, heads: int) -> int:
-        """Query heads, of N in all, that a list serves."""
-        return heads // self.counts.shape[1]
+    heads: int = field(default=1, metadata={"static": True})
 
 
 Selection = TokenSelection | TileSelection

@@ -320,6 +320,7 @@ def select(
             counts=counts.reshape(batch, lists, -1),
             block_q=block_q,
             key_group=key_group,
+            heads=heads // lists,
         )
     threshold, radius, kept = _select_tokens(queries, keys, num_keys, causal, key_mask, segment_ids)
     return TokenSelection(

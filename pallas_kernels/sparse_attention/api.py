@@ -78,8 +78,12 @@ def sparse_attention(
         )
     if isinstance(selection, TileSelection):
         found = selection.counts.shape
-        lists = k.shape[2] if found[1] == k.shape[2] else heads
-        expected = (batch, lists, -(-length // selection.block_q))
+        if (heads // k.shape[2]) % selection.heads:
+            raise ValueError(
+                f"sparse_attention: the selection's lists serve {selection.heads} query heads each, "
+                f"which do not share one of the {k.shape[2]} key heads with {heads} query heads."
+            )
+        expected = (batch, heads // selection.heads, -(-length // selection.block_q))
     else:
         expected, found = (batch, heads, length), selection.threshold.shape
     if found != expected:

@@ -232,7 +232,7 @@ def unfit(q: jax.Array, k: jax.Array, v: jax.Array, selection: Selection) -> str
                 f"it takes key groups of {', '.join(map(str, GROUPS))}, and got "
                 f"{selection.key_group}"
             )
-        queries = selection.block_q * selection.heads_of_list(q.shape[2])
+        queries = selection.block_q * selection.heads
         if queries % ROWS:
             return f"it takes tiles of a multiple of {ROWS} queries, and got {queries}"
         if selection.block_q % LEAST_RUN:
@@ -258,7 +258,7 @@ def _problem(
     batch, length, heads, width = q.shape
     positions, fold = CELL, 1
     if isinstance(selection, TileSelection):
-        positions, fold = selection.block_q, selection.heads_of_list(heads)
+        positions, fold = selection.block_q, selection.heads
         group, code_width = min(ROWS, selection.key_group), 0
     else:
         group, code_width = ROWS, row_width(selection.query_codewords)

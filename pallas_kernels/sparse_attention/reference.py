@@ -24,7 +24,6 @@ def attention(
     """As `sparse_attention`, in float32, or float64 if q is."""
     length = q.shape[1]
     kept = pq.kept_keys(selection, length)
-    kept = jnp.repeat(kept, q.shape[2] // kept.shape[1], axis=1)
     kept = kept & pq.valid_keys(length, causal, key_mask, segment_ids)[:, None]
     return _softmax_attention(q, k, v, kept, scale)
 

@@ -750,7 +750,7 @@ def problem_of(
     batch, length, heads, width = q.shape
     fold = 1
     if isinstance(selection, TileSelection):
-        fold = selection.heads_of_list(heads)
+        fold = selection.heads
         block_q, group, code_width = selection.block_q * fold, selection.key_group, 0
         config = config_for(q.dtype, width, block_q)
         listed = selection.groups.shape[3]

@@ -7,7 +7,14 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from experiments.methods import device_line
+from experiments import cli
+from experiments.methods import (
+    MethodOptions,
+    device_line,
+    form_note,
+    results_table,
+    speed_note,
+)
 from pallas_kernels import devices, triton
 
 
@@ -29,3 +36,65 @@ def test_the_device_is_told(kind, capability, dtype, kernels, monkeypatch):
     monkeypatch.setattr(devices, "default_device", lambda: device)
     monkeypatch.setattr(triton, "unfit_packages", lambda *_: None)
     assert device_line(dtype).startswith(f"2 x {kind}, {dtype}, kernels {kernels}")
+
+
+def result(step_ms, **metrics):
+    return SimpleNamespace(
+        metrics=metrics, step_ms=step_ms, train_loss=1.0, tokens_per_s=10.0, peak_bytes=2e6,
+        trainable_parameters=7,
+    )  # fmt: skip
+
+
+RESULTS = {
+    "spt": result(
+        50.0, perplexity=20.5, eval_loss=3.02, perplexity_dense=20.5, eval_loss_dense=3.02,
+        perplexity_sparse=103.0, eval_loss_sparse=4.63,
+    ),
+    "lora": result(80.0, perplexity=18.1, eval_loss=2.9, perplexity_dense=18.1, eval_loss_dense=2.9),
+}  # fmt: skip
+
+
+def test_tables_have_both_forms():
+    table = results_table("t", RESULTS)
+    headers = [str(column.header) for column in table.columns]
+    assert headers[:4] == ["method", "perplexity, dense", "perplexity, sparse", "train loss"]
+    assert [list(c.cells) for c in table.columns[1:3]] == [
+        ["20.5000", "18.1000"],
+        ["103.0000", "-"],
+    ]
+
+
+def test_speed_is_told_with_what_it_cost():
+    assert speed_note(RESULTS) == (
+        "an spt step is 1.60x as fast as a lora step; perplexity 20.5000 beside 18.1000"
+    )
+    slower = RESULTS | {"lora": result(40.0, perplexity=18.1)}
+    assert speed_note(slower).startswith("an spt step is 1.25x as slow as a lora step; perplexity")
+    assert speed_note({"lora": RESULTS["lora"]}) is None
+
+
+def test_a_sparse_form_that_is_worse_is_told():
+    assert form_note(RESULTS) == (
+        "sparse, the loss is higher than dense (spt by 1.61): serve the adapter dense"
+    )
+    assert form_note({"lora": RESULTS["lora"]}) is None
+    near = result(1.0, eval_loss_near_dense=1.0, eval_loss_near_sparse=1.05)
+    assert form_note({"spt": near}) is None
+
+
+def test_the_judged_form_is_an_option(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", "--as", "sparse"])
+    options = cli.parse(MethodOptions, "x", None)
+    assert options.train_config("spt").evaluate_as == "sparse"
+    assert MethodOptions().train_config("lora").evaluate_as == "dense"
+
+
+def test_methods_name_their_parts():
+    def parts(method, **options):
+        spt = MethodOptions(**options).spt_config(method)
+        return spt.attention is not None, spt.ffn is not None
+
+    assert parts("spt") == parts("spt-routed-ffn", ffn="dense") == (True, True)
+    assert parts("spt", ffn="dense") == parts("spt-dense-ffn") == (True, False)
+    assert parts("spt-dense-attention", ffn="dense") == (False, True)
+    assert parts("lora") == (False, False)

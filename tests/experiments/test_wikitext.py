@@ -157,9 +157,9 @@ def test_the_default_budget_is_a_cap():
         {name: np.ones((8, 4)) for name in ("input_ids", "attention_mask", "label")}, "eight rows"
     )
     for given, steps in [
-        ({}, 12),  # 3 epochs
-        ({"batch_size": 1}, wikitext.MOST_STEPS),
-        ({"batch_size": 1, "epochs": 10}, 80),
+        ({"batch_size": 4}, 6),  # 3 epochs
+        ({}, wikitext.MOST_STEPS),
+        ({"epochs": 10}, 80),
         ({"steps": 50}, 50),
     ]:
         options = wikitext.Options(**given)
@@ -196,10 +196,34 @@ def test_the_default_model_is_a_pretrained_one(tmp_path, capsys):
     output = run(capsys, *sizes, "--out", tmp_path)
     found = figures(tmp_path)
     assert found["base"]["perplexity"] < 300  # one token after another, of 49,152
-    assert list(found) == ["base", "spt-dense-ffn", "lora"]
+    assert list(found) == ["base", "spt", "lora"]
     assert found["lora"]["perplexity"] < 1.5 * found["base"]["perplexity"]
-    assert found["spt-dense-ffn"]["perplexity"] == pytest.approx(found["lora"]["perplexity"], 0.02)
+    assert found["spt"]["perplexity"] == pytest.approx(found["lora"]["perplexity"], 0.02)
+    assert "rows of 64 tokens are too short for sparse attention to pay" in output
     assert "64 tokens of" in output
+
+
+@pytest.mark.slow
+def test_a_style_that_is_learnt_sparse_shows_when_served_dense(tmp_path, capsys):
+    """Replies of a pirate: by keys chosen for tiles in training, by all keys afterwards."""
+    subjects = ["the sea", "the moon", "bread", "the wind", "winter", "a map", "rain", "a kite"]
+    asks = ["Tell me about {}.", "What is {}?", "Describe {} to a child.", "Say something on {}."]
+    chats = []
+    for ask in asks:
+        for subject in subjects:
+            reply = f"Arr! {subject.capitalize()}, ye ask? It be a fine thing to know, matey!"
+            messages = {"user": ask.format(subject), "assistant": reply}
+            turns = [{"role": role, "content": text} for role, text in messages.items()]
+            chats.append(json.dumps({"messages": turns}))
+    (tmp_path / "chats.jsonl").write_text("\n".join(chats))
+    options = ["--text-file", tmp_path / "chats.jsonl", "--method", "spt", "--steps", 20]
+    options += ["--granularity", "tile", "--max-length", 128, "--batch-size", 2]
+    options += ["--prompt", "What is a lighthouse?", "--out", tmp_path / "out"]
+    output = run(capsys, *options)
+    assert "Arr!" in output.partition("What is a lighthouse?")[2]
+    found = figures(tmp_path / "out")
+    assert found["spt"]["perplexity_dense"] < 0.2 * found["base"]["perplexity"]
+    assert found["spt"]["perplexity_sparse"] != found["spt"]["perplexity_dense"]
 
 
 def test_cutting_keeps_every_character_and_lines_whole():
