@@ -80,8 +80,8 @@ def sparse_attention(
         found = selection.counts.shape
         if (heads // k.shape[2]) % selection.heads:
             raise ValueError(
-                f"sparse_attention: the selection's lists serve {selection.heads} query heads each, "
-                f"which do not share one of the {k.shape[2]} key heads with {heads} query heads."
+                f"sparse_attention: a list of the selection serves {selection.heads} query heads, "
+                f"which is no part of the {heads // k.shape[2]} of a key head."
             )
         expected = (batch, heads // selection.heads, -(-length // selection.block_q))
     else:

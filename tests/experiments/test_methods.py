@@ -50,7 +50,9 @@ RESULTS = {
         50.0, perplexity=20.5, eval_loss=3.02, perplexity_dense=20.5, eval_loss_dense=3.02,
         perplexity_sparse=103.0, eval_loss_sparse=4.63,
     ),
-    "lora": result(80.0, perplexity=18.1, eval_loss=2.9, perplexity_dense=18.1, eval_loss_dense=2.9),
+    "lora": result(
+        80.0, perplexity=18.1, eval_loss=2.9, perplexity_dense=18.1, eval_loss_dense=2.9
+    ),
 }  # fmt: skip
 
 

@@ -288,3 +288,5 @@ def test_errors_name_the_value():
     for selection in (token, tile):
         with pytest.raises(ValueError, match="the selection was made for"):
             sparse_attention(q[:, :9], k[:, :9], v[:, :9], selection)
+    with pytest.raises(ValueError, match="serves 2 query heads, which is no part of the 3"):
+        sparse_attention(q, k, v, dataclasses.replace(tile, heads=2))

@@ -827,6 +827,17 @@ ARGUMENTS = {
         lambda _: select(granularity="row"),
         ("'row'", "choose one of token, tile"),
     ),
+    "pq_select: a list for too many queries": (
+        lambda _: pq_select(
+            *(jnp.zeros((1, 8, n, 2), jnp.uint8) for n in (8, 2)),
+            *scoring_codewords(BOOKS, BOOKS),
+            num_keys=3,
+            granularity="tile",
+            block_q=200,
+            share_heads=True,
+        ),
+        ("take block_q of at most 128, got 200",),
+    ),
     "pq_select: unknown implementation": (
         lambda _: select(implementation="cuda"),
         ("'cuda'", "choose one of mosaic"),

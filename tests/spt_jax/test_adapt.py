@@ -8,7 +8,13 @@ import pytest
 from flax import nnx
 
 import spt_jax
-from spt_jax import LoRAConfig, RoutedFFNConfig, SparseAttentionConfig, SPTConfig
+from spt_jax import (
+    LoRAConfig,
+    RoutedFFNConfig,
+    SparseAttentionConfig,
+    SPTConfig,
+    TrainConfig,
+)
 from spt_jax.calibration import _fit_absent, balanced_kmeans, fit_routing
 from spt_jax.layers import (
     ADAPTER,
@@ -292,6 +298,16 @@ def test_mistakes_are_named_and_leave_the_model_alone():
         spt_jax.adapt(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), SPTConfig(), calibration_batch=batch)
 
 
+def test_heads_that_share_lists():
+    def heads(number, kv_heads, **options):
+        return SparseAttentionConfig(**options).heads_of_list(number, kv_heads)
+
+    assert [heads(n, 8) for n in (8, 16, 24, 32, 40, 64, 128)] == [1, 1, 1, 4, 1, 8, 1]
+    assert heads(32, 8, share_heads=False) == 1
+    assert heads(9, 3, share_heads=True, block_q=63) == 3
+    assert heads(28, 4, block_q=448) == 7
+
+
 def test_heads_must_divide():
     with pytest.raises(ValueError, match="width 30 does not split into 4 heads"):
         Attention(30, 4, rngs=nnx.Rngs(0))
@@ -308,6 +324,11 @@ def test_heads_must_divide():
         (lambda: SparseAttentionConfig(num_codewords=257), "num_codewords .* got 257"),
         (lambda: SparseAttentionConfig(rule="cosine"), "got 'cosine'"),
         (lambda: SparseAttentionConfig(granularity="row"), "got 'row'"),
+        (
+            lambda: SparseAttentionConfig(share_heads=True).heads_of_list(9, 3),
+            "multiple of the 3 query heads of a key head, got 64",
+        ),
+        (lambda: TrainConfig(evaluate_as="merged"), "evaluate_as .* got 'merged'"),
         (lambda: RoutedFFNConfig(num_blocks=4, active_blocks=5), "got 5 of 4"),
         (lambda: RoutedFFNConfig(calibration="none"), "got 'none'"),
     ],

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pallas_kernels import kept_keys
 from spt_jax.calibration import fit_sparse_attention
 from spt_jax.config import SparseAttentionConfig
 from spt_jax.layers import Attention, dense_attention
@@ -71,6 +72,26 @@ def test_strictly_no_output_depends_on_a_later_token():
         assert (before == after).all() == strict
     layer.sparse.config = dataclasses.replace(config, granularity="token")
     np.testing.assert_array_equal(layer(x)[0][:, :-1], before)
+
+
+def test_four_heads_of_a_key_head_share_lists():
+    """By default, and every query keeps keys; the reference gives the same."""
+    config = SparseAttentionConfig(min_keys=8, granularity="tile", block_q=32, key_group=4)
+    layer = Attention(32, 8, num_kv_heads=2, causal=True, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(2), (B, 50, 32))
+    q, k, _ = layer._project(x, None, [None] * 4)
+    layer.sparse = fit_sparse_attention(
+        q.reshape(-1, 8, 4), k.reshape(-1, 2, 4), config=config, causal=True, key=jax.random.key(1)
+    )
+    selection = layer.sparse.select(q, k, num_keys=8, granularity="tile")
+    assert (selection.heads, selection.block_q) == (4, 8)
+    assert selection.counts.shape == (B, 2, 7)
+    assert kept_keys(selection, 50).shape == (B, 8, 50, 50)
+    out = layer(x)[0]
+    for options in ({"implementation": "reference"}, {"share_heads": False}):
+        layer.sparse.config = dataclasses.replace(config, **options)
+        same = np.abs(np.asarray(layer(x)[0] - out)).max() < 1e-5
+        assert same == ("implementation" in options)
 
 
 @pytest.mark.parametrize("num_tokens", [7, 40, 1000])
