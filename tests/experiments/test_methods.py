@@ -16,6 +16,7 @@ from experiments.methods import (
     speed_note,
 )
 from pallas_kernels import devices, triton
+from spt_jax.training import TrainResult
 
 
 @pytest.mark.parametrize(
@@ -39,9 +40,12 @@ def test_the_device_is_told(kind, capability, dtype, kernels, monkeypatch):
 
 
 def result(step_ms, **metrics):
-    return SimpleNamespace(
-        metrics=metrics, step_ms=step_ms, train_loss=1.0, tokens_per_s=10.0, peak_bytes=2e6,
-        trainable_parameters=7,
+    return TrainResult(
+        steps=3, epochs=1.0, stopped_early=False, resumed_from=None, metrics=metrics,
+        metrics_step=3, best_step=3, train_loss=1.0, step_ms=step_ms, tokens_per_s=10.0,
+        padded_tokens_per_s=10.0, compile_s=1.0, wall_s=2.0, peak_bytes=2_000_000,
+        peak_bytes_source="compiler", compiled_peak_bytes=2_000_000, trainable_parameters=7,
+        total_parameters=9,
     )  # fmt: skip
 
 

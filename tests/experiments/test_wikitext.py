@@ -121,7 +121,7 @@ def test_of_conversations_the_replies_are_learnt(finished, texts, tmp_path, caps
     [
         (["--dataset", "wikitext/x"], "not both"),
         (["--eval-share", 1.5], "--eval-share must lie in"),
-        (["--eval-stride", 3000], "--eval-stride must lie in 1..512"),
+        (["--eval-stride", 3000], "--eval-stride must lie in 1..2048"),
         (["--model", "scratch", "--eval-stride", 300], "--eval-stride must lie in 1..256"),
         (["--eval-tokens", 0], "--eval-tokens must be at least 1, or all, got 0"),
         (["--method", "spt,qlora"], "unknown method 'qlora'"),
