@@ -249,14 +249,39 @@ def _queries_of(
     """The tile of a part of one, and that part's queries.
 
     Returns the tile, and of its queries the positions, which of them are the tile's, the rows
-    among `[S, N]` and the places among `[N, S]`.
+    among `[S, N]` and the places among `[N, S]`. With one head a list, rows and places are the
+    positions, since the head is the same for all: `_of_head` gives what comes before.
     """
     tile = block // PARTS
     local = (block % PARTS) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     queries = tile * (TILE // FOLD) + local // FOLD
-    head = list_head * FOLD + local % FOLD
     valid = (local < TILE) & (queries < LENGTH)
-    return tile, queries, valid, queries * HEADS + head, head * LENGTH + queries
+    rows = queries
+    places = queries
+    if FOLD > 1:
+        head = list_head * FOLD + local % FOLD
+        rows = queries * HEADS + head
+        places = head * LENGTH + queries
+    return tile, queries, valid, rows, places
+
+
+@triton.jit
+@no_type_check
+def _of_head(
+    batch,
+    list_head,
+    LENGTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    FOLD: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """First elements of `[S, N, H]` and of `[N, S]` of a sequence, and of a head that is alone."""
+    of_queries = batch.to(tl.int64) * LENGTH * HEADS * WIDTH
+    of_line = batch.to(tl.int64) * LENGTH * HEADS
+    if FOLD == 1:
+        of_queries += list_head * WIDTH
+        of_line += list_head * LENGTH
+    return of_queries, of_line
 
 
 @triton.jit
@@ -345,9 +370,10 @@ def sparse_attention_forward_kernel(
     kv_head = head // (lists // KV_HEADS)
     line = ((batch * lists + head) * TILES + tile).to(tl.int64)
     first = batch.to(tl.int64) * LENGTH
-    of_queries = first * HEADS * WIDTH
+    of_queries, of_line = _of_head(batch, head, LENGTH, HEADS, FOLD, WIDTH)
+    stride: tl.constexpr = HEADS * WIDTH if FOLD == 1 else WIDTH
     of_keys = (first * KV_HEADS + kv_head) * WIDTH
-    own = _load_rows(q + of_queries, rows, q_valid, WIDTH, WIDTH, BLOCK_H)
+    own = _load_rows(q + of_queries, rows, q_valid, stride, WIDTH, BLOCK_H)
     top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, BLOCK_H), tl.float32)
@@ -373,9 +399,9 @@ def sparse_attention_forward_kernel(
     some = total > 0
     total = tl.where(some, total, 1.0)
     acc = tl.where(some[:, None], acc / total[:, None], 0.0)
-    _store_rows(out + of_queries, acc, rows, q_valid, WIDTH, WIDTH, BLOCK_H)
+    _store_rows(out + of_queries, acc, rows, q_valid, stride, WIDTH, BLOCK_H)
     sums = tl.where(some, top + tl.log2(total), float("inf"))
-    tl.store(lse + first * HEADS + places, sums, mask=q_valid)
+    tl.store(lse + of_line + places, sums, mask=q_valid)
 
 
 @triton.jit
@@ -423,12 +449,13 @@ def sparse_attention_dq_kernel(
     kv_head = head // (lists // KV_HEADS)
     line = ((batch * lists + head) * TILES + tile).to(tl.int64)
     first = batch.to(tl.int64) * LENGTH
-    of_queries = first * HEADS * WIDTH
+    of_queries, of_line = _of_head(batch, head, LENGTH, HEADS, FOLD, WIDTH)
+    stride: tl.constexpr = HEADS * WIDTH if FOLD == 1 else WIDTH
     of_keys = (first * KV_HEADS + kv_head) * WIDTH
-    own = _load_rows(q + of_queries, rows, q_valid, WIDTH, WIDTH, BLOCK_H)
-    grad = _load_rows(dout + of_queries, rows, q_valid, WIDTH, WIDTH, BLOCK_H)
-    sums = tl.load(lse + first * HEADS + places, mask=q_valid, other=float("inf"))
-    shift = tl.load(delta + first * HEADS + places, mask=q_valid, other=0.0)
+    own = _load_rows(q + of_queries, rows, q_valid, stride, WIDTH, BLOCK_H)
+    grad = _load_rows(dout + of_queries, rows, q_valid, stride, WIDTH, BLOCK_H)
+    sums = tl.load(lse + of_line + places, mask=q_valid, other=float("inf"))
+    shift = tl.load(delta + of_line + places, mask=q_valid, other=0.0)
     acc = tl.zeros((BLOCK_Q, BLOCK_H), tl.float32)
     number = _number_of_keys(counts, line, queries, LENGTH, GROUP, CAUSAL)
     for step in range(tl.cdiv(number, BLOCK_K)):
@@ -444,7 +471,7 @@ def sparse_attention_dq_kernel(
         slopes = tl.dot(grad, tl.trans(value), input_precision=PRECISION) - shift[:, None]
         slopes = (weights * slopes).to(key.dtype)
         acc = tl.dot(slopes, key, acc, input_precision=PRECISION)
-    _store_rows(dq + of_queries, acc * SCALE, rows, q_valid, WIDTH, WIDTH, BLOCK_H)
+    _store_rows(dq + of_queries, acc * SCALE, rows, q_valid, stride, WIDTH, BLOCK_H)
 
 
 @triton.jit
@@ -501,7 +528,7 @@ def sparse_attention_dkv_kernel(
     d_value = tl.zeros((BLOCK_K, BLOCK_H), tl.float32)
     lists: tl.constexpr = HEADS // FOLD
     each: tl.constexpr = lists // KV_HEADS
-    of_queries = first * HEADS * WIDTH
+    stride: tl.constexpr = HEADS * WIDTH if FOLD == 1 else WIDTH
     if entries is None:  # every tile of queries that is not before the keys
         skipped = 0
         if CAUSAL:
@@ -525,10 +552,11 @@ def sparse_attention_dkv_kernel(
         _, queries, q_valid, rows, places = _queries_of(
             part, head, LENGTH, HEADS, FOLD, TILE, PARTS, BLOCK_Q
         )
-        own = _load_rows(q + of_queries, rows, q_valid, WIDTH, WIDTH, BLOCK_H)
-        grad = _load_rows(dout + of_queries, rows, q_valid, WIDTH, WIDTH, BLOCK_H)
-        sums = tl.load(lse + first * HEADS + places, mask=q_valid, other=float("inf"))
-        shift = tl.load(delta + first * HEADS + places, mask=q_valid, other=0.0)
+        of_queries, of_line = _of_head(batch, head, LENGTH, HEADS, FOLD, WIDTH)
+        own = _load_rows(q + of_queries, rows, q_valid, stride, WIDTH, BLOCK_H)
+        grad = _load_rows(dout + of_queries, rows, q_valid, stride, WIDTH, BLOCK_H)
+        sums = tl.load(lse + of_line + places, mask=q_valid, other=float("inf"))
+        shift = tl.load(delta + of_line + places, mask=q_valid, other=0.0)
         kept = _kept(
             batch, head, queries, q_valid, keys, k_valid, key_mask, segment_ids,
             q_codes, k_codes, threshold, radius, LENGTH, HEADS, KV_HEADS, CODES, CAUSAL,
