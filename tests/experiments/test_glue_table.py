@@ -242,7 +242,7 @@ def test_ablations_differ_from_spt_in_one_thing():
         assert config.lora == spt.lora
         parts = [(config.attention, spt.attention), (config.ffn, spt.ffn)]
         changed = sum(mine != its for mine, its in parts)
-        assert changed == {"spt": 0, "lora": 2}.get(method, 1)
+        assert changed == {"spt": 0, "spt-routed-ffn": 0, "lora": 2}.get(method, 1)
         train = options.train_config(method)
         assert train == options.train_config("spt")
         assert train.learning_rate_multipliers.router == 0.5
