@@ -19,6 +19,9 @@ from experiments import cli
 from pallas_kernels import best_implementation, why_not_mosaic, why_not_triton
 from spt_jax.config import Form, LearningRateMultipliers
 from spt_jax.forms import FORMS
+from spt_jax.models import DecoderConfig
+from spt_jax.models.config import read_config
+from spt_jax.models.hub import find_files
 from spt_jax.processes import is_first, several, start_processes
 from spt_jax.sharding import make_mesh, parse_mesh
 from spt_jax.training import TrainResult, environment, form_of, write_json_atomic
@@ -272,6 +275,18 @@ def device_line(dtype: str) -> str:
         return line
     reasons = {"mosaic": why_not_mosaic(dtype), "triton": why_not_triton(dtype)}
     return line + "".join(f"; not {name}: {why}" for name, why in reasons.items() if why)
+
+
+def decoder_config(source: str | Path) -> DecoderConfig:
+    """The configuration of a causal language model, without its weights.
+
+    Raises:
+        ValueError: it is another kind of model.
+    """
+    config = read_config(find_files(source, files=("config.json",)))
+    if not isinstance(config, DecoderConfig):
+        raise ValueError(f"{source} is a {config.model_type} encoder, not a causal language model")
+    return config
 
 
 def release() -> None:

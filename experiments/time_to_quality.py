@@ -37,7 +37,13 @@ import spt_jax
 from experiments import cli
 from experiments.corpora import cpython_documentation
 from experiments.kernels import FAILURES, failure_of, in_threads
-from experiments.methods import Method, MethodOptions, device_line, write_metrics
+from experiments.methods import (
+    Method,
+    MethodOptions,
+    decoder_config,
+    device_line,
+    write_metrics,
+)
 from experiments.reports import save_figure, write_csv
 from spt_jax.config import Form
 from spt_jax.forms import has_sparse_parts
@@ -45,8 +51,7 @@ from spt_jax.models import Decoder
 from spt_jax.training import (
     Examples,
     encode_documents,
-    eval_batches,
-    eval_step,
+    evaluator,
     next_token,
     partition,
     read_text,
@@ -197,32 +202,6 @@ def load(source: str | Path, options: Options) -> Decoder:
     return model
 
 
-class Judge:
-    """Gives the mean loss of a token of held-out rows, for parameters as they stand.
-
-    Args:
-        parts: the model, cut.
-        data: the rows.
-        form: that is judged.
-        batch_size: rows at once.
-    """
-
-    def __init__(self, parts: Any, data: Examples, form: Form, batch_size: int) -> None:
-        step = partial(
-            eval_step, merge=parts.merge, objective=unmasked, with_outputs=False, form=form
-        )
-        self._step = jax.jit(step)
-        self._frozen, self._data, self._size = parts.frozen, data, batch_size
-
-    def __call__(self, params: Any) -> float:
-        """The loss."""
-        total = weight = 0.0
-        for batch in eval_batches(self._data, self._size):
-            loss, tokens, _ = self._step(params, self._frozen, batch)
-            total, weight = total + float(loss), weight + float(tokens)
-        return total / weight
-
-
 @dataclass(kw_only=True)
 class Training:
     """A method about to train.
@@ -232,7 +211,7 @@ class Training:
         begin: gives the state before the first step.
         step: `(rate, state, frozen, batch)`, the training step.
         batches: gives them, endless.
-        judges: of each form, dense first.
+        judges: give the metrics of each form, dense first.
         calibrated_s: time that adapting took.
     """
 
@@ -240,7 +219,7 @@ class Training:
     begin: Callable[[], Any]
     step: Callable[..., Any]
     batches: Callable[[], Iterator[Any]]
-    judges: dict[Form, Judge]
+    judges: dict[Form, Callable[[Any], dict[str, float]]]
     calibrated_s: float
 
 
@@ -284,7 +263,10 @@ def prepared(method: Method, train: Examples, evaluation: Examples, options: Opt
         begin=begin,
         step=run_step,
         batches=partial(train_batches, train, batch_size, seed=options.seed),
-        judges={form: Judge(parts, evaluation, form, batch_size) for form in forms},
+        judges={
+            form: evaluator(parts, evaluation, objective=unmasked, batch_size=batch_size, form=form)
+            for form in forms
+        },
         calibrated_s=calibrated_s,
     )
 
@@ -303,8 +285,11 @@ def trained(
 ) -> Row:
     """Train for the time given, and evaluate on the way; losses in nats a token."""
     state, batches = training.begin(), training.batches()
-    dense = training.judges["dense"]
-    curve = [(0.0, dense(state.params))]
+
+    def loss(form: Form) -> float:
+        return training.judges[form](state.params)["eval_loss"]
+
+    curve = [(0.0, loss("dense"))]
     batch = jax.device_put(next(batches))
     steps, trained_s = 0, 0.0
     while trained_s < options.seconds:
@@ -317,15 +302,14 @@ def trained(
         if not finite:
             raise RuntimeError(f"the loss of step {steps} at rate {rate} is not finite")
         if trained_s >= len(curve) * options.seconds / options.evaluations:
-            curve.append((trained_s, dense(state.params)))
-    sparse = training.judges.get("sparse")
+            curve.append((trained_s, loss("dense")))
     return {
         "steps": steps,
         "trained_s": trained_s,
         "step_ms": 1e3 * trained_s / steps,
         "loss_before": curve[0][1],
         "loss_dense": curve[-1][1],
-        **({} if sparse is None else {"loss_sparse": sparse(state.params)}),
+        **{f"loss_{form}": loss(form) for form in training.judges if form != "dense"},
         "curve": curve,
     }
 
@@ -368,7 +352,7 @@ def run(options: Options) -> Iterator[Row]:
     """One row for each length, method and learning rate; one that fails says why."""
     ids, held_out = read_tokens(options)
     lengths = options.row_lengths()
-    config = load(options.model, options).config
+    config = decoder_config(options.model)
     if max(lengths) > config.max_length:
         raise ValueError(
             f"--lengths {max(lengths)} is above the {config.max_length} positions of the model"

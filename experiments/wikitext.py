@@ -5,7 +5,7 @@
     python -m experiments.wikitext --model ID_OR_DIR --text-file conversations.jsonl --prompt "Hi"
 
 The first command fine-tunes SmolLM2-135M on CPython's documentation, on a budget for 2 CPU cores:
-few steps of short rows, and few tokens to evaluate on. For more give --epochs or --steps,
+few steps, and few tokens to evaluate on. For more give --epochs or --steps,
 --batch-size, --max-length and --eval-tokens. A text is UTF-8, or JSON lines with a `text` or with
 `messages`, of which only the assistant's are learnt. Beside the table a run writes, under --out,
 checkpoints, TensorBoard events, the trained adapters (in PEFT's format) or models (Hugging Face
@@ -32,6 +32,7 @@ from experiments.corpora import cpython_documentation, cut
 from experiments.methods import (
     Method,
     MethodOptions,
+    decoder_config,
     device_line,
     family,
     form_note,
@@ -42,7 +43,7 @@ from experiments.methods import (
 )
 from spt_jax.chat import ChatTemplate, encode_messages
 from spt_jax.models import Decoder, DecoderConfig
-from spt_jax.models.config import parse_config, read_config
+from spt_jax.models.config import parse_config
 from spt_jax.models.hub import TOKENIZER_FILES, find_files
 from spt_jax.training import (
     Document,
@@ -329,16 +330,20 @@ def answer(model: Decoder, prompt: str, encoder: Encoder, *, chat: bool) -> str:
 
 
 def dense_note(options: Options) -> str | None:
-    """Says where spt leaves everything dense; None where it does not."""
-    spt = options.spt_config("spt")
-    if "spt" not in options.methods or spt is None or spt.ffn is not None or spt.attention is None:
-        return None
-    attention, length = spt.attention, options.row_length
-    if attention.granularity_at(length) != "dense":
+    """Says which methods leave everything dense at this length; None where none does."""
+
+    def is_lora(method: Method) -> bool:
+        spt = options.spt_config(method)
+        if spt is None or spt.ffn is not None or spt.attention is None:
+            return False
+        return spt.attention.granularity_at(options.row_length) == "dense"
+
+    if options.granularity != "auto" or not (names := [*filter(is_lora, options.methods)]):
         return None
     return (
-        f"rows of {length} tokens are too short for sparse attention to pay: spt attends to all "
-        "keys and trains as lora does (--granularity, --ffn and longer rows make it sparse)"
+        f"rows of {options.row_length} tokens are too short for sparse attention to pay: with all "
+        f"keys and a dense FFN {', '.join(names)} trains as lora does (--granularity, --ffn and "
+        "longer rows make it sparse)"
     )
 
 
@@ -361,13 +366,11 @@ def sizes_line(
 def run(options: Options, console: Console) -> dict[str, dict[str, Any]]:
     """Train and evaluate every method; returns the figures of each."""
     source: str | Path = options.model
-    config = (
-        parse_config(small_llama.CONFIG)
-        if source == SCRATCH
-        else read_config(find_files(source, files=("config.json",)))
-    )
-    if not isinstance(config, DecoderConfig):
-        raise ValueError(f"{source} is a {config.model_type} encoder, not a causal language model")
+    if source == SCRATCH:
+        config = parse_config(small_llama.CONFIG)
+        assert isinstance(config, DecoderConfig)
+    else:
+        config = decoder_config(source)
     length = options.row_length
     if length > config.max_length:
         raise ValueError(

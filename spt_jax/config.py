@@ -176,12 +176,14 @@ class SparseAttentionConfig:
         if self.share_heads is None:
             fits = self.block_q % (LEAST_POSITIONS * heads) == 0
             return heads if heads >= LEAST_HEADS_THAT_SHARE and fits else 1
+        if not self.share_heads:
+            return 1
         _require(
-            self.block_q % heads == 0 or not self.share_heads,
+            self.block_q % heads == 0,
             f"share_heads needs block_q to be a multiple of the {heads} query heads of a key head, "
             f"got {self.block_q}",
         )
-        return heads if self.share_heads else 1
+        return heads
 
     def num_keys(self, length: int) -> int:
         """Keys that a query keeps in a sequence of `length` positions."""

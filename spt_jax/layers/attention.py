@@ -473,14 +473,13 @@ class Attention(nnx.Module):
         capacity: int,
         **masks: Any,
     ) -> tuple[Float[Array, "B S N H"], AuxLosses]:
-        past_window = self.window is not None and capacity > self.window
-        if self.sparse is None or (past_window and self.sparse.granularity_at(capacity) == "dense"):
+        if self.sparse is None or self.sparse.granularity_at(capacity) == "dense":
             out = dense_attention(
                 q, k, v, causal=self.causal, window=self.window,
                 implementation=self.dense_implementation, **masks,
             )  # fmt: skip
             return out, {}
-        if past_window:
+        if self.window is not None and capacity > self.window:
             raise NotImplementedError(
                 f"sparse attention does not know the model's window of {self.window} keys: give "
                 f"sequences of at most {self.window} tokens, got {capacity}, or adapt the model "

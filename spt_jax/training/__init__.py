@@ -12,6 +12,7 @@ from spt_jax.training.loop import (
     NonFiniteLoss,
     TrainResult,
     evaluate,
+    evaluator,
     form_of,
     train,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "eval_step",
     "evaluate",
     "evaluation_metrics",
+    "evaluator",
     "form_of",
     "glue_metrics",
     "learning_rate_schedule",

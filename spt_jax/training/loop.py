@@ -178,6 +178,7 @@ def train(
     splits = {"": eval_data} if isinstance(eval_data, Examples) else dict(eval_data or {})
     monitor = _monitor(config, splits, metrics)
     total = config.total_steps(len(train_data))
+    forms: tuple[Form, ...] = FORMS if has_sparse_parts(model) else ("dense",)
     devices = Devices(config.mesh)
     _check_mesh(model, config, devices)
     parts = _partition(model, config)
@@ -235,11 +236,8 @@ def train(
         compile_s = time.perf_counter() - compiling
         evaluate_splits = partial(
             _evaluate_forms,
-            {
-                form: _evaluation_step(parts, objective, metrics, devices, form)
-                for form in (FORMS if has_sparse_parts(model) else ("dense",))
-            },
-            judged=config.evaluate_as if has_sparse_parts(model) else "dense",
+            {form: _evaluation_step(parts, objective, metrics, devices, form) for form in forms},
+            judged=config.evaluate_as if config.evaluate_as in forms else "dense",
             frozen=parts.frozen,
             devices=devices,
             splits=splits,
@@ -364,19 +362,50 @@ def evaluate(
     """
     graphdef, state = nnx.split(model)
     parts = Partition({}, {}, state, lambda _, state: nnx.merge(graphdef, state))
+    run = evaluator(parts, data, objective=objective, metrics=metrics, batch_size=batch_size)
+    return run(parts.params)
+
+
+def evaluator(
+    parts: Partition,
+    data: Examples,
+    *,
+    objective: Objective,
+    metrics: Sequence[str] = (),
+    batch_size: int = 32,
+    form: Form | None = None,
+) -> Callable[[Mapping[str, jax.Array]], dict[str, float]]:
+    """As `evaluate`, for parameters that change: it compiles once.
+
+    Args:
+        parts: the model, cut.
+        data: as for `evaluate`.
+        objective: as for `evaluate`.
+        metrics: as for `evaluate`.
+        batch_size: as for `evaluate`.
+        form: that is judged; None for the one that the model has.
+
+    Returns:
+        A function of `Partition.params`, as they stand, that gives metrics by name.
+    """
     devices = Devices(None)
-    values = _evaluate(
-        _evaluation_step(parts, objective, metrics, devices),
-        parts.params,
-        frozen=parts.frozen,
-        devices=devices,
-        splits={"": data},
-        batch_size=batch_size,
-        names=metrics,
-        stop=lambda: None,
-    )
-    assert values is not None
-    return values
+    step = _evaluation_step(parts, objective, metrics, devices, form)
+
+    def run(params: Mapping[str, jax.Array]) -> dict[str, float]:
+        values = _evaluate(
+            step,
+            params,
+            frozen=parts.frozen,
+            devices=devices,
+            splits={"": data},
+            batch_size=batch_size,
+            names=metrics,
+            stop=lambda: None,
+        )
+        assert values is not None
+        return values
+
+    return run
 
 
 def _evaluation_step(
