@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,10 @@ class WindowAttention(nnx.Module):
 
     def __init__(self, num_keys: int) -> None:
         self.num_keys = num_keys
+
+    def granularity_at(self, length: int) -> Literal["token", "dense"]:
+        """Dense where the keys of a sequence are no more than those that a query keeps."""
+        return "dense" if length <= self.num_keys else "token"
 
     def __call__(
         self,
