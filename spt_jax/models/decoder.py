@@ -22,6 +22,7 @@ from spt_jax.layers import (
     RotaryAngles,
     dense_dot,
     dropout,
+    recomputed,
     rematerialized,
     rotary_angles,
     split_key,
@@ -172,9 +173,9 @@ class DecoderLayer(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B S D"], Extra]:
         """Input plus what the sublayer makes of it, with the norm before or after."""
-        y, extra = sublayer(norm(x) if self.pre_norm else x)
+        y, extra = sublayer(recomputed(norm, x) if self.pre_norm else x)
         x = x + dropout(y, self.dropout, dropout_key)
-        return x if self.pre_norm else norm(x), extra
+        return x if self.pre_norm else recomputed(norm, x), extra
 
 
 class Decoder(nnx.Module):

@@ -18,6 +18,7 @@ from spt_jax.layers import (
     HeadParam,
     Linear,
     dropout,
+    recomputed,
     rematerialized,
     split_key,
 )
@@ -129,7 +130,8 @@ class EncoderLayer(nnx.Module):
         """The layer's first half."""
         keys = split_key(dropout_key, 2)
         y, aux = self.attention(x, key_mask=mask, segment_ids=segment_ids, dropout_key=keys[0])
-        return self.attention_norm(x + dropout(y, self.attention_dropout, keys[1])), aux
+        x = x + dropout(y, self.attention_dropout, keys[1])
+        return recomputed(self.attention_norm, x), aux
 
     def feed_forward(
         self,
@@ -140,7 +142,7 @@ class EncoderLayer(nnx.Module):
         """The layer's second half."""
         keys = split_key(dropout_key, 2)
         y, aux = self.ffn(x, mask=mask, dropout_key=keys[0])
-        return self.ffn_norm(x + dropout(y, self.ffn_dropout, keys[1])), aux
+        return recomputed(self.ffn_norm, x + dropout(y, self.ffn_dropout, keys[1])), aux
 
 
 class ClassificationHead(nnx.Module):
