@@ -17,7 +17,6 @@ from spt_jax.config import LoRAConfig
 from spt_jax.export.dense import Units, factor_matrices, original_units, task_of
 from spt_jax.export.files import (
     Tensor,
-    read_json,
     read_safetensors,
     write_json,
     write_safetensors,
@@ -25,6 +24,7 @@ from spt_jax.export.files import (
 from spt_jax.layers import Embedding, HeadParam, Linear, LoRA
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.encoder import Encoder
+from spt_jax.models.hub import read_json
 from spt_jax.models.pretrained import Task
 from spt_jax.models.slots import Slot, module_at, tensor_slots
 from spt_jax.processes import to_host

@@ -17,7 +17,12 @@ from flax.typing import Dtype
 
 from spt_jax.layers import HeadParam
 from spt_jax.models.checkpoint import Checkpoint, open_checkpoint
-from spt_jax.models.config import ModelConfig, read_config
+from spt_jax.models.config import (
+    NOT_QUANTIZED,
+    ModelConfig,
+    read_config,
+    unread_generation_options,
+)
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.encoder import Encoder
@@ -38,6 +43,16 @@ _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids", "rotary_emb.
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 #: Ending of a decoder's word embedding, and its output matrix, which may be tied to it.
 _INPUT, _OUTPUT = "embed_tokens.weight", "lm_head.weight"
+#: Endings of tensors that quantized checkpoints have beside or for weights.
+_QUANTIZED = {
+    ".qweight": "GPTQ or AWQ",
+    ".weight_scale": "fp8 or compressed-tensors",
+    ".weight_scale_inv": "fp8",
+    ".weight_packed": "compressed-tensors",
+    ".weight.absmax": "bitsandbytes",
+    ".SCB": "bitsandbytes",
+    ".scales": "GPTQ, AWQ or MLX",
+}
 #: Modules of heads. Those that the task does not use are skipped.
 _HEADS = (
     "classifier",
@@ -136,7 +151,24 @@ def load_pretrained(
     if task == "sequence-classification":
         model.add_classifier(num_labels, rngs=rngs or nnx.Rngs(0))
     _fill(model, checkpoint, directory, sharding)
+    _tell_what_is_not_read(directory, task)
     return model
+
+
+def _tell_what_is_not_read(directory: Path, task: Task) -> None:
+    """Warn of files beside the weights that change what transformers computes."""
+    if (directory / "adapter_config.json").is_file():
+        _log.warning(
+            "%s holds an adapter too, which transformers would add; spt_jax.load_adapter does",
+            directory,
+        )
+    if task == "causal-lm" and (options := unread_generation_options(directory)):
+        _log.warning(
+            "%s: generate does not take %s from generation_config.json; give it temperature, "
+            "top_k, top_p and stop yourself",
+            directory,
+            ", ".join(f"{name}={value!r}" for name, value in options.items()),
+        )
 
 
 def _build(config: ModelConfig, task: Task, **dtypes: Any) -> Encoder | Decoder:
@@ -240,6 +272,13 @@ def _head_modules_without_weights(slots: dict[str, Slot], stored: dict[str, str]
 def _check_names(
     slots: dict[str, Slot], stored: dict[str, str], checkpoint: Checkpoint, directory: Path
 ) -> None:
+    for name, original in stored.items():
+        kind = next((kind for end, kind in _QUANTIZED.items() if name.endswith(end)), None)
+        if kind is not None and name not in slots:
+            raise ValueError(
+                f"{directory}: the weights are quantized by {kind} (tensor {original}), "
+                f"{NOT_QUANTIZED}"
+            )
     problems = [
         f"tensor {name} of shape {slot.shape} is missing"
         for name, slot in slots.items()

@@ -111,7 +111,7 @@ def test_an_output_matrix_of_another_size_is_named(tmp_path):
 @pytest.mark.parametrize("name", TIED)
 @pytest.mark.parametrize("task", ["causal-lm", "backbone", "sequence-classification"])
 def test_a_tied_pair_may_be_stored_as_the_output_matrix(name, task, tmp_path):
-    table, array = table_of(name)
+    table, _ = table_of(name)
 
     def rename(tensors):
         tensors["lm_head.weight"] = tensors.pop(table)
@@ -120,6 +120,79 @@ def test_a_tied_pair_may_be_stored_as_the_output_matrix(name, task, tmp_path):
     assert_same_weights(
         load_pretrained(source, task=task), load_pretrained(GOLDEN / name, task=task)
     )
+
+
+def beside(directory, **files):
+    """Write JSON files, by their names, into a model's directory."""
+    for name, content in files.items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"), [([5, 7], (5, 7)), (7, (7,)), ([], ()), (None, (2,))]
+)
+def test_ends_are_those_of_the_generation_config(ends, expected, tmp_path, caplog):
+    source = beside(
+        edited(tmp_path / "model", "llama"),
+        generation_config={"eos_token_id": ends, "temperature": 0.6, "num_beams": 1},
+    )
+    assert load_pretrained(source, task="causal-lm").config.eos_token_ids == expected
+    assert not caplog.messages  # without do_sample a temperature is none
+
+
+def test_wrong_ends_are_named(tmp_path):
+    source = beside(edited(tmp_path / "model", "llama"), generation_config={"eos_token_id": "x"})
+    with pytest.raises(
+        ValueError, match=r"generation_config.json: eos_token_id must be .* got 'x'"
+    ):
+        load_pretrained(source, task="causal-lm")
+
+
+def test_what_lies_beside_and_is_not_read_is_told(tmp_path, caplog):
+    sampling = {"do_sample": True, "temperature": 0.6, "top_k": 0, "repetition_penalty": 1.1}
+    source = beside(
+        edited(tmp_path / "model", "llama"),
+        generation_config=sampling | {"suppress_tokens": None},
+        adapter_config={"peft_type": "LORA"},
+    )
+    load_pretrained(source, task="causal-lm")
+    adapter, generation = caplog.messages
+    assert "holds an adapter too" in adapter
+    assert "do_sample=True, temperature=0.6, repetition_penalty=1.1 from generation" in generation
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "method"),
+    [
+        ("quantization_config", {"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}, "gptq"),
+        ("quantization_config", {"quant_method": "awq", "bits": 4}, "awq"),
+        ("quantization_config", {"load_in_4bit": True}, "bitsandbytes"),
+        ("compression_config", {"format": "pack-quantized"}, "compressed-tensors"),
+        ("quantization", {"group_size": 64, "bits": 4}, "MLX"),
+    ],
+)
+def test_quantization_is_named(field, value, method, tmp_path):
+    source = edited(tmp_path / "model", "llama", config=lambda raw: raw.update({field: value}))
+    with pytest.raises(ValueError, match=rf"quantized by {method} \({field}\), .* or a GGUF file"):
+        load_pretrained(source, task="causal-lm")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        ("self_attn.q_proj.qweight", "GPTQ or AWQ"),
+        ("self_attn.q_proj.weight_scale_inv", "fp8"),
+        ("mlp.up_proj.SCB", "bitsandbytes"),
+        ("mlp.up_proj.weight.absmax", "bitsandbytes"),
+    ],
+)
+def test_quantized_tensors_are_named(tensor, kind, tmp_path):
+    name = f"model.layers.0.{tensor}"
+    source = edited(tmp_path / "model", "llama", tensors=add(name, np.ones((4, 4), np.float32)))
+    with pytest.raises(ValueError, match=rf"quantized by {kind} \(tensor {name}\)"):
+        load_pretrained(source, task="causal-lm")
 
 
 def test_inverse_frequencies_are_ignored(tmp_path):
