@@ -195,15 +195,14 @@ def _tied_as_stored(
 ) -> DecoderConfig:
     """The configuration, untied where the checkpoint holds two different matrices."""
     tables = [name for name in checkpoint.names if name.endswith(_INPUT)]
-    if not config.tie_embeddings or _OUTPUT not in checkpoint.names or len(tables) != 1:
+    if not config.tie_embeddings or _OUTPUT not in checkpoint.names or not tables:
         return config
-    if checkpoint.same(*tables, _OUTPUT):
+    if checkpoint.same(tables[0], _OUTPUT):
         return config
     _log.warning(
-        "%s: %s and %s differ although the model's tie_word_embeddings is true; both are used, "
-        "untied",
+        "%s: %s and %s differ although tie_word_embeddings is true; both are used, untied",
         directory,
-        *tables,
+        tables[0],
         _OUTPUT,
     )
     return replace(config, tie_embeddings=False)
