@@ -99,7 +99,7 @@ def load_pretrained(
             tied pair of word embedding and output matrix may be stored under either name; where
             both are stored and differ, both are used, untied, and a warning says so.
         num_labels: outputs of the classification head.
-        dtype: compute dtype, one of `DTYPES`.
+        dtype: compute dtype, one of `DTYPES`; on a CPU not float16.
         param_dtype: dtype of the weights; None for `dtype`.
         sharding: where weights are put: one sharding for all, or a function of a parameter's path
             in the model (such as "layers.0.ffn.up.kernel") and its shape; None for the default
@@ -129,6 +129,11 @@ def load_pretrained(
     if num_labels > MOST_LABELS:
         raise ValueError(f"num_labels must be at most {MOST_LABELS}, got {num_labels}")
     compute = checked_dtype("dtype", dtype)
+    if compute == jnp.float16 and jax.default_backend() == "cpu":
+        raise ValueError(
+            "dtype='float16': XLA does not compile all of its products on a CPU; choose float32 or "
+            "bfloat16 there (param_dtype may be float16)"
+        )
     stored = compute if param_dtype is None else checked_dtype("param_dtype", param_dtype)
     directory = find_files(
         source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
@@ -232,7 +237,7 @@ def _fill(
             stored[table] = stored.pop(_OUTPUT)
     fresh = _head_modules_without_weights(places, stored)
     slots = {name: slot for name, slot in places.items() if _module(name) not in fresh}
-    skipped = [stored.pop(name) for name in list(stored) if name not in slots and _is_head(name)]
+    skipped = [stored.pop(name) for name in list(stored) if name not in slots and is_head(name)]
     _check_names(slots, stored, checkpoint, directory)
     for name, slot in slots.items():
         if (shape := checkpoint.shape(stored[name])) != slot.shape:
@@ -256,7 +261,8 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _is_head(name: str) -> bool:
+def is_head(name: str) -> bool:
+    """Whether a module or tensor, named without its backbone's prefix, belongs to a task's head."""
     return name.partition(".")[0] in _HEADS
 
 
