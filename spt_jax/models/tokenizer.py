@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
 from spt_jax.models.gguf import find_gguf, read_gguf
@@ -24,22 +23,6 @@ _NORMALIZER = {
 #: Classes of transformers' for which `tokenizer.json` alone says how texts are cut.
 _GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _EXTRA = ("additional_special_tokens", "extra_special_tokens")
-
-
-def check_token_ids(ids: np.ndarray, vocab_size: int | None, name: str) -> None:
-    """Raise a ValueError unless all token ids lie in the model's vocabulary.
-
-    Args:
-        ids: integers of any shape.
-        vocab_size: ids must be below it; None for any that are not negative.
-        name: what the message calls them.
-    """
-    high = np.inf if vocab_size is None else vocab_size
-    if (wrong := (ids < 0) | (ids >= high)).any():
-        raise ValueError(
-            f"{name}: token id {ids[wrong][0]} is outside the model's vocabulary of {vocab_size}; "
-            "use the tokenizer that belongs to the model"
-        )
 
 
 def load_tokenizer(
