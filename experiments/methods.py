@@ -21,7 +21,7 @@ from spt_jax.config import Form, LearningRateMultipliers
 from spt_jax.forms import FORMS
 from spt_jax.models import DecoderConfig
 from spt_jax.models.config import read_config
-from spt_jax.models.hub import find_files
+from spt_jax.models.hub import CONFIG_FILES, find_files
 from spt_jax.processes import is_first, several, start_processes
 from spt_jax.sharding import make_mesh, parse_mesh
 from spt_jax.training import TrainResult, environment, form_of, write_json_atomic
@@ -283,7 +283,7 @@ def decoder_config(source: str | Path) -> DecoderConfig:
     Raises:
         ValueError: it is another kind of model.
     """
-    config = read_config(find_files(source, files=("config.json",)))
+    config = read_config(find_files(source, files=CONFIG_FILES))
     if not isinstance(config, DecoderConfig):
         raise ValueError(f"{source} is a {config.model_type} encoder, not a causal language model")
     return config

@@ -26,7 +26,7 @@ from spt_jax.layers import (
     RoutedFFN,
     SparseAttention,
 )
-from spt_jax.models.tokenizer import check_token_ids
+from spt_jax.models.common import check_batch
 
 
 def adapt[Model: nnx.Module](
@@ -123,8 +123,7 @@ def _check(
         )
     if "input_ids" not in batch:
         raise ValueError(f"calibration_batch needs input_ids; it has {sorted(batch)}")
-    vocab_size = getattr(getattr(modules[()], "config", None), "vocab_size", None)
-    check_token_ids(np.asarray(batch["input_ids"]), vocab_size, "calibration_batch")
+    check_batch(modules[()], batch, "calibration_batch")
     if config.ffn is not None:
         for module in modules.values():
             if isinstance(module, FeedForward) and module.up.out_features % config.ffn.num_blocks:

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from spt_jax.models.gguf import find_gguf, read_gguf
 from spt_jax.models.gguf_tokenizer import tokenizer_config
+from spt_jax.models.tokenizer import CONFIG_FILE, special_tokens, tokenizer_fields
 from spt_jax.training.text import Document, unlimited
 
 Message = Mapping[str, Any]  # of "role", "content" and what else the template reads
@@ -69,8 +70,8 @@ class ChatTemplate:
         """The template of a Hugging Face model directory, or of a GGUF file.
 
         It is `chat_template.jinja`, or else `chat_template` in `tokenizer_config.json`, of several
-        the one named "default". Special tokens are those of `tokenizer_config.json`. A GGUF file
-        has both in its metadata.
+        the one named "default". Special tokens are those of `tokenizer_config.json`, or of
+        `special_tokens_map.json`, see `load_tokenizer`. A GGUF file has both in its metadata.
 
         Args:
             directory: the model; with a GGUF file where it has no `tokenizer_config.json`, or such
@@ -81,13 +82,11 @@ class ChatTemplate:
             ValueError: there is no template, or it or `tokenizer_config.json` is not well-formed.
         """
         directory = Path(directory)
-        path = directory / "tokenizer_config.json"
+        path = directory / CONFIG_FILE
         if (file := find_gguf(directory, instead_of=path.name)) is not None:
-            config: Any = tokenizer_config(read_gguf(file))
+            config = tokenizer_config(read_gguf(file))
         else:
-            config = _read_json(path) if path.exists() else {}
-        if not isinstance(config, dict):
-            raise ValueError(f"{path} is no JSON object")
+            config = tokenizer_fields(directory)
         alone = directory / "chat_template.jinja"
         source = alone.read_text("utf-8") if alone.exists() else config.get("chat_template")
         if isinstance(source, list):
@@ -104,12 +103,7 @@ class ChatTemplate:
                 "tokenizer_config.json or a GGUF file's metadata): it holds a base model; choose a "
                 "template, for example ChatTemplate.plain(eos_token=...)"
             )
-        tokens = {
-            name: token["content"] if isinstance(token, dict) else token
-            for name, token in config.items()
-            if name.endswith("_token") and isinstance(token, dict | str)
-        }
-        return cls(source, tokens, now)
+        return cls(source, special_tokens(config), now)
 
     @classmethod
     def plain(cls, *, eos_token: str, bos_token: str = "") -> ChatTemplate:
@@ -237,13 +231,6 @@ def _to_json(
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def _raise(message: str) -> None:

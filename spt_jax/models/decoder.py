@@ -30,6 +30,7 @@ from spt_jax.layers import (
 from spt_jax.models.common import (
     Mask,
     Tokens,
+    check_batch,
     check_inputs,
     layer_norm,
     positions_in_segments,
@@ -274,7 +275,9 @@ class Decoder(nnx.Module):
         """Decode sequences.
 
         Args:
-            input_ids: token ids, below the vocabulary's size.
+            input_ids: token ids, below the vocabulary's size. Under jit they are not checked: as
+                JAX indexes, one too large reads the table's last row, and a negative one counts
+                from its end.
             attention_mask: 0 or False at padding, left or right; None for no padding.
             token_type_ids: None; decoders have no token types.
             segment_ids: for several sequences packed into a row, each a run of one id: tokens see
@@ -285,8 +288,8 @@ class Decoder(nnx.Module):
             Outputs by task, and auxiliary losses summed over layers and valid tokens.
 
         Raises:
-            ValueError: a shape is wrong, the sequence is longer than the model's positions, or
-                token types are given.
+            ValueError: a shape is wrong, the sequence is longer than the model's positions, a token
+                id is outside the vocabulary, or token types are given.
         """
         x, aux = self.hidden_states(
             input_ids, attention_mask, token_type_ids, segment_ids, dropout_key=dropout_key
@@ -318,6 +321,7 @@ class Decoder(nnx.Module):
         optional = (attention_mask, segment_ids)
         mask, segments = (None if a is None else jnp.asarray(a) for a in optional)
         check_inputs(ids, self.config.max_length, attention_mask=mask, segment_ids=segments)
+        check_batch(self, {"input_ids": ids}, "input")
         if mask is not None:
             mask = mask != 0
         tokens = jnp.ones(ids.shape, bool) if mask is None else mask

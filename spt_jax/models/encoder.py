@@ -25,6 +25,7 @@ from spt_jax.layers import (
 from spt_jax.models.common import (
     Mask,
     Tokens,
+    check_batch,
     check_inputs,
     layer_norm,
     positions_in_segments,
@@ -252,7 +253,9 @@ class Encoder(nnx.Module):
         """Encode sequences.
 
         Args:
-            input_ids: token ids, below the vocabulary's size.
+            input_ids: token ids, below the vocabulary's size. Under jit neither they nor types are
+                checked: as JAX indexes, one too large reads the table's last row, and a negative
+                one counts from its end.
             attention_mask: 0 or False at padding; None for no padding.
             token_type_ids: sentence of each token, None for zeros; refused by a model without token
                 types.
@@ -265,8 +268,8 @@ class Encoder(nnx.Module):
             Hidden states or logits, and auxiliary losses summed over layers and valid tokens.
 
         Raises:
-            ValueError: a shape is wrong, the sequence is longer than the model's positions, or the
-                model has no token types.
+            ValueError: a shape is wrong, the sequence is longer than the model's positions, the
+                model has no token types, or a token id or type is outside its tables.
         """
         ids = jnp.asarray(input_ids)
         optional = (attention_mask, token_type_ids, segment_ids)
@@ -282,6 +285,7 @@ class Encoder(nnx.Module):
             raise ValueError(
                 f"a {self.config.model_type} model has no token types; leave token_type_ids out"
             )
+        check_batch(self, {"input_ids": ids, "token_type_ids": types}, "input")
         if mask is not None:
             mask = mask != 0
         keys = split_key(dropout_key, len(self.layers) + 2)

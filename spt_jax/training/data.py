@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Num
 from tokenizers import Tokenizer
 
-from spt_jax.models.tokenizer import check_token_ids
+from spt_jax.models.common import check_token_ids
 
 _PAD_TOKENS = ("[PAD]", "<pad>")
 #: Batches whose examples are sorted by length together.

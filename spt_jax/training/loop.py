@@ -32,6 +32,7 @@ from tqdm import tqdm
 from spt_jax.config import Form, TrainConfig
 from spt_jax.forms import FORMS, has_sparse_parts
 from spt_jax.layers import Attention, FeedForward, RoutedFFN
+from spt_jax.models.common import check_batch
 from spt_jax.processes import ProcessLost, exchange, is_first, is_lost, several
 from spt_jax.sharding import BATCH, TENSOR, Devices
 from spt_jax.training.checkpoint import Checkpoints, differences_between, weights_fingerprint
@@ -171,7 +172,8 @@ def train(
         NonFiniteLoss: the loss or its gradient is not finite; the model is as it was.
         CheckpointError: checkpoints cannot be written, or belong to another run.
         ProcessLost: another process of the run is gone.
-        ValueError: arguments contradict each other, the mesh, the model, or other processes.
+        ValueError: arguments contradict each other, the mesh, the model, or other processes; or
+            a token id or type is outside the model's tables.
     """
     began = time.perf_counter()
     log = (log or partial(tqdm.write, file=sys.stderr)) if is_first() else _silence
@@ -183,6 +185,8 @@ def train(
     _check_mesh(model, config, devices)
     parts = _partition(model, config)
     data = {"train": train_data, **{f"eval {name}".strip(): x for name, x in splits.items()}}
+    for examples in data.values():
+        check_batch(model, examples.columns, examples.name)
     identity = {
         "base_weights": weights_fingerprint(parts.frozen),
         "data": {name: weights_fingerprint(dict(x.columns)) for name, x in data.items()},
@@ -359,7 +363,11 @@ def evaluate(
 
     Returns:
         Metrics by name.
+
+    Raises:
+        ValueError: a token id or type is outside the model's tables.
     """
+    check_batch(model, data.columns, data.name)
     graphdef, state = nnx.split(model)
     parts = Partition({}, {}, state, lambda _, state: nnx.merge(graphdef, state))
     run = evaluator(parts, data, objective=objective, metrics=metrics, batch_size=batch_size)

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
 
-from spt_jax.models.tokenizer import check_token_ids
+from spt_jax.models.common import check_token_ids
 from spt_jax.training.data import Examples, decode_text
 
 _HEADING = re.compile(r" = (?!= ).*[^ =] = ?")  # and not " = = Section = = "

@@ -27,6 +27,7 @@ from spt_jax.layers import (
     RouterParam,
     SparseAttention,
 )
+from tests.spt_jax.models.builders import GOLDEN
 from tests.spt_jax.toy import HEADS, HIDDEN, WIDTH, ToyModel, toy_batch
 
 SPARSE = SparseAttentionConfig(min_keys=8, num_codewords=8, granularity="token")
@@ -336,3 +337,15 @@ def test_heads_must_divide():
 def test_bad_configurations_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("input_ids", "id 97"), ("token_type_ids", "type 2")])
+def test_ids_outside_the_tables_are_named(name, kind):
+    model = spt_jax.load_pretrained(GOLDEN / "bert")
+    batch = {"input_ids": np.full((2, 6), 5), name: np.full((2, 6), 97 if "id " in kind else 2)}
+    with pytest.raises(ValueError, match=f"calibration_batch: token {kind} is outside the model's"):
+        spt_jax.adapt(model, SPTConfig(), calibration_batch=batch)
+    good = {"input_ids": np.arange(3, 67).reshape(4, 16)}
+    spt_jax.adapt(model, SPTConfig(lora=None, ffn=None, attention=SPARSE), calibration_batch=good)
+    with pytest.raises(ValueError, match=f"batch: token {kind} is outside the model's"):
+        spt_jax.sparse_choices(model, batch)

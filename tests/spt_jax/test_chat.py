@@ -154,16 +154,26 @@ def test_loads_from_a_model_directory(tmp_path):
     assert ChatTemplate.load(write(tmp_path, template="d")).render([]) == "d"
 
 
+def test_special_tokens_of_the_map_beside(tmp_path):
+    source = "{{ bos_token }}|{{ eos_token }}"
+    config = {"chat_template": source, "bos_token": "<s>", "eos_token": "</s>"}
+    ends = {"eos_token": {"content": "<|im_end|>", "lstrip": False}}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(ends))
+    assert ChatTemplate.load(write(tmp_path, config)).render([]) == "<s>|<|im_end|>"
+    newer = write(tmp_path, config | {"added_tokens_decoder": {}})
+    assert ChatTemplate.load(newer).render([]) == "<s>|</s>"
+
+
 def test_templates_that_cannot_be_loaded(tmp_path):
     with pytest.raises(ValueError, match=r"has no chat template .* ChatTemplate\.plain"):
         ChatTemplate.load(tmp_path)
     sources = [{"name": "tool_use", "template": "b"}]
     with pytest.raises(ValueError, match='none named "default": tool_use'):
         ChatTemplate.load(write(tmp_path, {"chat_template": sources}))
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json is no JSON object"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json holds a JSON list, not an obj"):
         ChatTemplate.load(write(tmp_path, []))
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not valid JSON"):
         ChatTemplate.load(tmp_path)
     with pytest.raises(ValueError, match=r"the chat template has an error: .*'endfor'"):
         ChatTemplate("{% for m in messages %}")

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -35,6 +36,7 @@ from spt_jax.training import (
 from tests.spt_jax.toy import ToyModel, toy_batch
 from tests.spt_jax.training.toy import Toy, examples
 
+GOLDEN = Path(__file__).parents[2] / "golden"
 CONFIG = TrainConfig(
     steps=12,
     batch_size=16,
@@ -339,3 +341,25 @@ def test_resume_of_nothing_starts_with_a_message(tmp_path):
 def test_refuses(tmp_path, config, options, message):
     with pytest.raises(ValueError, match=message):
         run(tmp_path, config, **options)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("input_ids", "id 97"), ("token_type_ids", "type 2")])
+def test_ids_outside_the_tables_are_named(name, kind, tmp_path):
+    model = spt_jax.load_pretrained(GOLDEN / "bert", task="sequence-classification", num_labels=3)
+    ids, outside = np.full((2, 6), 5), np.full((2, 6), 97 if name == "input_ids" else 2)
+    columns = {"input_ids": ids, "attention_mask": ids > 0, "label": np.zeros(2, np.int32)}
+    good, bad = Examples(columns, "good"), Examples(columns | {name: outside}, "bad")
+    objective = supervised(cross_entropy)
+    for data in ({"data": bad, "eval": good}, {"data": good, "eval": bad}):
+        with pytest.raises(ValueError, match=f"bad: token {kind} is outside the model's"):
+            train(
+                model,
+                data["data"],
+                CONFIG,
+                tmp_path,
+                objective=objective,
+                eval_data=data["eval"],
+                log=quiet,
+            )
+    with pytest.raises(ValueError, match=f"bad: token {kind} is outside the model's"):
+        evaluate(model, bad, objective=objective)
