@@ -277,7 +277,8 @@ def train(
                 if saving or stop():
                     settle()
                     if evaluating and (values := evaluate_splits(state.params)) is not None:
-                        if not math.isfinite(values[monitor]):
+                        losses = [x for name, x in values.items() if name.startswith("eval_loss")]
+                        if not all(map(math.isfinite, losses)):
                             raise NonFiniteLoss(_not_finite(step, values, checkpoints))
                         progress.add_evaluation(step, values, monitor)
                         report.evaluation(step, values)

@@ -79,6 +79,8 @@ def evaluation_metrics(
 ) -> dict[str, float]:
     """GLUE's metrics and `perplexity = exp(loss)`, in the order of `names`, then `eval_loss`.
 
+    A perplexity that float64 cannot hold, of a loss above 709, is infinite.
+
     Args:
         names: what to compute.
         loss: mean loss; in nats a token for perplexity.
@@ -88,12 +90,19 @@ def evaluation_metrics(
     values = {}
     for name in names:
         if name == "perplexity":
-            values[name] = math.exp(loss)
+            values[name] = _perplexity(loss)
         elif outputs is None:
             raise ValueError(f"{name} needs the outputs of the model")
         else:
             values |= glue_metrics([name], outputs, labels)
     return values | {"eval_loss": loss}
+
+
+def _perplexity(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:

@@ -186,6 +186,19 @@ def test_non_finite_loss_stops_with_step_and_checkpoint(tmp_path):
     assert outcome_params(model) == start
 
 
+def test_a_loss_too_large_for_its_perplexity_is_evaluated_and_saved(tmp_path):
+    def large(outputs, labels, weights):
+        loss, weight = cross_entropy(outputs, labels, weights)
+        return 2000 * loss, weight
+
+    options = {"objective": supervised(large), "metrics": ("perplexity",)}
+    config = replace(CONFIG, steps=2, eval_every=1, learning_rate=1e-4)
+    result, model = run(tmp_path, config, **options)
+    assert result.metrics["perplexity"] == math.inf
+    assert 709 < result.metrics["eval_loss"] < math.inf
+    assert outcome(*run(tmp_path, config, resume=True, **options)) == outcome(result, model)
+
+
 def outcome_params(model):
     return weights_fingerprint(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
