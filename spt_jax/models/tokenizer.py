@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -26,6 +27,18 @@ def check_token_ids(ids: np.ndarray, vocab_size: int | None, name: str) -> None:
             f"{name}: token id {ids[wrong][0]} is outside the model's vocabulary of {vocab_size}; "
             "use the tokenizer that belongs to the model"
         )
+
+
+def begun_once(ids: list[int], added: Sequence[int]) -> list[int]:
+    """Token ids without the start that a tokenizer put before a text that has it itself.
+
+    Rendered chat templates begin with the beginning-of-sequence token, which many tokenizers add.
+
+    Args:
+        ids: of the encoded text.
+        added: 1 where the tokenizer added the token, its `special_tokens_mask`.
+    """
+    return ids[1:] if ids[:1] == ids[1:2] and list(added[:2]) == [1, 0] else ids
 
 
 def load_tokenizer(

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
 
-from spt_jax.models.tokenizer import check_token_ids
+from spt_jax.models.tokenizer import begun_once, check_token_ids
 from spt_jax.training.data import Examples, decode_text
 
 _HEADING = re.compile(r" = (?!= ).*[^ =] = ?")  # and not " = = Section = = "
@@ -161,7 +161,7 @@ def encode_documents(
     Args:
         texts: one a document.
         tokenizer: left as it is; its own truncation and padding are not used. The special tokens
-            that it adds by itself are kept.
+            that it adds by itself are kept, but for a start that the text has already.
         name: what messages call the texts.
         eos_id: token to end each document with, unless the tokenizer has put it there.
 
@@ -175,7 +175,7 @@ def encode_documents(
     documents = []
     for start in range(0, len(texts), _ENCODED_AT_ONCE):
         for encoding in tokenizer.encode_batch_fast(texts[start : start + _ENCODED_AT_ONCE]):
-            ids = encoding.ids
+            ids = begun_once(encoding.ids, encoding.special_tokens_mask)
             if eos_id is not None and ids[-1:] != [eos_id]:
                 ids.append(eos_id)
             documents.append(Document(np.array(ids, np.int32), np.ones(len(ids), bool)))

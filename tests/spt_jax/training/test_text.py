@@ -170,6 +170,13 @@ def test_an_end_of_text_that_is_there_is_not_doubled(tokenizer):
     assert found.ids.tolist() == [1, 4, 2]
 
 
+def test_a_start_that_is_there_is_not_doubled(tokenizer):
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.add_special_tokens(["<s>"])
+    (found,) = encode_documents(["<s> a b"], tokenizer, name="x", eos_id=2)
+    assert found.ids.tolist() == [1, 4, 5, 2]
+
+
 def test_short_and_missing_documents_are_refused(tokenizer):
     with pytest.raises(ValueError, match="x: document 1 has 1 tokens; at least 2 are needed"):
         encode_documents(["a", ""], tokenizer, name="x")
