@@ -136,6 +136,8 @@ def generate(
             f"the longest prompt has {longest} tokens, with max_new_tokens={max_new_tokens} "
             f"{longest + max_new_tokens}, but the model's positions serve {model.config.max_length}"
         )
+    if isinstance(eos_token_ids, int | np.integer):
+        raise ValueError(f"eos_token_ids is {eos_token_ids}; give a list")
     ends = model.config.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
     find_stop = _stop_finder(stop, tokenizer, rows)
 
@@ -240,7 +242,7 @@ def _token_ids(
             raise ValueError(f"prompts must be token ids, got {array.dtype}")
         rows = [row[valid].tolist() for row, valid in zip(array, mask, strict=True)]
     else:
-        rows = [_ids_of_prompt(prompt, tokenizer) for prompt in prompts]
+        rows = [_ids_of_prompt(i, prompt, tokenizer) for i, prompt in enumerate(prompts)]
         if len({isinstance(prompt, str) for prompt in prompts}) == 2:
             raise ValueError("prompts are partly texts and partly token ids; give one kind")
     for i, row in enumerate(rows):
@@ -254,8 +256,16 @@ def _token_ids(
     return rows
 
 
-def _ids_of_prompt(prompt: Any, tokenizer: Tokenizer | None) -> Ids:
+def _ids_of_prompt(number: int, prompt: Any, tokenizer: Tokenizer | None) -> Ids:
     if not isinstance(prompt, str):
+        if not isinstance(prompt, Sequence | np.ndarray | jax.Array) or not all(
+            np.ndim(token) == 0 and isinstance(token, int | np.integer | jax.Array)
+            for token in prompt
+        ):
+            raise ValueError(
+                f"prompt {number} is {str(prompt)[:60]}; give a text or a list of token ids "
+                "(ChatTemplate.render makes a text of messages)"
+            )
         return [int(token) for token in prompt]
     if tokenizer is None:
         raise ValueError("prompts are texts: give the model's tokenizer, or token ids")

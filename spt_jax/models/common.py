@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +49,27 @@ def sum_aux(*losses: AuxLosses) -> AuxLosses:
     for aux in losses:
         total |= {name: total[name] + loss if name in total else loss for name, loss in aux.items()}
     return total
+
+
+def token_array(ids: Any, name: str) -> jax.Array:
+    """Token ids as an array.
+
+    Args:
+        ids: an array, or lists of one length.
+        name: what messages call them.
+
+    Raises:
+        ValueError: rows differ in length, or ids are not integers.
+    """
+    try:
+        array = jnp.asarray(ids)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name} is no array of token ids; pad and truncate its rows to one length"
+        ) from None
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name} holds {array.dtype}, not token ids, which are integers")
+    return array
 
 
 def check_inputs(input_ids: jax.Array, max_length: int, **others: jax.Array | None) -> None:

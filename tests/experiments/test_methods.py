@@ -116,3 +116,15 @@ def test_an_infinite_figure_is_null_and_one_that_is_nan_refused(tmp_path):
     assert found == {"lora": {"perplexity": None, "eval_loss": 800.0}}
     with pytest.raises(ValueError, match=r"figures\.lora\.eval_loss = nan"):
         write_metrics(tmp_path, "wikitext", MethodOptions(), {"lora": {"eval_loss": math.nan}})
+
+
+def test_an_interrupt_outside_training_is_told(capsys):
+    def adapting():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(adapting)
+    assert stopped.value.code == 130
+    said = capsys.readouterr().err
+    assert said.startswith("error: stopped by SIGINT outside training: what was written before is")
+    assert "--resume" in said
