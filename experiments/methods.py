@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -372,6 +373,7 @@ def write_metrics(
 ) -> None:
     """Write `metrics.json`: the options, the environment, the figures, and what else is given.
 
+    JSON has no infinity: an infinite figure, as a perplexity may be, is written as null.
     Of several processes, the first one does.
     """
     if not is_first():
@@ -387,7 +389,14 @@ def write_metrics(
             "configuration": configuration,
             "seed": configuration.get("seed"),
             **environment(),
-            "figures": figures,
+            "figures": _finite(figures),
             **more,
         },
     )
+
+
+def _finite(figures: Any) -> Any:
+    """Figures with None for infinities."""
+    if isinstance(figures, Mapping):
+        return {name: _finite(figure) for name, figure in figures.items()}
+    return None if isinstance(figures, float) and math.isinf(figures) else figures

@@ -421,7 +421,7 @@ def _load_balance_loss(
     """
     blocks, active = probabilities.shape[1], index.shape[1]
     count = jnp.maximum(valid.sum(), 1)
-    chosen = jax.nn.one_hot(index, blocks).sum(1) * valid[:, None]
+    chosen = jax.nn.one_hot(index, blocks, dtype=jnp.float32).sum(1) * valid[:, None]
     share = chosen.sum(0) / (count * active)
     normalised = probabilities / probabilities.sum(-1, keepdims=True)
     mean = (normalised * valid[:, None]).sum(0) / count

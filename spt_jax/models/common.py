@@ -97,6 +97,27 @@ def check_batch(model: nnx.Module, batch: Mapping[str, Any], name: str) -> None:
         check_token_ids(types, known, name, "token type")
 
 
+def token_array(ids: Any, name: str) -> jax.Array:
+    """Token ids as an array.
+
+    Args:
+        ids: an array, or lists of one length.
+        name: what messages call them.
+
+    Raises:
+        ValueError: rows differ in length, or ids are not integers.
+    """
+    try:
+        array = jnp.asarray(ids)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name} is no array of token ids; pad and truncate its rows to one length"
+        ) from None
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name} holds {array.dtype}, not token ids, which are integers")
+    return array
+
+
 def check_inputs(input_ids: jax.Array, max_length: int, **others: jax.Array | None) -> None:
     """Raise a ValueError unless all are `[B, S]` and S lies in 1..max_length."""
     if input_ids.ndim != 2:

@@ -35,6 +35,7 @@ from spt_jax.models.common import (
     layer_norm,
     positions_in_segments,
     sum_aux,
+    token_array,
 )
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.slots import numbered
@@ -313,7 +314,7 @@ class Decoder(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B S E"], AuxLosses]:
         """What the output matrix is applied to; arguments and errors as for `forward`."""
-        ids = jnp.asarray(input_ids)
+        ids = token_array(input_ids, "input_ids")
         if token_type_ids is not None:
             raise ValueError(
                 f"a {self.config.model_type} model has no token types; leave token_type_ids out"

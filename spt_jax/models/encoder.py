@@ -30,6 +30,7 @@ from spt_jax.models.common import (
     layer_norm,
     positions_in_segments,
     sum_aux,
+    token_array,
 )
 from spt_jax.models.encoder_config import EncoderConfig, EncoderType
 from spt_jax.models.slots import numbered
@@ -271,7 +272,7 @@ class Encoder(nnx.Module):
             ValueError: a shape is wrong, the sequence is longer than the model's positions, the
                 model has no token types, or a token id or type is outside its tables.
         """
-        ids = jnp.asarray(input_ids)
+        ids = token_array(input_ids, "input_ids")
         optional = (attention_mask, token_type_ids, segment_ids)
         mask, types, segments = (None if a is None else jnp.asarray(a) for a in optional)
         check_inputs(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,18 @@ _NORMALIZER = {
 #: Classes of transformers' for which `tokenizer.json` alone says how texts are cut.
 _GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _EXTRA = ("additional_special_tokens", "extra_special_tokens")
+
+
+def begun_once(ids: list[int], added: Sequence[int]) -> list[int]:
+    """Token ids without the start that a tokenizer put before a text that has it itself.
+
+    Rendered chat templates begin with the beginning-of-sequence token, which many tokenizers add.
+
+    Args:
+        ids: of the encoded text.
+        added: 1 where the tokenizer added the token, its `special_tokens_mask`.
+    """
+    return ids[1:] if ids[:1] == ids[1:2] and list(added[:2]) == [1, 0] else ids
 
 
 def load_tokenizer(

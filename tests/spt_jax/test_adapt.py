@@ -129,6 +129,58 @@ def test_only_lora_routers_head_and_codebooks_with_a_loss_train(codebook_loss_we
     assert (CodebookParam in kinds) == (codebook_loss_weight > 0)
 
 
+IDS = np.ones((4, 8), np.int32)
+
+
+@pytest.mark.usefixtures("unhooked")
+@pytest.mark.parametrize(
+    ("config", "batch", "message"),
+    [
+        (LoRAConfig(), {}, r"config is of the type LoRAConfig; give SPTConfig\(lora="),
+        (SPTConfig(), IDS, "calibration_batch is of the type ndarray; give a mapping of arrays"),
+        (SPTConfig(), {"input_ids": [[1, 2], [3]]}, "is no array of token ids; pad and truncate"),
+        (SPTConfig(), {"input_ids": IDS / 2}, "calibration_batch holds float.*, not token ids"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(config, batch, message):
+    with pytest.raises(ValueError, match=message):
+        spt_jax.adapt(ToyModel(rngs=nnx.Rngs(0)), config, calibration_batch=batch)
+
+
+@pytest.mark.parametrize(
+    ("sparse", "calibration"),
+    [
+        (SparseAttentionConfig(min_keys=8, granularity="tile"), "fitted"),
+        (replace(SPARSE, codeword_width=2), "random"),
+        (replace(SPARSE, rule="match_count", codeword_width=4), "fitted"),
+    ],
+)
+def test_64_bit_types_switched_on_change_nothing(sparse, calibration):
+    routed = RoutedFFNConfig(calibration=calibration, load_balance_weight=0.01)
+    sparse = replace(sparse, codebook_loss_weight=0.01)
+    config = SPTConfig(lora=LoRAConfig(rank=2), attention=sparse, ffn=routed)
+    columns = {name: np.asarray(x, np.int64) for name, x in toy_batch().items()}
+
+    def found():
+        batch = {name: jnp.asarray(x) for name, x in columns.items()}
+        model = ToyModel(layers=1, gated=True, rngs=nnx.Rngs(0))
+        spt_jax.adapt(model, config, calibration_batch=batch, rngs=nnx.Rngs(1))
+        graph, params, rest = nnx.split(model, ADAPTER, ...)
+
+        @jax.jit
+        def loss(params):
+            logits, aux = nnx.merge(graph, params, rest).forward(**batch)
+            return jnp.square(logits).mean() + sum(aux.values())
+
+        return nnx.state(model), jax.value_and_grad(loss)(params)
+
+    expected = found()
+    with jax.enable_x64(True):
+        wide = found()
+    assert jax.tree.map(lambda x: x.dtype, wide) == jax.tree.map(lambda x: x.dtype, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-2, 1e-3), wide[1], expected[1])
+
+
 def test_same_seed_same_model():
     config = SPTConfig(attention=SPARSE)
     first, second = (nnx.state(_adapted(config)) for _ in range(2))
