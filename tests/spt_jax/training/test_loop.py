@@ -118,10 +118,10 @@ def test_same_seed_same_numbers_and_another_seed_others(straight, tmp_path):
 
 
 def test_64_bit_types_switched_on_change_nothing(tmp_path):
-    config = replace(CONFIG, dropout=False, steps=4)  # whose draws differ
+    config, model = replace(CONFIG, dropout=False, steps=4), Toy()
     expected, _ = run(tmp_path / "narrow", config)
     with jax.enable_x64(True):
-        result, model = run(tmp_path / "wide", config)
+        result, _ = run(tmp_path / "wide", config, model=model)
     assert result.train_loss == pytest.approx(expected.train_loss, rel=1e-3)
     assert {v.dtype for _, v in nnx.to_flat_state(nnx.state(model))} == {np.dtype("float32")}
 
