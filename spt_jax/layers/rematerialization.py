@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels import devices
+
 _CHOICE = "spt_choice"
 
 
@@ -22,11 +24,14 @@ def rematerialized(layer: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def recomputed[Result](function: Callable[..., Result], *args: Any) -> Result:
-    """`function(*args)`, of which the backward pass keeps the arguments alone.
+    """`function(*args)`, of which on a CPU the backward pass keeps the arguments alone.
 
     For norms, activations and the like, which are computed in less time than they are stored. A
-    product at the end costs nothing more: its gradients need its operands and not its result.
+    product at the end costs nothing more: its gradients need its operands and not its result. On
+    accelerators XLA's fusions compute such things again as they see fit, and take less memory so.
     """
+    if devices.default_device().platform != "cpu":
+        return function(*args)
     return jax.checkpoint(lambda *args: function(*args))(*args)
 
 
