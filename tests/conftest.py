@@ -167,6 +167,14 @@ def compiled_anew() -> Iterator[None]:
 
 
 @pytest.fixture
+def unhooked() -> Iterator[None]:
+    """Switches the import hook's own checks off, so that those of the library speak."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
 def data_dir(request: pytest.FixtureRequest) -> Path:
     """The directory given by --data-dir."""
     return request.config.getoption("--data-dir")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from flax import nnx
@@ -120,7 +119,9 @@ def spt_model(dtype=jnp.float32):
         normal(2, 2, 8, 4),
         normal(2, 2, 8, 4),
         normal(2, 8) / 4,
-        config=spt_jax.SparseAttentionConfig(min_keys=16, granularity="token"),
+        config=spt_jax.SparseAttentionConfig(
+            min_keys=16, granularity="token", num_codewords=8, codeword_width=4
+        ),
         causal=True,
     )
     layer.ffn = RoutedFFN(
@@ -266,14 +267,6 @@ def test_one_new_token():
     arrays = golden("llama")
     new = generate(golden_model("llama"), prompts_of(arrays), max_new_tokens=1, eos_token_ids=())
     assert new == arrays["generated"][:, :1].tolist()
-
-
-@pytest.fixture
-def unhooked():
-    """Switches the import hook's own checks off, so that those of the function speak."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("unhooked")
