@@ -245,8 +245,9 @@ class BlockStep:
             return None
         config, heads, width = self.attention, num_kv_heads(self.config), head_width(self.config)
         books = (heads, width // config.codeword_width, config.num_codewords, config.codeword_width)
+        shared = config.rule == "match_count"
         return SparseAttention(
-            jax.random.normal(rngs.params(), books),
+            None if shared else jax.random.normal(rngs.params(), books),
             jax.random.normal(rngs.params(), books),
             jnp.zeros((heads, width)),
             config=config,

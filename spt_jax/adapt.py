@@ -56,8 +56,9 @@ def adapt[Model: nnx.Module](
         The same model.
 
     Raises:
-        ValueError: the model is adapted already, has no layer to adapt, the calibration batch is
-            missing or too small, or a size does not divide. The model is then unchanged.
+        ValueError: the model is adapted already, has no layer to adapt, or one that is stacked or
+            not called; the calibration batch is missing or too small, or a size does not divide.
+            The model is then unchanged.
 
     Example:
         >>> model = spt_jax.load_pretrained("bert-base-uncased")  # doctest: +SKIP
@@ -79,6 +80,13 @@ def adapt[Model: nnx.Module](
     if config.attention is not None or config.ffn is not None:
         assert calibration_batch is not None  # checked above
         activations = record_activations(model, calibration_batch)
+        for path in [*(attentions if config.attention else ()), *(ffns if config.ffn else ())]:
+            if path not in activations:
+                raise ValueError(
+                    f"{_dotted(path)} read nothing of the calibration batch: the model does not "
+                    "call it, or calls a copy, as nnx.remat, nnx.jit and nnx.scan make; call the "
+                    "layer itself"
+                )
         if config.attention is not None:
             for path, attention in attentions.items():
                 sparse[path] = fit_sparse_attention(
@@ -100,11 +108,19 @@ def adapt[Model: nnx.Module](
         _add_lora(modules, config.lora, rngs)
     for path, sparse_attention in sparse.items():
         attentions[path].sparse = sparse_attention
-    for path, (routing, ffn_config) in routed.items():
-        *owner, name = path
-        module = RoutedFFN(ffns[path], **routing._asdict(), config=ffn_config)
-        setattr(modules[tuple(owner)], str(name), module)
+    replaced = {
+        id(ffns[path]): RoutedFFN(ffns[path], **routing._asdict(), config=ffn_config)
+        for path, (routing, ffn_config) in routed.items()
+    }
+    for owner in modules.values():
+        for name, child in list(nnx.iter_children(owner)):
+            if id(child) in replaced:  # in all places of an FFN that several share
+                setattr(owner, str(name), replaced[id(child)])
     return model
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(map(str, path))
 
 
 def _check(
@@ -118,6 +134,21 @@ def _check(
         raise ValueError(
             f"{type(modules[()]).__name__} has neither Attention nor FeedForward layers to adapt"
         )
+    for path, module in modules.items():
+        match module:
+            case Attention():
+                weight = module.q_proj.kernel
+            case FeedForward():
+                weight = module.up.kernel
+            case Embedding():
+                weight = module.embedding
+            case _:
+                continue
+        if weight.ndim != 2:
+            raise ValueError(
+                f"{_dotted(path)} is several layers, stacked by nnx.vmap or nnx.scan (a weight is "
+                f"{list(weight.shape)}): keep them one by one in an nnx.List, and adapt that model"
+            )
     if config.attention is None and config.ffn is None:
         return
     if batch is None:
@@ -135,6 +166,8 @@ def _check(
     token_array(batch["input_ids"], "input_ids of calibration_batch")
     check_batch(modules[()], batch, "calibration_batch")
     if config.ffn is not None:
+        if isinstance(modules[()], FeedForward):
+            raise ValueError("the model is a FeedForward itself; give the module that holds it")
         for module in modules.values():
             if isinstance(module, FeedForward) and module.up.out_features % config.ffn.num_blocks:
                 raise ValueError(

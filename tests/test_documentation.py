@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
+import itertools
 import pkgutil
 import re
 import shlex
+import types
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ import tyro
 
 import experiments
 import pallas_kernels
-import spt_jax
+import spt_jax.training
 from experiments import (
     capture,
     codebook_upkeep,
@@ -100,3 +103,33 @@ def test_links_lead_somewhere():
     for path, text in PAGES.items():
         for link in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (path.parent / link).exists(), f"{path}: {link}"
+
+
+def _described_constants() -> set[str]:
+    """Names of constants with a docstring, without which the reference leaves them out."""
+    sources = (path.read_text() for path in (ROOT / "spt_jax").rglob("*.py"))
+    pairs = (pair for source in sources for pair in itertools.pairwise(ast.parse(source).body))
+    return {
+        ast.unparse(first.targets[0])
+        for first, second in pairs
+        if isinstance(first, ast.Assign) and isinstance(second, ast.Expr)
+    }
+
+
+def test_the_reference_has_what_users_need():
+    pages = "\n".join(text for path, text in PAGES.items() if path.parent.name == "api")
+    named = {name: pkgutil.resolve_name(name) for name in re.findall(r"^::: (\S+)", pages, re.M)}
+    packages = [module for module in named.values() if isinstance(module, types.ModuleType)]
+    shown = [*named.values(), *(getattr(m, name) for m in packages for name in m.__all__)]
+    for name in spt_jax.__all__:
+        assert getattr(spt_jax, name) in shown, f"no page of docs/api has spt_jax.{name}"
+    others = {"layers.recording.recording", "chat.ChatTemplate", "chat.encode_messages"}
+    others |= {"sharding.make_mesh", "sharding.parameter_sharding"}
+    assert {f"spt_jax.{name}" for name in others} <= named.keys()
+    constants = {
+        name
+        for package in (spt_jax.layers, spt_jax.training)
+        for name in package.__all__
+        if not isinstance(getattr(package, name), type | types.FunctionType)
+    }
+    assert {"ADAPTER"} <= constants <= _described_constants()

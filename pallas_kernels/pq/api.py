@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int8, UInt8
 
 from pallas_kernels import triton
+from pallas_kernels.arguments import checked
 from pallas_kernels.dispatch import Implementation, call, resolve
 from pallas_kernels.pq import mosaic, reference, xla
 from pallas_kernels.pq.types import Selection
@@ -46,6 +47,7 @@ MAX_SCORE = 2**13 - 1  # of one query and one key
 DEFAULT_SCORE_UNIT = 2.0**-8
 
 
+@checked()
 def pq_encode(
     x: Float[Array, "B S N H"],
     codebooks: Float[Array, "K M E C"],
@@ -67,7 +69,7 @@ def pq_encode(
       Codes.
 
     Raises:
-      ValueError: The shapes do not fit together.
+      ValueError: Shapes or types do not fit together.
       NotImplementedError: The implementation does not exist for this op, or cannot run here.
 
     Example:
@@ -76,17 +78,8 @@ def pq_encode(
       >>> pq_encode(jnp.array([0.2, 0.9]).reshape(1, 2, 1, 1), codebooks).ravel().tolist()
       [0, 1]
     """
-    heads, width = x.shape[2:]
-    kv_heads, spaces, num_codewords, codeword_width = codebooks.shape
-    if heads % kv_heads:
-        raise ValueError(
-            f"pq_encode: {heads} heads are not a multiple of the {kv_heads} of the codebooks."
-        )
-    if spaces * codeword_width != width:
-        raise ValueError(
-            f"pq_encode: {spaces} subspaces of width {codeword_width} do not cover the head width "
-            f"{width}."
-        )
+    check_codebooks("pq_encode", codebooks, *x.shape[2:])
+    num_codewords = codebooks.shape[2]
     if not 1 <= num_codewords <= 256:
         raise ValueError(f"pq_encode: codes are uint8, so E must be 1..256, got {num_codewords}.")
     codebooks = codebooks.astype(x.dtype)
@@ -99,6 +92,22 @@ def pq_encode(
     return call("pq_encode", run, {"x": x, "codebooks": codebooks})
 
 
+def check_codebooks(
+    op: str, codebooks: Float[Array, "K M E C"], num_heads: int, head_width: int
+) -> None:
+    """Raises a ValueError unless codebooks serve that many heads of that width."""
+    kv_heads, spaces, _, width = codebooks.shape
+    if kv_heads < 1 or num_heads % kv_heads:
+        raise ValueError(
+            f"{op}: {num_heads} heads are not a multiple of the {kv_heads} of the codebooks."
+        )
+    if spaces * width != head_width:
+        raise ValueError(
+            f"{op}: {spaces} subspaces of width {width} do not cover the head width {head_width}."
+        )
+
+
+@checked()
 def scoring_codewords(
     query_codebooks: Float[Array, "K M E C"],
     key_codebooks: Float[Array, "K M E C"],
@@ -121,17 +130,9 @@ def scoring_codewords(
       Query and key codewords for `pq_select`.
 
     Raises:
-      ValueError: The shapes differ, or the rule is unknown.
+      ValueError: Shapes or types do not fit together, or the rule is unknown.
     """
-    if query_codebooks.shape != key_codebooks.shape:
-        raise ValueError(
-            f"scoring_codewords: query codebooks {query_codebooks.shape} and key codebooks "
-            f"{key_codebooks.shape} differ in shape."
-        )
-    if rule not in get_args(Rule):
-        raise ValueError(
-            f"scoring_codewords: unknown rule {rule!r}; choose one of {', '.join(get_args(Rule))}."
-        )
+    _check_rule("scoring_codewords", rule)
     if rule == "match_count":
         kv_heads, spaces, num_codewords, _ = query_codebooks.shape
         rows = jnp.broadcast_to(
@@ -148,6 +149,7 @@ def scoring_codewords(
     return query, key
 
 
+@checked()
 def score_unit(
     query_codebooks: Float[Array, "K M E C"],
     key_codebooks: Float[Array, "K M E C"],
@@ -164,13 +166,22 @@ def score_unit(
 
     Returns:
       A float32 a key head, for `pq_select`.
+
+    Raises:
+      ValueError: Shapes or types do not fit together, or the rule is unknown.
     """
+    _check_rule("score_unit", rule)
     kv_heads, spaces, _, width = query_codebooks.shape
     if rule == "match_count":
         return jnp.ones(kv_heads, jnp.float32)
     books = jax.lax.stop_gradient((query_codebooks, key_codebooks))
     factor, _ = _factors(*(book.astype(jnp.float32) for book in books))
     return 1 / (factor.reshape(kv_heads) ** 2 * (spaces * width) ** 0.5)
+
+
+def _check_rule(op: str, rule: str) -> None:
+    if rule not in get_args(Rule):
+        raise ValueError(f"{op}: unknown rule {rule!r}; choose one of {', '.join(get_args(Rule))}.")
 
 
 def _factors(
@@ -186,6 +197,7 @@ def _factors(
     return (MAX_SCORE**0.5 - width**0.5 / 2) / norm, jnp.sqrt(b / a)
 
 
+@checked()
 def pq_select(
     query_codes: UInt8[Array, "B S N M"],
     key_codes: UInt8[Array, "B S K M"],
@@ -255,18 +267,13 @@ def pq_select(
       A `TokenSelection` or a `TileSelection`.
 
     Raises:
-      ValueError: The shapes do not fit together, or an option is out of range.
+      ValueError: Shapes or types do not fit together, or an option is out of range.
       NotImplementedError: The implementation does not exist for this op, or cannot run here.
     """
     heads, kv_heads = query_codes.shape[2], key_codes.shape[2]
     if heads % kv_heads:
         raise ValueError(
             f"pq_select: {heads} query heads are not a multiple of {kv_heads} key heads."
-        )
-    if query_codewords.shape != key_codewords.shape or query_codewords.shape[0] != kv_heads:
-        raise ValueError(
-            f"pq_select: codewords {query_codewords.shape} and {key_codewords.shape} must have one "
-            f"shape, with the {kv_heads} key heads first."
         )
     if granularity not in get_args(Granularity):
         raise ValueError(
@@ -291,11 +298,6 @@ def pq_select(
         )
     if score_unit is None:
         score_unit = jnp.full(kv_heads, DEFAULT_SCORE_UNIT, jnp.float32)
-    if score_unit.shape != (kv_heads,):
-        raise ValueError(
-            f"pq_select: score_unit must have one element for each of the {kv_heads} key heads, "
-            f"got shape {score_unit.shape}."
-        )
     why_not = {
         "mosaic": lambda: mosaic.select_unfit(query_codewords, granularity, key_group),
         "triton": lambda: _triton_select_unfit(query_codewords),

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int8, Int32, UInt8
 
-from pallas_kernels.pq.types import Selection, TileSelection, TokenSelection
+from pallas_kernels.arguments import checked
+from pallas_kernels.pq.types import Selection, TileSelection, TokenSelection, check_selection
 
 MANTISSA_BITS = 23  # of float32
 EXPONENT_BIAS = 127
@@ -53,6 +54,7 @@ def scores(
     return jnp.einsum("bnqw,bnkw->bnqk", queries, keys, precision="highest").astype(jnp.int32)
 
 
+@checked(S="length")
 def valid_keys(
     length: int,
     causal: bool = False,
@@ -66,6 +68,9 @@ def valid_keys(
       causal: Whether a query sees only itself and earlier keys.
       key_mask: False where a key is padding.
       segment_ids: Tokens see only tokens with their own id.
+
+    Raises:
+      ValueError: Shapes or types do not fit together.
     """
     position = jnp.arange(length)
     valid = position <= position[:, None] if causal else jnp.ones((length, length), bool)
@@ -269,7 +274,11 @@ def kept_keys(selection: Selection, length: int) -> Bool[Array, "B N S S"]:
 
     Returns:
       Whether a query keeps a key.
+
+    Raises:
+      ValueError: It is no selection, or one for another length.
     """
+    check_selection("kept_keys", selection, length)
     if isinstance(selection, TokenSelection):
         score = scores(
             selection.query_codes,

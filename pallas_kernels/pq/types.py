@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+from jaxtyping import Array, Int8, Int32, UInt8
+
+from pallas_kernels.arguments import match
 
 # Leaves of a PyTree node may be anything while JAX rebuilds it (axes, tangents, placeholders), so
 # fields are not annotated with shapes; the attribute lists give them.
@@ -65,3 +68,38 @@ class TileSelection:
 
 
 Selection = TokenSelection | TileSelection
+
+
+def check_selection(op: str, selection: Selection, length: int, **sizes: int) -> None:
+    """Holds a selection against the shapes and types of what it is used with.
+
+    Args:
+      op: For messages.
+      selection: What `pq_select` returned.
+      length: Positions S.
+      sizes: Of those that the attribute lists name, the ones that are known.
+
+    Raises:
+      ValueError: It is no selection, or one for other arrays.
+    """
+    if isinstance(selection, TokenSelection):
+        sizes |= {"S": length}
+        kinds: dict[str, Any] = {
+            "threshold": Int32[Array, "B N S"],
+            "tie_radius": Int32[Array, "B N S"],
+            "query_codes": UInt8[Array, "B S N M"],
+            "key_codes": UInt8[Array, "B S K M"],
+            "query_codewords": Int8[Array, "K M E W"],
+            "key_codewords": Int8[Array, "K M E W"],
+        }
+    elif isinstance(selection, TileSelection):
+        sizes |= {"Q": -(-length // selection.block_q)}
+        if "N" in sizes:
+            sizes["T"] = sizes["N"] // selection.heads
+        kinds = {"counts": Int32[Array, "B T Q"], "groups": Int32[Array, "B T Q P"]}
+    else:
+        raise ValueError(
+            f"{op}: selection is a {type(selection).__name__}; give what pq_select returns."
+        )
+    arrays = {f"selection.{name}": (getattr(selection, name), kinds[name]) for name in kinds}
+    match(op, arrays, **sizes)

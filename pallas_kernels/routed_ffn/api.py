@@ -2,14 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from typing import get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import triton
+from pallas_kernels.arguments import checked
 from pallas_kernels.dispatch import Implementation, call, resolve
 from pallas_kernels.routed_ffn.decode import routed_ffn_decode_xla
 from pallas_kernels.routed_ffn.mosaic import routed_ffn_mosaic, unfit
@@ -21,6 +21,8 @@ from pallas_kernels.routed_ffn.types import (
     Activation,
     RoutedFFNLoRA,
     RoutedFFNWeights,
+    activation_function,
+    match_parameters,
     split_blocks,
 )
 from pallas_kernels.routed_ffn.xla import routed_ffn_xla
@@ -34,6 +36,7 @@ _BACKENDS: dict[str, Callable[..., Array]] = {
 _DECODE = {"xla": routed_ffn_decode_xla, "reference": routed_ffn_decode_reference}
 
 
+@checked()
 def routed_ffn(
     x: Float[Array, "T D"],
     block_index: Int[Array, "T A"],
@@ -82,7 +85,7 @@ def routed_ffn(
       Gui et al., "SPT: Fine-Tuning Transformer-based Language Models Efficiently with
       Sparsification", arXiv 2312.10365, section 4.2.
     """
-    _check(x, block_index, coefficients, weights, lora, activation)
+    _check("routed_ffn", x, block_index, weights, lora, activation, dtype=x.dtype)
     why_not = {
         "mosaic": lambda: unfit(x, weights),
         "triton": lambda: triton.unfit_dtype(x, weights.w_in),
@@ -98,6 +101,7 @@ def routed_ffn(
     return call("routed_ffn", run, arrays, activation=activation)
 
 
+@checked()
 def routed_ffn_decode(
     x: Float[Array, "T D"],
     block_index: Int[Array, "T A"],
@@ -134,14 +138,10 @@ def routed_ffn_decode(
       ValueError: Shapes, types or names do not fit.
       NotImplementedError: The named implementation does not exist for this op.
     """
-    hidden = weights.w_in.shape[-1]
-    if num_blocks < 1 or hidden % num_blocks:
-        raise ValueError(
-            f"routed_ffn_decode: {hidden} hidden units do not split into {num_blocks} blocks."
-        )
-    split = jax.eval_shape(functools.partial(split_blocks, num_blocks=num_blocks), weights, lora)
-    cast = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, x.dtype), split)
-    _check(x, block_index, coefficients, cast[0], cast[1], activation)
+    blocks, factors = jax.eval_shape(
+        functools.partial(split_blocks, num_blocks=num_blocks), weights, lora
+    )
+    _check("routed_ffn_decode", x, block_index, blocks, factors, activation, dtype=None)
     if implementation in ("mosaic", "triton"):
         raise NotImplementedError(
             "routed_ffn_decode: a few tokens are bound by memory, which leaves a kernel of "
@@ -152,89 +152,31 @@ def routed_ffn_decode(
 
 
 def _check(
+    op: str,
     x: Array,
     block_index: Array,
-    coefficients: Array,
     weights: RoutedFFNWeights,
     lora: RoutedFFNLoRA | None,
-    activation: str,
+    activation: Activation,
+    *,
+    dtype: DTypeLike | None,
 ) -> None:
-    if activation not in get_args(Activation):
-        raise ValueError(
-            f"routed_ffn: unknown activation {activation!r}; choose one of "
-            f"{', '.join(get_args(Activation))}."
-        )
-    if x.ndim != 2 or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(
-            f"routed_ffn: x is {x.dtype}{list(x.shape)}; expected floating [T, D], so flatten "
-            "batch and sequence first."
-        )
-    if weights.w_in.ndim != 3:
-        raise ValueError(f"routed_ffn: w_in is {list(weights.w_in.shape)}; expected [G, D, Fb].")
-    if block_index.ndim != 2 or not jnp.issubdtype(block_index.dtype, jnp.integer):
-        raise ValueError(
-            f"routed_ffn: block_index is {block_index.dtype}{list(block_index.shape)}; expected "
-            "integers [T, A]."
-        )
-    (tokens, width), (blocks, _, units) = x.shape, weights.w_in.shape
-    active = block_index.shape[1]
+    activation_function(activation)
+    match_parameters(op, weights, lora, dtype=dtype, D=x.shape[1])
+    blocks, active = weights.w_in.shape[0], block_index.shape[1]
     if not 1 <= active <= blocks:
         raise ValueError(
-            f"routed_ffn: block_index chooses {active} blocks a token; w_in has {blocks} blocks, "
+            f"{op}: block_index chooses {active} blocks a token; w_in has {blocks} blocks, "
             f"so choose 1 to {blocks}."
         )
-    if not jnp.issubdtype(coefficients.dtype, jnp.floating):
-        raise ValueError(f"routed_ffn: coefficients are {coefficients.dtype}; expected floats.")
-    expected = {
-        "block_index": (block_index, (tokens, active)),
-        "coefficients": (coefficients, (tokens, active)),
-        "w_in": (weights.w_in, (blocks, width, units)),
-        "b_in": (weights.b_in, (blocks, units)),
-        "w_gate": (weights.w_gate, (blocks, width, units)),
-        "b_gate": (weights.b_gate, (blocks, units)),
-        "w_out": (weights.w_out, (blocks, units, width)),
-        "b_out": (weights.b_out, (width,)),
-    }
-    if weights.w_gate is None and weights.b_gate is not None:
-        raise ValueError("routed_ffn: b_gate is given without w_gate; give both or neither.")
-    if lora is not None:
-        for name in ("in", "gate", "out"):
-            a, b = getattr(lora, f"a_{name}"), getattr(lora, f"b_{name}")
-            if (a is None) != (b is None):
-                raise ValueError(
-                    f"routed_ffn: lora has only one of a_{name} and b_{name}; give both or neither."
-                )
-            if a is None:
-                continue
-            rank = a.shape[-1]
-            first, second = (
-                ((blocks, units, rank), (rank, width))
-                if name == "out"
-                else ((width, rank), (blocks, rank, units))
-            )
-            expected |= {f"lora.a_{name}": (a, first), f"lora.b_{name}": (b, second)}
-        if lora.a_gate is not None and weights.w_gate is None:
-            raise ValueError("routed_ffn: lora has a_gate, but the weights have no w_gate.")
-    for name, (array, shape) in expected.items():
-        if array is None:
-            continue
-        if array.shape != shape:
-            raise ValueError(
-                f"routed_ffn: {name} is {list(array.shape)}; expected {list(shape)} for x "
-                f"{list(x.shape)}, {active} active of {blocks} blocks and {units} units a block."
-            )
-        if name not in ("block_index", "coefficients") and array.dtype != x.dtype:
-            raise ValueError(
-                f"routed_ffn: {name} is {array.dtype} and x is {x.dtype}; cast one to the other."
-            )
     if not isinstance(block_index, jax.core.Tracer):
-        _check_index(np.asarray(block_index), blocks)
+        _check_index(op, np.asarray(block_index), blocks)
 
 
-def _check_index(block_index: np.ndarray, blocks: int) -> None:
+def _check_index(op: str, block_index: np.ndarray, blocks: int) -> None:
     if block_index.size and not 0 <= block_index.min() <= block_index.max() < blocks:
         raise ValueError(
-            f"routed_ffn: block_index runs from {block_index.min()} to {block_index.max()}; "
+            f"{op}: block_index runs from {block_index.min()} to {block_index.max()}; "
             f"expected 0 to {blocks - 1}."
         )
     ordered = np.sort(block_index, axis=1)
@@ -242,6 +184,6 @@ def _check_index(block_index: np.ndarray, blocks: int) -> None:
     if repeated.any():
         token = int(repeated.argmax())
         raise ValueError(
-            f"routed_ffn: token {token} chooses blocks {block_index[token].tolist()}; the blocks "
+            f"{op}: token {token} chooses blocks {block_index[token].tolist()}; the blocks "
             "of a token must be distinct."
         )

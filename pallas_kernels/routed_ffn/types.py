@@ -4,15 +4,19 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 from jax.tree_util import register_dataclass
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from pallas_kernels.arguments import match
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "identity"]
 
 # Leaves of a PyTree node may be anything while JAX rebuilds it (axes, tangents, placeholders), so
-# fields are not annotated with shapes here: `api.routed_ffn` checks them.
+# fields are not annotated with shapes: `match_parameters` checks them.
 Leaf = Any
 
 
@@ -64,8 +68,81 @@ class RoutedFFNLoRA:
     b_out: Leaf = None
 
 
+_WEIGHTS = {
+    "w_in": "G D Fb",
+    "b_in": "G Fb",
+    "w_gate": "G D Fb",
+    "b_gate": "G Fb",
+    "w_out": "G Fb D",
+    "b_out": "D",
+}
+_LORA = {
+    "a_in": "D r_in",
+    "b_in": "G r_in Fb",
+    "a_gate": "D r_gate",
+    "b_gate": "G r_gate Fb",
+    "a_out": "G Fb r_out",
+    "b_out": "r_out D",
+}
+
+
+def match_parameters(
+    op: str,
+    weights: RoutedFFNWeights,
+    lora: RoutedFFNLoRA | None,
+    *,
+    whole: bool = False,
+    dtype: DTypeLike | None = None,
+    **sizes: int,
+) -> None:
+    """Holds parameters against the shapes that the attribute lists give.
+
+    Args:
+      op: For messages.
+      weights: As `routed_ffn` takes them.
+      lora: Likewise.
+      whole: Whether they are without the axis of blocks, as `split_blocks` takes them.
+      dtype: Their type; None for any floating one.
+      sizes: Those of G, D and Fb, or F, that are known.
+
+    Raises:
+      ValueError: A shape or a type does not fit, or one of a pair is missing.
+    """
+    if weights.w_gate is None and weights.b_gate is not None:
+        raise ValueError(f"{op}: b_gate is given without w_gate; give both or neither.")
+    found = {name: (getattr(weights, name), names) for name, names in _WEIGHTS.items()}
+    if lora is not None:
+        for name in ("in", "gate", "out"):
+            if (getattr(lora, f"a_{name}") is None) != (getattr(lora, f"b_{name}") is None):
+                raise ValueError(
+                    f"{op}: lora has only one of a_{name} and b_{name}; give both or neither."
+                )
+        if lora.a_gate is not None and weights.w_gate is None:
+            raise ValueError(f"{op}: lora has a_gate, but the weights have no w_gate.")
+        found |= {f"lora.{name}": (getattr(lora, name), names) for name, names in _LORA.items()}
+    arrays = {}
+    for name, (array, names) in found.items():
+        if array is not None or name in ("w_in", "w_out"):
+            names = names.replace("G ", "").replace("Fb", "F") if whole else names
+            arrays[name] = array, Float[Array, names]
+    match(op, arrays, **sizes)
+    for name, (array, _) in arrays.items():
+        if dtype is not None and array.dtype != dtype:
+            raise ValueError(
+                f"{op}: {name} is {array.dtype} and x is {dtype}; cast one to the other."
+            )
+
+
 def activation_function(name: Activation) -> Callable[[jax.Array], jax.Array]:
-    """Returns the elementwise function of that name; `gelu` is the exact one."""
+    """Returns the elementwise function of that name; `gelu` is the exact one.
+
+    Raises:
+      ValueError: There is none of that name.
+    """
+    if name not in get_args(Activation):
+        raise ValueError(
+            f"unknown activation {name!r}; choose one of {', '.join(get_args(Activation))}."
+        )
     return {
         "relu": jax.nn.relu,
         # Half the time of jax.nn.gelu, whose erfc is accurate where the result is nil.
@@ -89,7 +166,16 @@ def split_blocks(
 
     Returns:
       The same with blocks first, as `routed_ffn` takes them.
+
+    Raises:
+      ValueError: A shape or a type does not fit, or the hidden units do not split into the blocks.
     """
+    match_parameters("split_blocks", weights, lora, whole=True)
+    hidden = weights.w_in.shape[1]
+    if num_blocks < 1 or hidden % num_blocks:
+        raise ValueError(
+            f"split_blocks: {hidden} hidden units do not split into {num_blocks} blocks."
+        )
 
     def columns(array: Leaf) -> Leaf:
         if array is None:

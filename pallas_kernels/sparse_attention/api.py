@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int8, UInt8
 
 from pallas_kernels import triton
+from pallas_kernels.arguments import checked
 from pallas_kernels.dispatch import Implementation, call, resolve
-from pallas_kernels.pq.types import Selection, TileSelection
+from pallas_kernels.pq.types import Selection, TileSelection, check_selection
 from pallas_kernels.sparse_attention import decode, mosaic, reference, xla
 
 
@@ -29,6 +31,7 @@ MAX_TRITON_WIDTH = 256  # of a head
 _DECODE = {"xla": decode.decode, "reference": reference.decode}
 
 
+@checked()
 def sparse_attention(
     q: Float[Array, "B S N H"],
     k: Float[Array, "B S K H"],
@@ -65,32 +68,20 @@ def sparse_attention(
       The attention output, of q's dtype.
 
     Raises:
-      ValueError: The shapes do not fit together.
+      ValueError: Shapes or types do not fit together.
       NotImplementedError: The implementation does not exist for this op, or cannot run here.
     """
-    batch, length, heads, width = q.shape
-    if k.shape != v.shape:
-        raise ValueError(f"sparse_attention: keys {k.shape} and values {v.shape} differ in shape.")
-    if k.shape[:2] != (batch, length) or k.shape[3] != width or heads % k.shape[2]:
+    (batch, length, heads, width), kv_heads = q.shape, k.shape[2]
+    if heads % kv_heads:
         raise ValueError(
-            f"sparse_attention: keys {k.shape} do not serve queries {q.shape}: batch, length and "
-            "head width must agree and query heads be a multiple of key heads."
+            f"sparse_attention: {heads} query heads are not a multiple of {kv_heads} key heads."
         )
-    if isinstance(selection, TileSelection):
-        found = selection.counts.shape
-        if (heads // k.shape[2]) % selection.heads:
-            raise ValueError(
-                f"sparse_attention: a list of the selection serves {selection.heads} query heads, "
-                f"which is no part of the {heads // k.shape[2]} of a key head."
-            )
-        expected = (batch, heads // selection.heads, -(-length // selection.block_q))
-    else:
-        expected, found = (batch, heads, length), selection.threshold.shape
-    if found != expected:
+    if isinstance(selection, TileSelection) and (heads // kv_heads) % selection.heads:
         raise ValueError(
-            f"sparse_attention: the selection was made for [B, N, ...] = {found}, but queries "
-            f"{q.shape} need {expected}."
+            f"sparse_attention: a list of the selection serves {selection.heads} query heads, "
+            f"which is no part of the {heads // kv_heads} of a key head."
         )
+    check_selection("sparse_attention", selection, length, B=batch, N=heads, K=kv_heads)
     why_not = {
         "mosaic": functools.partial(mosaic.unfit, q, k, v, selection),
         "triton": functools.partial(_triton_unfit, q, k, v),
@@ -112,6 +103,7 @@ def sparse_attention(
     )
 
 
+@checked()
 def sparse_decode(
     q: Float[Array, "B N H"],
     k: Float[Array, "B K S H"],
@@ -151,30 +143,14 @@ def sparse_decode(
       The attention output, of q's dtype.
 
     Raises:
-      ValueError: The shapes do not fit together, or `num_keys` is below 1.
+      ValueError: Shapes or types do not fit together, or `num_keys` is below 1.
       NotImplementedError: The implementation does not exist for this op.
     """
-    (batch, heads, width), (_, kv_heads, length, _) = q.shape, k.shape
-    spaces = query_codewords.shape[1]
+    (_, heads, width), (_, kv_heads, length, _) = q.shape, k.shape
     if heads % kv_heads:
         raise ValueError(
             f"sparse_decode: {heads} query heads are not a multiple of {kv_heads} key heads."
         )
-    expected = {
-        "keys": (k, (batch, kv_heads, length, width)),
-        "values": (v, (batch, kv_heads, length, width)),
-        "query_codes": (query_codes, (batch, heads, spaces)),
-        "key_codes": (key_codes, (batch, kv_heads, spaces, length)),
-        "query_codewords": (query_codewords, (kv_heads, *key_codewords.shape[1:])),
-        "key_codewords": (key_codewords, query_codewords.shape),
-        "key_mask": (key_mask, (batch, length)),
-    }
-    for name, (array, shape) in expected.items():
-        if array.shape != shape:
-            raise ValueError(
-                f"sparse_decode: {name} are {array.shape}, but queries {q.shape} and keys "
-                f"{k.shape} need {shape}."
-            )
     if num_keys < 1:
         raise ValueError(f"sparse_decode: num_keys must be at least 1, got {num_keys}.")
     if implementation in ("mosaic", "triton"):
@@ -184,8 +160,8 @@ def sparse_decode(
         )
     return resolve("sparse_decode", implementation, _DECODE)(
         q,
-        k,
-        v,
+        jnp.asarray(k),
+        jnp.asarray(v),
         query_codes,
         key_codes,
         query_codewords,

@@ -9,6 +9,7 @@ from pathlib import Path
 from flax import nnx
 
 from spt_jax.export import modules, peft
+from spt_jax.export.dense import check_model
 from spt_jax.export.files import check_replaceable, new_directory
 from spt_jax.layers import LoRA, RoutedFFN, SparseAttention
 from spt_jax.models.decoder import Decoder
@@ -41,12 +42,14 @@ def save_adapter(
         overwrite: replace the whole of an earlier export in `out_dir`.
 
     Raises:
-        ValueError: the model is not adapted, or `out_dir` holds files that must not be replaced.
+        ValueError: the model is of no known family or not adapted, or `out_dir` holds files that
+            must not be replaced.
         OSError: the directory cannot be written; what was there is as before.
 
     Example:
         >>> spt_jax.save_adapter(model, "adapter", base_model="minilm")  # doctest: +SKIP
     """
+    check_model("save_adapter", model)
     out = Path(out_dir)
     check_replaceable(out, overwrite=overwrite)
     adapted = peft.adapted_modules(model)
@@ -99,14 +102,15 @@ def load_adapter[Model: Encoder | Decoder](
 
     Raises:
         ValueError: the adapter is not found or incomplete, does not fit the model, or is of a kind
-            that is not supported (such as DoRA); or the model is adapted already. The model is
-            then unchanged.
+            that is not supported (such as DoRA); or the model is of no known family, or adapted
+            already. The model is then unchanged.
         ConnectionError: the Hub cannot be reached.
 
     Example:
         >>> model = spt_jax.load_pretrained("minilm")  # doctest: +SKIP
         >>> model = spt_jax.load_adapter(model, "adapter")  # doctest: +SKIP
     """
+    check_model("load_adapter", model)
     if any(isinstance(m, LoRA | SparseAttention | RoutedFFN) for _, m in nnx.iter_modules(model)):
         raise ValueError("the model is adapted already; load it again to load another adapter")
     directory = find_files(

@@ -24,6 +24,15 @@ def classifier(model: Encoder | Decoder) -> Linear | None:
     return None if model.head is None else model.head.out
 
 
+def check_model(op: str, model: object) -> None:
+    """Raises a ValueError unless a model is of a family whose files are known."""
+    if not isinstance(model, Encoder | Decoder):
+        raise ValueError(
+            f"{op} takes a model of load_pretrained, whose modules transformers and PEFT know by "
+            f"name, and got {type(model).__name__}; keep a model of your own as nnx.state(model)"
+        )
+
+
 def task_of(model: Encoder | Decoder) -> Task:
     """The task as `load_pretrained` names it."""
     if classifier(model) is not None:

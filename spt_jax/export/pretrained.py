@@ -16,6 +16,7 @@ from flax.typing import Dtype
 
 from spt_jax.export.dense import (
     Units,
+    check_model,
     classifier,
     factor_matrices,
     original_units,
@@ -102,13 +103,14 @@ def save_pretrained(
         overwrite: replace the whole of an earlier export in `out_dir`.
 
     Raises:
-        ValueError: `out_dir` holds files that must not be replaced, `tokenizer` has no tokenizer,
-            or an argument is wrong.
+        ValueError: the model is of no known family, `out_dir` holds files that must not be
+            replaced, `tokenizer` has no tokenizer, or an argument is wrong.
         OSError: the directory cannot be written; what was there is as before.
 
     Example:
         >>> spt_jax.save_pretrained(model, "merged", tokenizer="minilm")  # doctest: +SKIP
     """
+    check_model("save_pretrained", model)
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
     stored = None if dtype is None else checked_dtype("dtype", dtype)

@@ -22,9 +22,17 @@ from pallas_kernels import (
     sparse_attention,
     sparse_decode,
 )
+from pallas_kernels.arguments import at_least_one, checked, match
+from pallas_kernels.pq.api import check_codebooks
 from spt_jax import sharding
 from spt_jax.config import Form, SparseAttentionConfig
-from spt_jax.layers.dense import DenseImplementation, dense_attention, dense_decode
+from spt_jax.layers.dense import (
+    DenseImplementation,
+    check_heads,
+    check_window,
+    dense_attention,
+    dense_decode,
+)
 from spt_jax.layers.linear import Linear, split_key
 from spt_jax.layers.quantizer import codebook_loss
 from spt_jax.layers.recording import record
@@ -33,7 +41,10 @@ from spt_jax.layers.rotary import rotate
 from spt_jax.layers.variables import CalibrationStat, CodebookParam
 
 AuxLosses = dict[str, Float[Array, ""]]
-RotaryAngles = tuple[Float[Array, "B S h"], Float[Array, "B S h"]]  # cosine, sine
+"""Auxiliary losses by name, each times its weight and summed over valid tokens."""
+
+RotaryAngles = tuple[Float[Array, "B S h"], Float[Array, "B S h"]]
+"""Cosine and sine of each position's angles, h = H / 2."""
 
 
 class KeyCodes(NamedTuple):
@@ -71,7 +82,7 @@ class SparseAttention(nnx.Module):
     not see a shift common to all keys, so no codeword should be spent on it.
 
     Args:
-        query_codebooks: `[K, M, E, C]`; None shares the key codebooks, as `match_count` needs.
+        query_codebooks: `[K, M, E, C]`; None with `match_count`, which shares the key codebooks.
             Codebooks train where they have a loss, and are constants otherwise.
         key_codebooks: `[K, M, E, C]`.
         key_center: `[K, H]`, subtracted from keys before encoding.
@@ -82,8 +93,12 @@ class SparseAttention(nnx.Module):
         strict: whether no token may have an influence on what an earlier one attends to; at first
             `config.strict`. It matters for causal attention by tile.
         form: whether only selected keys are attended to ("sparse") or all of them ("dense").
+
+    Raises:
+        ValueError: codebooks and center do not fit each other, or the configuration.
     """
 
+    @checked(E="config.num_codewords", C="config.codeword_width")
     def __init__(
         self,
         query_codebooks: Float[Array, "K M E C"] | None,
@@ -93,6 +108,12 @@ class SparseAttention(nnx.Module):
         config: SparseAttentionConfig,
         causal: bool,
     ) -> None:
+        check_codebooks("SparseAttention", key_codebooks, *key_center.shape)
+        if (query_codebooks is None) != (config.rule == "match_count"):
+            raise ValueError(
+                "SparseAttention: query_codebooks must be None with the rule match_count, and "
+                f"given with inner_product; the rule is {config.rule}"
+            )
         kind = CodebookParam if config.codebook_loss_weight > 0 else CalibrationStat
         self.query_codebooks = nnx.data(None if query_codebooks is None else kind(query_codebooks))
         self.key_codebooks = kind(key_codebooks)
@@ -108,6 +129,7 @@ class SparseAttention(nnx.Module):
             return "dense"
         return self.config.granularity_at(length, strict=self.strict and self.causal)
 
+    @checked()
     def __call__(
         self,
         q: Float[Array, "B S N H"],
@@ -123,6 +145,9 @@ class SparseAttention(nnx.Module):
         Density and granularity are those of a sequence of `capacity` positions, by default S. Under
         a mesh, each device attends from its sequences and heads, and samples its own tokens for
         the codebook loss.
+
+        Raises:
+            ValueError: shapes or types do not fit together.
         """
         capacity, arrays = capacity or q.shape[1], (q, k, v, key_mask, segment_ids)
         if sharding.current() is None:
@@ -300,6 +325,10 @@ class Attention(nnx.Module):
     Attributes:
         sparse: selects keys; None for attention to all.
         dense_implementation: of attention to all keys, as `dense_attention` takes it.
+
+    Raises:
+        ValueError: heads do not divide the width or cannot be shared, a size is below 1, or there
+            is a window without causal attention.
     """
 
     def __init__(
@@ -318,18 +347,15 @@ class Attention(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
+        at_least_one("Attention", width=width, num_heads=num_heads)
         self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads or num_heads
-        if num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"{num_heads} query heads cannot be shared evenly by {self.num_kv_heads} "
-                "key/value heads"
-            )
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_heads(num_heads, self.num_kv_heads)
         if head_width is None and width % num_heads:
             raise ValueError(f"width {width} does not split into {num_heads} heads")
-        self.head_width = head_width or width // num_heads
-        if window is not None and not causal:
-            raise ValueError(f"a window of {window} keys needs causal attention")
+        self.head_width = width // num_heads if head_width is None else head_width
+        at_least_one("Attention", head_width=self.head_width)
+        check_window(window, causal=causal)
         self.causal = causal
         self.window = window
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -351,6 +377,7 @@ class Attention(nnx.Module):
         self.sparse: SparseAttention | None = nnx.data(None)
         self.dense_implementation: DenseImplementation | None = None
 
+    @checked(D="self.q_proj.in_features")
     def __call__(
         self,
         x: Float[Array, "B S D"],
@@ -373,6 +400,7 @@ class Attention(nnx.Module):
             The output, and auxiliary losses summed over valid tokens.
 
         Raises:
+            ValueError: shapes or types do not fit together.
             NotImplementedError: sparse attention is to reach past the window.
         """
         keys = split_key(dropout_key, 4)
@@ -384,6 +412,7 @@ class Attention(nnx.Module):
         y = self.o_proj(out.reshape(*x.shape[:2], -1), dropout_key=keys[3])
         return sharding.constrain(y, sharding.BATCH), aux
 
+    @checked(D="self.q_proj.in_features")
     def prefill(
         self,
         x: Float[Array, "B P D"],
@@ -405,8 +434,13 @@ class Attention(nnx.Module):
             The output, and the cache with the prompts at its start.
 
         Raises:
+            ValueError: shapes or types do not fit together, or the prompts exceed the capacity.
             NotImplementedError: sparse attention is to reach past the window.
         """
+        if capacity < x.shape[1]:
+            raise ValueError(
+                f"Attention.prefill: prompts of {x.shape[1]} tokens do not fit capacity={capacity}"
+            )
         q, k, v = self._project(x, rotary, [None] * 4)
         out, _ = self._attend(q, k, v, capacity, key_mask=key_mask)
         room = capacity - x.shape[1]
@@ -423,6 +457,7 @@ class Attention(nnx.Module):
         out = self.o_proj(out.reshape(*x.shape[:2], -1))
         return out, KeyValueCache(cached(k), cached(v), codes)
 
+    @checked(D="self.q_proj.in_features")
     def decode(
         self,
         x: Float[Array, "B 1 D"],
@@ -443,7 +478,13 @@ class Attention(nnx.Module):
 
         Returns:
             The output, and the cache with the token in it.
+
+        Raises:
+            ValueError: shapes or types do not fit together.
         """
+        kind, sizes = Float[Array, "B K S H"], {"K": self.num_kv_heads, "H": self.head_width}
+        buffers = {"cache.keys": (cache.keys, kind), "cache.values": (cache.values, kind)}
+        match("Attention.decode", buffers, B=len(x), S=key_mask.shape[1], **sizes)
         q, k, v = self._project(x, rotary, [None] * 4)
 
         def put(buffer: jax.Array, token: jax.Array, axis: int) -> jax.Array:

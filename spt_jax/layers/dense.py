@@ -18,9 +18,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pallas_kernels import devices, dispatch
+from pallas_kernels.arguments import checked
 from spt_jax import sharding
 
 DenseImplementation = Literal["xla", "cudnn"]
+"""How `dense_attention` is computed."""
 
 #: Longest sequences whose logits are formed at once, which takes no longer there.
 _WHOLE_LENGTH = 192
@@ -31,6 +33,7 @@ _STEP_ELEMENTS = 2**25
 _LEAST = -1e30  # below every logit, and finite, so that differences are
 
 
+@checked()
 def dense_attention(
     q: Float[Array, "B S N H"],
     k: Float[Array, "B S K H"],
@@ -60,11 +63,16 @@ def dense_attention(
             can run, else "xla".
 
     Raises:
-        ValueError: there is no such implementation, or a window without causal attention.
+        ValueError: shapes or types do not fit together, there is no such implementation, or a
+            window without causal attention.
         NotImplementedError: the implementation cannot run.
     """
-    if window is not None and not causal:
-        raise ValueError(f"a window of {window} keys needs causal attention")
+    check_heads(q.shape[2], k.shape[2])
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"dense_attention: q is {q.dtype}, k {k.dtype} and v {v.dtype}; cast them to one type"
+        )
+    check_window(window, causal=causal)
     masked = key_mask is not None or segment_ids is not None
     run = partial(
         dispatch.call, "dense_attention", _resolve(implementation, q, masked=masked),
@@ -81,6 +89,7 @@ def dense_attention(
     return sharding.locally(attend, specs, heads)(q, k, v, key_mask, segment_ids)
 
 
+@checked()
 def dense_decode(
     q: Float[Array, "B N H"],
     k: Float[Array, "B K S H"],
@@ -89,6 +98,7 @@ def dense_decode(
 ) -> Float[Array, "B N H"]:
     """Softmax attention of one query a sequence, which has a valid key, over a cache."""
     batch, kv_heads, _, width = k.shape
+    check_heads(q.shape[1], kv_heads)
     queries = q.reshape(batch, kv_heads, -1, width)
     logits = jnp.einsum("bkrh,bksh->bkrs", queries, k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(jnp.where(key_mask[:, None, None], width**-0.5 * logits, -jnp.inf))
@@ -96,6 +106,24 @@ def dense_decode(
         "bkrs,bksh->bkrh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
     )
     return out.reshape(q.shape).astype(q.dtype)
+
+
+def check_heads(num_heads: int, num_kv_heads: int) -> None:
+    """Raises a ValueError unless key heads serve equal numbers of query heads."""
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"{num_heads} query heads cannot be shared evenly by {num_kv_heads} key/value heads"
+        )
+
+
+def check_window(window: int | None, *, causal: bool) -> None:
+    """Raises a ValueError unless a window holds a key, and attention is causal."""
+    if window is None:
+        return
+    if window < 1:
+        raise ValueError(f"a window must hold at least 1 key, got {window}")
+    if not causal:
+        raise ValueError(f"a window of {window} keys needs causal attention")
 
 
 def why_not_cudnn(q: jax.Array | jax.ShapeDtypeStruct, *, masked: bool) -> str | None:

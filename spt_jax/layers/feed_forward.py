@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.typing import Dtype
 from jax.sharding import PartitionSpec as P
@@ -21,6 +22,7 @@ from pallas_kernels import (
     routed_ffn,
     routed_ffn_decode,
 )
+from pallas_kernels.arguments import checked
 from spt_jax import sharding
 from spt_jax.config import Form, RoutedFFNConfig
 from spt_jax.layers.attention import AuxLosses
@@ -29,6 +31,7 @@ from spt_jax.layers.lora import dense_dot, lora_dot
 from spt_jax.layers.recording import record
 from spt_jax.layers.rematerialization import choice, recomputed
 from spt_jax.layers.variables import CalibrationStat, RouterParam
+from spt_jax.processes import to_host
 
 
 class FeedForward(nnx.Module):
@@ -43,6 +46,9 @@ class FeedForward(nnx.Module):
         dtype: compute dtype.
         param_dtype: dtype of the weights.
         rngs: source of the initial values.
+
+    Raises:
+        ValueError: there is no such activation, or a size is below 1.
     """
 
     def __init__(
@@ -57,6 +63,7 @@ class FeedForward(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
+        activation_function(activation)  # which refuses unknown ones
         options: dict[str, Any] = {
             "use_bias": use_bias,
             "dtype": dtype,
@@ -70,10 +77,12 @@ class FeedForward(nnx.Module):
         self.down = Linear(hidden, width, cut="inputs", **options)
         self.activation: Activation = activation
 
+    @checked(D="self.up.in_features")
     def hidden(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
         """Hidden units' outputs, before the down projection."""
         return self._activated(*self._sums(x, None))
 
+    @checked(D="self.up.in_features")
     def __call__(
         self,
         x: Float[Array, "B S D"],
@@ -95,6 +104,7 @@ class FeedForward(nnx.Module):
         y = recomputed(output, *self._sums(x, keys[0]))
         return sharding.constrain(y, sharding.BATCH), {}
 
+    @checked(D="self.up.in_features")
     def decode(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Apply the FFN to the few tokens of a decoding step."""
         return self.down(self.hidden(x))
@@ -138,9 +148,11 @@ class RoutedFFN(nnx.Module):
             hidden units, whatever the router says ("dense").
 
     Raises:
-        ValueError: the hidden units do not split into blocks, or the factors are of another rank.
+        ValueError: the hidden units do not split into blocks, shapes do not fit the FFN and the
+            configuration, or the permutation is none.
     """
 
+    @checked(F="dense.up.out_features", D="dense.up.in_features", G="config.num_blocks")
     def __init__(
         self,
         dense: FeedForward,
@@ -162,6 +174,7 @@ class RoutedFFN(nnx.Module):
             if found != rank:
                 raise ValueError(f"{name} has rank {found}, and the configuration asks for {rank}")
         order = jnp.asarray(permutation)
+        check_permutation("RoutedFFN: permutation", order)
         self.up, self.gate, self.down = dense.up, nnx.data(dense.gate), dense.down
         self.permutation = CalibrationStat(order)
         units = order.reshape(blocks, -1)
@@ -185,12 +198,14 @@ class RoutedFFN(nnx.Module):
         self.config = config
         self.form: Form = "sparse"
 
+    @checked(D="self.up.in_features")
     def probabilities(self, x: Float[Array, "T D"]) -> Float[Array, "T G"]:
         """The router's `p`, in float32."""
         kernel = self.router_kernel[...]
         logits = jnp.dot(x.astype(jnp.float32), kernel, precision="highest")
         return jax.nn.sigmoid(logits + self.router_bias[...])
 
+    @checked(D="self.up.in_features")
     def __call__(
         self,
         x: Float[Array, "B S D"],
@@ -218,6 +233,7 @@ class RoutedFFN(nnx.Module):
             )
         return sharding.constrain(y.reshape(x.shape), sharding.BATCH), aux
 
+    @checked(D="self.up.in_features")
     def decode(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Apply the active blocks to the few tokens of a decoding step; reads only their weights.
 
@@ -266,6 +282,7 @@ class RoutedFFN(nnx.Module):
             hidden = act(gate) * hidden
         return apply(hidden, weights.w_out, weights.b_out, lora.a_out, lora.b_out)
 
+    @checked(D="self.up.in_features")
     def route(
         self, rows: Float[Array, "T D"]
     ) -> tuple[Float[Array, "T G"], Int[Array, "T A"], Float[Array, "T A"]]:
@@ -280,6 +297,7 @@ class RoutedFFN(nnx.Module):
         top, index = sharding.locally(choose, (tokens,), (tokens, tokens))(probabilities)
         return probabilities, index.astype(jnp.int32), (2 * top).astype(rows.dtype)
 
+    @checked(D="self.up.in_features")
     def absent_outputs(self, x: Float[Array, "T D"]) -> Float[Array, "T G D"]:
         """What each block adds to a token's output where it is left out, in float32."""
         constants = self.absent_output[...]
@@ -369,6 +387,16 @@ class RoutedFFN(nnx.Module):
         (a_in, b_in), (a_gate, b_gate), (a_out, b_out) = pairs
         return RoutedFFNLoRA(
             a_in=a_in, b_in=b_in, a_gate=a_gate, b_gate=b_gate, a_out=a_out, b_out=b_out
+        )
+
+
+def check_permutation(name: str, order: Int[Array, "F"]) -> None:
+    """Raises a ValueError unless concrete integers are 0 to F - 1, each once."""
+    if isinstance(order, jax.core.Tracer):
+        return
+    if (missing := np.setdiff1d(np.arange(len(order)), to_host(order))).size:
+        raise ValueError(
+            f"{name} must hold each of 0 to {len(order) - 1} once, and lacks {missing[0]}"
         )
 
 

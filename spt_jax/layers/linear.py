@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
+from pallas_kernels.arguments import at_least_one, checked
 from spt_jax import sharding
 from spt_jax.layers.lora import LoRA, LoRAForm, dense_dot, lora_dot
 
@@ -40,6 +41,7 @@ class Linear(nnx.Module):
         cut: Literal["outputs", "inputs"] | None = None,
         rngs: nnx.Rngs,
     ) -> None:
+        at_least_one("Linear", in_features=in_features, out_features=out_features)
         kernel = nnx.initializers.normal(0.02)(
             rngs.params(), (in_features, out_features), param_dtype
         )
@@ -54,6 +56,7 @@ class Linear(nnx.Module):
         self.lora_form: LoRAForm | None = None
         self.dtype = dtype
 
+    @checked(**{"in": "self.in_features"})
     def __call__(
         self, x: Float[Array, "... in"], *, dropout_key: jax.Array | None = None
     ) -> Float[Array, "... out"]:
@@ -87,6 +90,7 @@ class Embedding(nnx.Module):
         param_dtype: Dtype = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
+        at_least_one("Embedding", num_embeddings=num_embeddings, width=width)
         table = nnx.initializers.normal(0.02)(rngs.params(), (num_embeddings, width), param_dtype)
         self.embedding = nnx.Param(table)
         self.lora: LoRA | None = nnx.data(None)
@@ -102,8 +106,9 @@ class Embedding(nnx.Module):
         """Width of a row."""
         return self.embedding.shape[1]
 
+    @checked()
     def __call__(
-        self, ids: Int[Array, "..."], *, dropout_key: jax.Array | None = None
+        self, ids: Integer[Array, "..."], *, dropout_key: jax.Array | None = None
     ) -> Float[Array, "... D"]:
         """Look up `ids`; they must lie in 0..num_embeddings - 1, though others read a row too."""
         rows = sharding.gathered(self.embedding[...])[ids].astype(self.dtype)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pallas_kernels.arguments import checked
 from spt_jax.config import LoRAConfig
 from spt_jax.layers.variables import LoRAParam
 
@@ -59,6 +60,7 @@ def cheaper_form(tokens: int, in_features: int, out_features: int) -> LoRAForm:
     return "merged" if merged < tokens * (in_features + out_features) else "factored"
 
 
+@checked()
 def lora_dot(
     x: Float[Array, "... in"],
     w: Float[Array, "in out"],
@@ -83,6 +85,9 @@ def lora_dot(
 
     Returns:
         The product, `[..., out]`.
+
+    Raises:
+        ValueError: shapes or types do not fit together.
     """
     rows = x.reshape(-1, x.shape[-1])
     if form is None:
@@ -94,6 +99,7 @@ def lora_dot(
 _dot = partial(jnp.dot, preferred_element_type=jnp.float32)
 
 
+@checked()
 def dense_dot(x: Float[Array, "... in"], w: Float[Array, "in out"]) -> Float[Array, "... out"]:
     """`x w` of two arrays of one type, accumulated in float32 and returned in that type.
 

@@ -8,7 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt8
 
+from pallas_kernels.arguments import checked
+from pallas_kernels.pq.api import check_codebooks
 
+
+@checked()
 def evenly_spaced(x: Float[Array, "n K H"], *, num_codewords: int) -> Float[Array, "K H E 1"]:
     """Codebooks of width 1: for each dimension codewords from its least value to its largest.
 
@@ -29,6 +33,7 @@ def evenly_spaced(x: Float[Array, "n K H"], *, num_codewords: int) -> Float[Arra
     return (least + (largest - least) * share)[..., None]
 
 
+@checked()
 @partial(jax.jit, static_argnames=("num_codewords", "codeword_width", "steps"))
 def kmeans(
     x: Float[Array, "n K H"],
@@ -109,6 +114,7 @@ def _squared_distances(
     return jnp.maximum(norms - 2 * products, 0)
 
 
+@checked()
 def codebook_loss(
     x: Float[Array, "B S N H"],
     codebooks: Float[Array, "K M E C"],
@@ -130,11 +136,15 @@ def codebook_loss(
     Returns:
       The sum over valid tokens.
 
+    Raises:
+      ValueError: Shapes or types do not fit together.
+
     References:
       Gui et al., "SPT: Fine-Tuning Transformer-based Language Models Efficiently with
       Sparsification", arXiv 2312.10365, section 4.
     """
     batch, length, heads, width = x.shape
+    check_codebooks("codebook_loss", codebooks, heads, width)
     kv_heads, spaces, _, codeword_width = codebooks.shape
     vectors = jax.lax.stop_gradient(x).astype(jnp.float32)
     vectors = vectors.reshape(batch, length, heads, spaces, codeword_width)

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.arguments import checked
+
 RotaryKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
 
@@ -44,6 +46,7 @@ class RotaryConfig:
     truncate: bool = True
 
 
+@checked()
 def rotary_angles(
     positions: Int[Array, "B S"], head_width: int, config: RotaryConfig
 ) -> tuple[Float[Array, "B S h"], Float[Array, "B S h"]]:
@@ -53,7 +56,12 @@ def rotary_angles(
         positions: of the tokens. With the dynamic kind the highest of them sets the base.
         head_width: H, even.
         config: frequencies.
+
+    Raises:
+        ValueError: shapes or types do not fit together, or H is odd.
     """
+    if head_width < 2 or head_width % 2:
+        raise ValueError(f"rotary_angles: head_width must be even, got {head_width}")
     if config.kind == "dynamic":
         frequencies = _dynamic_frequencies(positions, head_width, config)
     else:
@@ -65,15 +73,23 @@ def rotary_angles(
     )
 
 
+@checked()
 def rotate(
     x: Float[Array, "B S N H"], cos: Float[Array, "B S h"], sin: Float[Array, "B S h"]
 ) -> Float[Array, "B S N H"]:
     """Rotate the pairs `(x_i, x_{i + H/2})` of each head, in float32.
 
+    Raises:
+        ValueError: shapes or types do not fit together.
+
     References:
         Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", arXiv
         2104.09864, with the pairs of Hugging Face's checkpoints.
     """
+    if x.shape[-1] != 2 * cos.shape[-1]:
+        raise ValueError(
+            f"rotate: x has heads of width {x.shape[-1]}; the angles serve {2 * cos.shape[-1]}"
+        )
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     turned = [first * cos - second * sin, second * cos + first * sin]

@@ -23,5 +23,5 @@ class CalibrationStat(nnx.Variable):
     """A constant measured on the calibration batch; saved with the adapter, never trained."""
 
 
-#: Filter for everything that an adapted model trains.
 ADAPTER = nnx.Any(LoRAParam, RouterParam, CodebookParam, HeadParam)
+"""Filter for everything that an adapted model trains, as `nnx.split` and `nnx.state` take it."""

@@ -29,8 +29,8 @@ class Outcome(NamedTuple):
     outputs: jax.Array | None
 
 
-#: From a model, a batch and a dropout key, None for no dropout.
 Objective = Callable[[Any, Batch, jax.Array | None], Outcome]
+"""What a model is trained for, from it, a batch and a dropout key, None for no dropout."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from spt_jax.layers import (
     Attention,
     CalibrationStat,
     CodebookParam,
+    Embedding,
+    FeedForward,
     HeadParam,
     LoRAParam,
     RoutedFFN,
@@ -28,7 +30,7 @@ from spt_jax.layers import (
     SparseAttention,
 )
 from tests.spt_jax.models.builders import GOLDEN
-from tests.spt_jax.toy import HEADS, HIDDEN, WIDTH, ToyModel, toy_batch
+from tests.spt_jax.toy import HEADS, HIDDEN, VOCABULARY, WIDTH, ToyModel, toy_batch
 
 SPARSE = SparseAttentionConfig(min_keys=8, num_codewords=8, granularity="token")
 
@@ -349,6 +351,62 @@ def test_mistakes_are_named_and_leave_the_model_alone():
         spt_jax.adapt(model, SPTConfig(), calibration_batch=batch)
     with pytest.raises(ValueError, match="Linear has neither Attention nor FeedForward"):
         spt_jax.adapt(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), SPTConfig(), calibration_batch=batch)
+
+
+class Custom(nnx.Module):
+    """A model of one's own, whose call of its layer is given."""
+
+    def __init__(self, make, call):
+        self.embedding = Embedding(VOCABULARY, WIDTH, rngs=nnx.Rngs(1))
+        self.layer = make(nnx.Rngs(0))
+        self.call = call
+
+    def __call__(self, input_ids, attention_mask=None):
+        return self.call(self.layer, self.embedding(input_ids))
+
+
+def ffn(rngs):
+    return FeedForward(WIDTH, HIDDEN, rngs=rngs)
+
+
+FFN_ALONE = SPTConfig(lora=None, attention=None)
+
+
+@pytest.mark.parametrize("config", [SPTConfig(), SPTConfig(attention=None, ffn=None)])
+def test_stacked_layers_are_refused_by_name(config):
+    stack = nnx.split_rngs(splits=3)(nnx.vmap(ffn, in_axes=(0,), out_axes=0))
+    scan = nnx.scan(lambda x, layer: layer(x)[0], in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    model = Custom(stack, lambda layer, x: scan(x, layer))
+    assert model(**toy_batch()).shape == (6, 48, WIDTH)
+    message = r"^layer is several layers, stacked by nnx.vmap or nnx.scan \(.*\[3, 32, 64\]\)"
+    with pytest.raises(ValueError, match=message):
+        spt_jax.adapt(model, config, calibration_batch=toy_batch())
+
+
+@pytest.mark.parametrize(
+    "call", [lambda layer, x: nnx.remat(lambda m, x: m(x)[0])(layer, x), lambda layer, x: x]
+)
+def test_layers_that_are_not_called_themselves_are_refused_by_name(call):
+    with pytest.raises(ValueError, match=r"^layer read nothing of the calibration batch"):
+        spt_jax.adapt(Custom(ffn, call), FFN_ALONE, calibration_batch=toy_batch())
+
+
+def test_an_ffn_that_two_places_share_is_replaced_in_both():
+    model = Custom(ffn, lambda layer, x: layer(x)[0])
+    model.again = nnx.List([model.layer])
+    spt_jax.adapt(model, FFN_ALONE, calibration_batch=toy_batch())
+    assert isinstance(model.layer, RoutedFFN)
+    assert model.again[0] is model.layer
+
+
+def test_a_model_that_is_a_layer_itself_is_refused():
+    class Alone(FeedForward):
+        def __call__(self, input_ids, attention_mask=None):
+            return super().__call__(jax.nn.one_hot(input_ids, WIDTH))
+
+    alone = Alone(WIDTH, HIDDEN, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="the model is a FeedForward itself; give the module that"):
+        spt_jax.adapt(alone, FFN_ALONE, calibration_batch=toy_batch())
 
 
 def test_heads_that_share_lists():

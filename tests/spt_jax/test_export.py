@@ -27,6 +27,7 @@ from spt_jax.layers import (
     SparseAttention,
 )
 from spt_jax.models.slots import module_at, tensor_slots
+from tests.spt_jax.toy import ToyModel
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ADAPTERS = GOLDEN / "adapters"
@@ -797,3 +798,16 @@ def test_directories_that_are_not_replaced(tmp_path, sparse_adapter):
         empty.mkdir(parents=True)
         save(empty)
         shutil.rmtree(tmp_path / "deep")
+
+
+@pytest.mark.usefixtures("unhooked")
+@pytest.mark.parametrize("function", [spt_jax.save_adapter, spt_jax.save_pretrained])
+def test_a_model_of_one_s_own_is_refused_by_name(function, tmp_path):
+    lora = SPTConfig(attention=None, ffn=None)
+    model = spt_jax.adapt(ToyModel(rngs=nnx.Rngs(0)), lora)
+    message = "takes a model of load_pretrained.*, and got ToyModel; keep a model of your own as"
+    with pytest.raises(ValueError, match=f"^{function.__name__} {message}"):
+        function(model, tmp_path / "out")
+    with pytest.raises(ValueError, match=f"^load_adapter {message}"):
+        spt_jax.load_adapter(ToyModel(rngs=nnx.Rngs(0)), ADAPTERS)
+    assert not (tmp_path / "out").exists()

@@ -119,7 +119,9 @@ def spt_model(dtype=jnp.float32):
         normal(2, 2, 8, 4),
         normal(2, 2, 8, 4),
         normal(2, 8) / 4,
-        config=spt_jax.SparseAttentionConfig(min_keys=16, granularity="token"),
+        config=spt_jax.SparseAttentionConfig(
+            min_keys=16, granularity="token", num_codewords=8, codeword_width=4
+        ),
         causal=True,
     )
     layer.ffn = RoutedFFN(

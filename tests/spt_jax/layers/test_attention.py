@@ -9,7 +9,14 @@ from flax import nnx
 from pallas_kernels import kept_keys
 from spt_jax.calibration import fit_sparse_attention
 from spt_jax.config import SparseAttentionConfig
-from spt_jax.layers import Attention, dense_attention
+from spt_jax.layers import (
+    Attention,
+    RotaryConfig,
+    SparseAttention,
+    dense_attention,
+    rotary_angles,
+    rotate,
+)
 from spt_jax.layers.attention import _sampled_codebook_loss
 from spt_jax.layers.quantizer import codebook_loss
 
@@ -134,3 +141,78 @@ def test_the_rule_for_a_length():
         chosen = dataclasses.replace(config, granularity=granularity)
         assert chosen.granularity_at(512) == granularity
         assert chosen.granularity_at(chosen.min_keys) == "dense"
+
+
+def test_inputs_that_do_not_fit_are_named():
+    layer = Attention(32, N, num_kv_heads=K, causal=True, rngs=nnx.Rngs(0))
+    x, mask = jnp.zeros((B, S, 32)), jnp.ones((B, S), bool)
+    for arguments, message in [
+        ({"x": x[..., 1:]}, r"Attention: x is float32\[2, 40, 31\]; expected .* = \[B, S, 32\]"),
+        ({"x": x[0]}, r"Attention: x is float32\[40, 32\]; expected float \[B, S, D\]"),
+        ({"x": x, "key_mask": mask[:1]}, r"Attention: key_mask is bool\[1, 40\].* = \[2, 40\]"),
+        ({"x": x, "key_mask": mask * 1}, r"Attention: key_mask is int32\[2, 40\]; expected bool"),
+        ({"x": x, "segment_ids": mask}, r"Attention: segment_ids is bool\[2, 40\]; expected int"),
+    ]:
+        with pytest.raises(ValueError, match=f"^{message}"):
+            layer(**arguments)
+    with pytest.raises(ValueError, match="prompts of 40 tokens do not fit capacity=39"):
+        layer.prefill(x, capacity=39, key_mask=mask)
+    _, cache = layer.prefill(x, capacity=S, key_mask=mask)
+    with pytest.raises(ValueError, match=r"cache.keys is .*\[2, 2, 40, 8\].* = \[1, 2, 40, 8\]"):
+        layer.decode(x[:1, :1], cache, index=jnp.array(3), key_mask=mask[:1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
+        ({"num_kv_heads": 0}, "4 query heads cannot be shared evenly by 0"),
+        ({"head_width": 0}, "head_width must be at least 1, got 0"),
+        ({"causal": True, "window": 0}, "a window must hold at least 1 key, got 0"),
+        ({"window": 4}, "a window of 4 keys needs causal attention"),
+    ],
+)
+def test_sizes_that_make_no_layer_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Attention(**{"width": 32, "num_heads": 4} | options, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"query_codebooks": jnp.zeros((K, 8, 16, 1))[:1]},
+            r"key_codebooks is .*= \[1, 8, 16, 1\]",
+        ),
+        ({"key_center": jnp.zeros((K, 7))}, "8 subspaces of width 1 do not cover the head width 7"),
+        ({"key_center": jnp.zeros((1, H))}, r"key_center is float32\[1, 8\].* = \[2, H\]"),
+        ({"query_codebooks": None}, "query_codebooks must be None with the rule match_count, and"),
+        (
+            {"config": SparseAttentionConfig(num_codewords=8)},
+            r"query_codebooks is .*= \[K, M, 8, 1\]",
+        ),
+        (
+            {"config": SparseAttentionConfig(codeword_width=2)},
+            r"query_codebooks is .*\[K, M, 16, 2\]",
+        ),
+        ({"config": SparseAttentionConfig(rule="match_count")}, "the rule is match_count"),
+    ],
+)
+def test_codebooks_that_do_not_fit_are_named(wrong, message):
+    arrays = {
+        "query_codebooks": jnp.zeros((K, H, 16, 1)),
+        "key_codebooks": jnp.zeros((K, H, 16, 1)),
+        "key_center": jnp.zeros((K, H)),
+        "config": SparseAttentionConfig(),
+    }
+    SparseAttention(**arrays, causal=True)
+    with pytest.raises(ValueError, match=f"^SparseAttention: .*{message}"):
+        SparseAttention(**arrays | wrong, causal=True)
+
+
+def test_angles_that_do_not_fit_are_named():
+    positions = jnp.zeros((B, S), int)
+    with pytest.raises(ValueError, match="head_width must be even, got 7"):
+        rotary_angles(positions, 7, RotaryConfig())
+    with pytest.raises(ValueError, match="heads of width 8; the angles serve 6"):
+        rotate(_inputs()[0], *rotary_angles(positions, 6, RotaryConfig()))

@@ -7,7 +7,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -278,15 +277,23 @@ def test_who_may_take_cudnn(hopper, monkeypatch):
     assert "8.0 or later" in why()
 
 
+@pytest.mark.usefixtures("unhooked")
 def test_a_named_implementation_is_that_one_or_an_error():
     q, k, v, _ = inputs(16, 2, 1)
     with pytest.raises(NotImplementedError, match="'cudnn' cannot run: it needs a GPU"):
         dense_attention(q, k, v, implementation="cudnn")
     with pytest.raises(ValueError, match="a window of 4 keys needs causal attention"):
         dense_attention(q, k, v, window=4)
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        with pytest.raises(ValueError, match="unknown implementation 'triton'; choose one of xla"):
-            dense_attention(q, k, v, implementation="triton")
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+    with pytest.raises(ValueError, match="unknown implementation 'triton'; choose one of xla"):
+        dense_attention(q, k, v, implementation="triton")
+
+
+@pytest.mark.parametrize("length", [16, 256])
+def test_wrong_arguments_are_named(length):
+    q, k, v, _ = inputs(length, 4, 2)
+    with pytest.raises(ValueError, match=r"q is float32, k float32 and v bfloat16; cast them"):
+        dense_attention(q, k, v.astype(jnp.bfloat16))
+    with pytest.raises(ValueError, match="3 query heads cannot be shared evenly by 2"):
+        dense_attention(q[:, :, :3], k, v)
+    with pytest.raises(ValueError, match="a window must hold at least 1 key, got 0"):
+        dense_attention(q, k, v, causal=True, window=0)

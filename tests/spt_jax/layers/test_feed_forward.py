@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from spt_jax.config import LoRAConfig, RoutedFFNConfig
-from spt_jax.layers import FeedForward, LoRA, RoutedFFN, RouterParam
+from spt_jax.layers import Embedding, FeedForward, Linear, LoRA, RoutedFFN, RouterParam
 from spt_jax.layers.feed_forward import _load_balance_loss
 
 D, F, G = 16, 48, 4
@@ -90,6 +90,80 @@ def test_factors_of_another_rank_are_refused(ranks):
             absent_b=None if b is None else jnp.zeros((G, b, D)),
             config=RoutedFFNConfig(num_blocks=G, absent_rank=3),
         )
+
+
+ROUTING = {
+    "permutation": jnp.arange(F),
+    "router_kernel": jnp.zeros((D, G)),
+    "router_bias": jnp.zeros(G),
+    "absent_output": jnp.zeros((G, D)),
+}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"router_kernel": jnp.zeros((D, 7))}, r"router_kernel is float32\[16, 7\].*= \[16, 4\]"),
+        ({"router_kernel": jnp.zeros((D + 1, G))}, r"router_kernel is float32\[17, 4\]"),
+        ({"router_bias": jnp.zeros(7)}, r"router_bias is float32\[7\].*= \[4\]"),
+        ({"absent_output": jnp.zeros((G, 1))}, r"absent_output is float32\[4, 1\].*= \[4, 16\]"),
+        ({"permutation": jnp.arange(F - 4)}, r"permutation is int32\[44\].*= \[48\]"),
+        ({"permutation": jnp.ones(F)}, r"permutation is float32\[48\]; expected int"),
+        ({"permutation": jnp.arange(F).at[5].set(4)}, "each of 0 to 47 once, and lacks 5"),
+        ({"permutation": jnp.arange(F) + 1}, "each of 0 to 47 once, and lacks 0"),
+    ],
+)
+def test_routing_that_does_not_fit_is_named(wrong, message):
+    def make(arrays):
+        ffn = FeedForward(D, F, rngs=nnx.Rngs(0))
+        config = RoutedFFNConfig(num_blocks=G, absent_rank=0)
+        return nnx.state(RoutedFFN(ffn, **arrays, config=config))
+
+    with pytest.raises(ValueError, match=f"^RoutedFFN: .*{message}"):
+        make(ROUTING | wrong)
+    jax.eval_shape(make, ROUTING)  # values are not looked at where there are none
+
+
+@pytest.mark.parametrize("name", ["dense", "routed"])
+def test_inputs_that_do_not_fit_are_named(name):
+    ffn = FeedForward(D, F, rngs=nnx.Rngs(0))
+    layer = ffn if name == "dense" else _routed()[1]
+    x, mask = jnp.zeros((2, 3, D)), jnp.ones((2, 3), bool)
+    op = type(layer).__name__
+    for arguments, message in [
+        ({"x": x[..., 1:]}, rf"^{op}: x is float32\[2, 3, 15\]; expected float .*= \[B, S, 16\]"),
+        ({"x": x[0]}, rf"^{op}: x is float32\[3, 16\]; expected float \[B, S, D\]"),
+        ({"x": x, "mask": mask[:1]}, rf"^{op}: mask is bool\[1, 3\]; expected bool .*= \[2, 3\]"),
+        ({"x": x, "mask": mask * 1}, rf"^{op}: mask is int32\[2, 3\]; expected bool"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            layer(**arguments)
+    with pytest.raises(ValueError, match=rf"^{op}.decode: x is float32\[3, 16\]"):
+        layer.decode(x[0])
+
+
+def test_sizes_and_names_that_make_no_layer_are_named():
+    rngs = nnx.Rngs(0)
+    for make, message in [
+        (lambda: FeedForward(D, 0, rngs=rngs), "Linear: out_features must be at least 1, got 0"),
+        (lambda: Embedding(-1, D, rngs=rngs), "Embedding: num_embeddings must be at least 1, got"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make()
+    with pytest.raises(
+        ValueError, match=r"Linear: x is float32\[2, 3\]; expected float .*\[..., 4\]"
+    ):
+        Linear(4, 5, rngs=rngs)(jnp.ones((2, 3)))
+    table = Embedding(4, D, rngs=rngs)
+    with pytest.raises(ValueError, match=r"Embedding: ids is float32\[2\]; expected integer"):
+        table(jnp.ones(2))
+    assert table(jnp.ones(2, jnp.uint16)).shape == (2, D)
+
+
+@pytest.mark.usefixtures("unhooked")
+def test_unknown_activations_are_named():
+    with pytest.raises(ValueError, match="unknown activation 'tanh'; choose one of relu, gelu"):
+        FeedForward(D, F, activation="tanh", rngs=nnx.Rngs(0))
 
 
 def test_the_load_balance_loss_is_one_a_token_when_balanced():
