@@ -154,7 +154,10 @@ def test_sparse_decode_names_what_is_wrong():
         "num_keys": 3,
     }
     for changes, message in [
-        ({"q": q[:, -1, :5]}, "5 query heads are not a multiple of 2"),
+        (
+            {"q": q[:, -1, :5], "query_codes": codes[0][:, -1, :5]},
+            "5 query heads are not a multiple of 2",
+        ),
         ({"v": v}, "v is"),
         ({"key_codes": codes[1]}, "key_codes is"),
         ({"key_mask": mask[:, 1:]}, "key_mask is"),

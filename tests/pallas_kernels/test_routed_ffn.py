@@ -341,7 +341,10 @@ ERRORS = {
         r"block_index is int32\[5, 2\].* = \[6, A\]",
     ),
     "index type": (wrong(block_index=lambda i: i * 1.0), r"block_index is float32\[6, 2\]"),
-    "too many": (wrong(block_index=jnp.zeros((6, 5), int)), r"chooses 5 blocks.*1 to 4"),
+    "too many": (
+        wrong(block_index=jnp.zeros((6, 5), int), coefficients=jnp.ones((6, 5))),
+        r"chooses 5 blocks.*1 to 4",
+    ),
     "range": (wrong(block_index=lambda i: i % 2 * 2 + 2), r"from 2 to 4; expected 0 to 3"),
     "repeated": (wrong(block_index=lambda i: i * 0), r"token 0 chooses blocks \[0, 0\]"),
     "coefficients": (wrong(coefficients=lambda c: c[:, :1]), r"coefficients is float32\[6, 1\]"),
