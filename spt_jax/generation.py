@@ -83,7 +83,7 @@ def generate(
     Sparse attention selects keys as in one sequence as long as the cache: the longest prompt and
     `max_new_tokens`, rounded up. A token being generated has its own keys (the token rule),
     whatever the granularity. With dynamic rotary embeddings the longest row sets the base for all,
-    and keys stay rotated as they were.
+    and keys stay rotated as they were. What `generation_config.json` says of sampling is not read.
 
     Args:
         model: a causal language model, adapted or not; left as it is.

@@ -91,6 +91,10 @@ def read_config(source: Path) -> ModelConfig:
             config = parse_config(config_fields(gguf))
     else:
         path = source / "config.json"
+        if not path.is_file() and (source / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{source} holds an adapter; load its base model, and then spt_jax.load_adapter"
+            )
         if not path.is_file():
             raise ValueError(
                 f"{source} has no config.json; give the directory of a saved model, "

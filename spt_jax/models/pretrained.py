@@ -87,7 +87,8 @@ def load_pretrained(
 
     Tensors are read one at a time straight into `param_dtype` and `sharding`, so the weights are
     held once. Those of a GGUF file are dequantized on the way, by the package `gguf`
-    (`pip install 'spt-jax[gguf]'`).
+    (`pip install 'spt-jax[gguf]'`). Of `generation_config.json` the tokens that end a text are
+    read; a warning lists its other options, and an adapter that lies beside the weights.
 
     Args:
         source: a directory with `config.json` and `*.safetensors`; a GGUF file of LLaMA, Qwen2 or

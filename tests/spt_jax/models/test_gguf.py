@@ -238,7 +238,10 @@ def test_truncated_anywhere(size, tmp_path):
 
 
 def test_save_pretrained_takes_the_tokenizer_along(tmp_path):
-    changes = {"tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}"}
+    changes = {
+        "tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}",
+        "tokenizer.ggml.token_type": [1, 3, 3, *[1] * 94],  # BOS and EOS are control tokens
+    }
     file = write_golden(tmp_path / "model.gguf", changes=changes)
     model = load_pretrained(file, **LM)
     spt_jax.save_pretrained(model, tmp_path / "out", tokenizer=file)

@@ -162,6 +162,11 @@ def test_what_lies_beside_and_is_not_read_is_told(tmp_path, caplog):
     assert "do_sample=True, temperature=0.6, repetition_penalty=1.1 from generation" in generation
 
 
+def test_an_adapter_alone_is_told(tmp_path):
+    with pytest.raises(ValueError, match="holds an adapter; load its base model, and then spt_jax"):
+        load_pretrained(beside(tmp_path, adapter_config={"peft_type": "LORA"}))
+
+
 @pytest.mark.parametrize(
     ("field", "value", "method"),
     [
