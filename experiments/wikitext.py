@@ -256,7 +256,7 @@ class Encoder:
         return documents
 
     def _replies(self, chat: Any, template: ChatTemplate, name: str) -> list[Document]:
-        variables = {key: chat[key] for key in ("tools", "documents") if key in chat}
+        variables = {key: chat[key] for key in ("tools", "documents") if chat.get(key)}
         variables |= chat.get("chat_template_kwargs", {})
         try:
             return encode_messages(chat["messages"], self.tokenizer, template, **variables)

@@ -15,6 +15,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from experiments import cli, glue
+from experiments.glue_tasks import TASKS
+from tests.experiments.tfds_directory import random_rows, write_task
 from tests.processes import UNOPTIMIZED
 from tests.spt_jax.models.builders import edited, write_checkpoint, write_readable_checkpoint
 
@@ -197,6 +199,27 @@ def test_a_bad_checkpoint_is_named_in_one_line(
     assert stop.value.code == 2
     assert message in errors
     assert len(errors.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "options"),
+    [(1, 1, ()), (1, 2, ("--group-by-length",)), (3, 2, ()), (3, 16, ())],
+)
+def test_any_batch_size_and_number_of_rows(
+    rows, batch_size, options, tiny_model, tmp_path, monkeypatch
+):
+    task = TASKS["stsb"]
+    splits = {name: random_rows(task, rows, seed=0) for name in ("train", "validation")}
+    write_task(tmp_path / "data", task, splits)
+    run(
+        monkeypatch,
+        "--task", "stsb", "--data-dir", tmp_path / "data", "--model", tiny_model,
+        "--method", "lora", "--steps", 2, "--batch-size", batch_size, *options,
+        "--max-length", 32, "--out", tmp_path / "out",
+    )  # fmt: skip
+    found = figures(tmp_path / "out")["lora"]
+    assert found["steps"] == 2
+    assert np.isfinite(found["eval_loss"])
 
 
 def test_no_traceback_reaches_the_user(tmp_path):

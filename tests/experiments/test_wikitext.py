@@ -127,6 +127,7 @@ def test_texts_and_conversations_keep_their_order(finished, tmp_path):
     assert encoder.tokenizer.decode(documents[2].ids.tolist()).strip() == "Last."
     with pytest.raises(ValueError, match=r"x, the conversation that begins 'Name .*reads no tools"):
         encoder([chat | {"tools": [{"name": "f"}]}], "x")
+    assert len(encoder([chat | {"tools": []}], "x")) == 1
 
 
 def test_documents_longer_than_a_row_are_told(finished, texts, tmp_path, capsys):
