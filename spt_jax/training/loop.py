@@ -395,6 +395,7 @@ def evaluate(
         ValueError: a token id or type is outside the model's tables, a label that counts is none
             of its classes, or a metric does not go with its outputs.
     """
+    _check_kinds(data)
     check_batch(model, data.columns, data.name)
     graphdef, state = nnx.split(model)
     parts = Partition({}, {}, state, lambda _, state: nnx.merge(graphdef, state))
