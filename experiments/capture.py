@@ -70,7 +70,7 @@ from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
 from spt_jax.layers import SparseAttention
 from spt_jax.models import DecoderConfig
 from spt_jax.models.config import read_config
-from spt_jax.models.hub import find_files
+from spt_jax.models.hub import CONFIG_FILES, find_files
 from spt_jax.training import write_text_atomic
 
 matplotlib.use("Agg")
@@ -485,7 +485,7 @@ def main() -> None:
     options = cli.parse(Options, "experiments.capture", __doc__)
     options.check()
     options.out.mkdir(parents=True, exist_ok=True)  # fails now, not at the end of a long run
-    config = read_config(find_files(options.model, files=("config.json",)))
+    config = read_config(find_files(options.model, files=CONFIG_FILES))
     lengths = {"length": options.length, "ffn_length": options.ffn_length}
     for name, value in lengths.items():
         if value > config.max_length:

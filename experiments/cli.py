@@ -119,8 +119,12 @@ def run(main: Callable[[], None]) -> None:
         os._exit(1)  # JAX would wait for the lost process, and abort
     except (ValueError, NotImplementedError, OSError, CheckpointError) as error:
         _exit(error, 2)
-    except KeyboardInterrupt as error:
-        _exit(error, 130)
+    except KeyboardInterrupt:
+        stopped = KeyboardInterrupt(
+            "stopped by SIGINT outside training: what was written before is kept, and nothing of "
+            "what was under way; start again, with --resume where a run has checkpoints"
+        )
+        _exit(stopped, 130)
 
 
 def _said(error: BaseException) -> str:

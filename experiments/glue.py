@@ -35,7 +35,7 @@ from experiments.methods import (
 )
 from spt_jax.models.config import ModelConfig, read_config
 from spt_jax.models.encoder_config import EncoderConfig
-from spt_jax.models.hub import find_files
+from spt_jax.models.hub import CONFIG_FILES, find_files
 from spt_jax.processes import first_goes_first
 from spt_jax.training import (
     Examples,
@@ -142,7 +142,7 @@ def named_task(name: str) -> GlueTask:
 
 def read_model_config(options: Inputs) -> ModelConfig:
     """The sizes of the pretrained model."""
-    return read_config(find_files(options.model, files=("config.json",)))
+    return read_config(find_files(options.model, files=CONFIG_FILES))
 
 
 def build_model(task: GlueTask, method: Method, options: Options, data: Data) -> nnx.Module:

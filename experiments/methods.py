@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from spt_jax.config import Form, LearningRateMultipliers
 from spt_jax.forms import FORMS
 from spt_jax.models import DecoderConfig
 from spt_jax.models.config import read_config
-from spt_jax.models.hub import find_files
+from spt_jax.models.hub import CONFIG_FILES, find_files
 from spt_jax.processes import is_first, several, start_processes
 from spt_jax.sharding import make_mesh, parse_mesh
 from spt_jax.training import TrainResult, environment, form_of, write_json_atomic
@@ -283,7 +284,7 @@ def decoder_config(source: str | Path) -> DecoderConfig:
     Raises:
         ValueError: it is another kind of model.
     """
-    config = read_config(find_files(source, files=("config.json",)))
+    config = read_config(find_files(source, files=CONFIG_FILES))
     if not isinstance(config, DecoderConfig):
         raise ValueError(f"{source} is a {config.model_type} encoder, not a causal language model")
     return config
@@ -372,6 +373,7 @@ def write_metrics(
 ) -> None:
     """Write `metrics.json`: the options, the environment, the figures, and what else is given.
 
+    JSON has no infinity: an infinite figure, as a perplexity may be, is written as null.
     Of several processes, the first one does.
     """
     if not is_first():
@@ -387,7 +389,14 @@ def write_metrics(
             "configuration": configuration,
             "seed": configuration.get("seed"),
             **environment(),
-            "figures": figures,
+            "figures": _finite(figures),
             **more,
         },
     )
+
+
+def _finite(figures: Any) -> Any:
+    """Figures with None for infinities."""
+    if isinstance(figures, Mapping):
+        return {name: _finite(figure) for name, figure in figures.items()}
+    return None if isinstance(figures, float) and math.isinf(figures) else figures

@@ -92,8 +92,10 @@ class Options:
     """Tokens of an optimizer step: so many rows as they make, at least one."""
     eval_tokens: int = 8192
     """Tokens that are held out, at least one row."""
-    calibration_tokens: int = 8192
+    calibration_tokens: int = 2048
     """Tokens that SPT is calibrated on, at least one row."""
+    density: float = spt_jax.SparseAttentionConfig.density
+    """Share of the keys that a query of spt attends to."""
     ffn: Literal["routed", "dense"] = "dense"
     """Whether spt routes the FFN."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -112,8 +114,13 @@ class Options:
                 raise ValueError(
                     f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}"
                 )
+        self.method_options().spt_config("spt")
         self.row_lengths()
         self.rates()
+
+    def method_options(self) -> MethodOptions:
+        """What the methods add to the model."""
+        return MethodOptions(density=self.density, ffn=self.ffn)
 
     def row_lengths(self) -> list[int]:
         """Tokens of a row."""
@@ -227,7 +234,7 @@ def prepared(method: Method, train: Examples, evaluation: Examples, options: Opt
     """The model with a method's adapter, and its training step."""
     model = load(options.model, options)
     begun = time.perf_counter()
-    config = MethodOptions(ffn=options.ffn).spt_config(method)
+    config = options.method_options().spt_config(method)
     assert config is not None
     few = np.arange(min(len(train), max(1, options.calibration_tokens // train.length)))
     calibration = train.take(few).columns

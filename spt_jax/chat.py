@@ -13,12 +13,14 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from spt_jax.models.gguf import find_gguf, read_gguf
 from spt_jax.models.gguf_tokenizer import tokenizer_config
+from spt_jax.models.tokenizer import CONFIG_FILE, special_tokens, tokenizer_fields
 from spt_jax.training.text import Document, unlimited
 
 Message = Mapping[str, Any]  # of "role", "content" and what else the template reads
@@ -69,8 +71,8 @@ class ChatTemplate:
         """The template of a Hugging Face model directory, or of a GGUF file.
 
         It is `chat_template.jinja`, or else `chat_template` in `tokenizer_config.json`, of several
-        the one named "default". Special tokens are those of `tokenizer_config.json`. A GGUF file
-        has both in its metadata.
+        the one named "default". Special tokens are those of `tokenizer_config.json`, or of
+        `special_tokens_map.json`, see `load_tokenizer`. A GGUF file has both in its metadata.
 
         Args:
             directory: the model; with a GGUF file where it has no `tokenizer_config.json`, or such
@@ -81,13 +83,11 @@ class ChatTemplate:
             ValueError: there is no template, or it or `tokenizer_config.json` is not well-formed.
         """
         directory = Path(directory)
-        path = directory / "tokenizer_config.json"
+        path = directory / CONFIG_FILE
         if (file := find_gguf(directory, instead_of=path.name)) is not None:
-            config: Any = tokenizer_config(read_gguf(file))
+            config = tokenizer_config(read_gguf(file))
         else:
-            config = _read_json(path) if path.exists() else {}
-        if not isinstance(config, dict):
-            raise ValueError(f"{path} is no JSON object")
+            config = tokenizer_fields(directory)
         alone = directory / "chat_template.jinja"
         source = alone.read_text("utf-8") if alone.exists() else config.get("chat_template")
         if isinstance(source, list):
@@ -104,12 +104,7 @@ class ChatTemplate:
                 "tokenizer_config.json or a GGUF file's metadata): it holds a base model; choose a "
                 "template, for example ChatTemplate.plain(eos_token=...)"
             )
-        tokens = {
-            name: token["content"] if isinstance(token, dict) else token
-            for name, token in config.items()
-            if name.endswith("_token") and isinstance(token, dict | str)
-        }
-        return cls(source, tokens, now)
+        return cls(source, special_tokens(config), now)
 
     @classmethod
     def plain(cls, *, eos_token: str, bos_token: str = "") -> ChatTemplate:
@@ -123,22 +118,33 @@ class ChatTemplate:
         """
         return cls(_PLAIN, {"eos_token": eos_token, "bos_token": bos_token})
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        **variables: Any,
+    ) -> str:
         """A conversation as text, special tokens included.
 
         Args:
             messages: in order.
             add_generation_prompt: end with what comes before a reply of the assistant.
+            variables: what else the template reads, such as `tools`, a list of JSON schemas,
+                `documents`, or `enable_thinking`.
 
         Raises:
-            ValueError: the template refuses the messages.
+            ValueError: the template refuses the messages, or reads no such variable.
         """
+        if unread := [n for n, x in variables.items() if x is not None and n not in self._reads]:
+            raise ValueError(
+                f"the chat template reads no {', '.join(unread)}, so the model would not see them; "
+                "leave them out, or give a template that writes them"
+            )
         try:
             return self._compiled.render(
                 **self.special_tokens,
+                **{"tools": None, "documents": None} | variables,
                 messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
                 add_generation_prompt=add_generation_prompt,
             )
         except (jinja2.TemplateError, TypeError) as error:
@@ -149,6 +155,15 @@ class ChatTemplate:
 
     @cached_property
     def _compiled(self) -> jinja2.Template:
+        return self._environment.from_string(self.source)
+
+    @cached_property
+    def _reads(self) -> set[str]:
+        """Names of the variables in the template."""
+        return jinja2.meta.find_undeclared_variables(self._environment.parse(self.source))
+
+    @cached_property
+    def _environment(self) -> jinja2.Environment:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -157,14 +172,14 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = self._strftime_now
-        return environment.from_string(self.source)
+        return environment
 
     def _strftime_now(self, pattern: str) -> str:
         return (self.now or datetime.datetime.now()).strftime(pattern)
 
 
 def encode_messages(
-    messages: Sequence[Message], tokenizer: Tokenizer, template: ChatTemplate
+    messages: Sequence[Message], tokenizer: Tokenizer, template: ChatTemplate, **variables: Any
 ) -> list[Document]:
     """A conversation in tokens, of which the assistant's replies are predicted.
 
@@ -176,6 +191,7 @@ def encode_messages(
         tokenizer: left as it is; its own truncation and padding are not used. It adds no special
             tokens, as the template writes them.
         template: of the model.
+        variables: for `ChatTemplate.render`, such as `tools`.
 
     Returns:
         One document. But where the template writes a reply differently once more messages follow
@@ -183,24 +199,38 @@ def encode_messages(
         to it, with that reply predicted.
 
     Raises:
-        ValueError: there is no reply, or one does not begin with the template's generation prompt.
+        ValueError: there is no reply, the template refuses what comes before one, or one does not
+            begin with the template's generation prompt.
     """
     replies = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
     if not replies:
         raise ValueError("no message by the assistant, so there is nothing to learn from")
     tokenizer = unlimited(tokenizer)
+
+    def render(messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        return template.render(messages, add_generation_prompt, **variables)
+
+    whole = render(messages)
     spans, texts = [], []
     for i in replies:
-        prompt = template.render(messages[:i], add_generation_prompt=True)
-        text = template.render(messages[: i + 1])
-        if not text.startswith(prompt):
+        try:
+            prompt = render(messages[:i], add_generation_prompt=True)
+            text = render(messages[: i + 1])
+            if not text.startswith(prompt):
+                raise ValueError(
+                    f"reply {i} cannot be told from what is before it: the chat template renders "
+                    f"{text[-80:]!r}, which does not go on from its generation prompt "
+                    f"{prompt[-40:]!r}"
+                )
+        except ValueError as error:
+            if any(message.get("role") == "user" for message in messages[:i]):
+                raise
             raise ValueError(
-                f"reply {i} cannot be told from what is before it: the chat template renders "
-                f"{text[-80:]!r}, which does not go on from its generation prompt {prompt[-40:]!r}"
-            )
+                f"reply {i} comes before any message of the user, which the chat template needs "
+                "first: begin the conversation with one, or leave the reply out"
+            ) from error
         spans.append((len(prompt), len(text)))
         texts.append(text)
-    whole = template.render(messages)
     if all(whole.startswith(text) for text in texts):
         return [_document(whole, spans, tokenizer)]
     return [_document(text, [span], tokenizer) for text, span in zip(texts, spans, strict=True)]
@@ -237,13 +267,6 @@ def _to_json(
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def _raise(message: str) -> None:

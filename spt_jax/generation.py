@@ -7,6 +7,7 @@ host looks at them; both are compiled once for all calls of the same shapes.
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from spt_jax.models.decoder import Cache, Decoder
+from spt_jax.models.tokenizer import begun_once
 
 SYNC_STEPS = 16  # decoding steps between two looks at the tokens
 PROMPT_MULTIPLE = 16  # widths to which prompts and caches are padded: each compiles once
@@ -88,13 +90,15 @@ def generate(
         prompts: texts, lists of token ids, or an array of token ids with `attention_mask`.
         max_new_tokens: tokens after which a row ends in any case.
         tokenizer: the model's; needed where prompts or `stop` hold text. It adds special tokens to
-            the prompts as it is set to.
+            the prompts as it is set to; a text that begins with its start already, as a rendered
+            chat template does, gets no second one.
         attention_mask: `[B, S]`, 0 at padding, at either side; only with an array of ids.
         temperature: divisor of the logits before sampling; 0 takes the most likely token.
         top_p: sample from the fewest most likely tokens with at least this probability together.
         top_k: sample from this many most likely tokens; applied before `top_p`.
         seed: of the sampling. A row's draws depend on it and on the row's number alone.
-        stop: texts and lists of token ids that end a row as soon as its new tokens hold one.
+        stop: texts, special tokens such as "<|im_end|>" among them, and lists of token ids that
+            end a row as soon as its new tokens hold one.
         eos_token_ids: tokens that end a row; None for the model's, `()` for none.
         progress_bar: None shows one on a terminal.
 
@@ -132,6 +136,8 @@ def generate(
             f"the longest prompt has {longest} tokens, with max_new_tokens={max_new_tokens} "
             f"{longest + max_new_tokens}, but the model's positions serve {model.config.max_length}"
         )
+    if isinstance(eos_token_ids, int | np.integer):
+        raise ValueError(f"eos_token_ids is {eos_token_ids}; give a list")
     ends = model.config.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
     find_stop = _stop_finder(stop, tokenizer, rows)
 
@@ -236,7 +242,7 @@ def _token_ids(
             raise ValueError(f"prompts must be token ids, got {array.dtype}")
         rows = [row[valid].tolist() for row, valid in zip(array, mask, strict=True)]
     else:
-        rows = [_ids_of_prompt(prompt, tokenizer) for prompt in prompts]
+        rows = [_ids_of_prompt(i, prompt, tokenizer) for i, prompt in enumerate(prompts)]
         if len({isinstance(prompt, str) for prompt in prompts}) == 2:
             raise ValueError("prompts are partly texts and partly token ids; give one kind")
     for i, row in enumerate(rows):
@@ -250,14 +256,25 @@ def _token_ids(
     return rows
 
 
-def _ids_of_prompt(prompt: Any, tokenizer: Tokenizer | None) -> Ids:
+def _ids_of_prompt(number: int, prompt: Any, tokenizer: Tokenizer | None) -> Ids:
     if not isinstance(prompt, str):
+        if not isinstance(prompt, Sequence | np.ndarray | jax.Array) or not all(
+            np.ndim(token) == 0 and isinstance(token, int | np.integer | jax.Array)
+            for token in prompt
+        ):
+            raise ValueError(
+                f"prompt {number} is {str(prompt)[:60]}; give a text or a list of token ids "
+                "(ChatTemplate.render makes a text of messages)"
+            )
         return [int(token) for token in prompt]
     if tokenizer is None:
         raise ValueError("prompts are texts: give the model's tokenizer, or token ids")
     encoding = tokenizer.encode(prompt)
-    pairs = zip(encoding.ids, encoding.attention_mask, strict=True)
-    return [token for token, valid in pairs if valid]
+    mask = encoding.attention_mask
+    return begun_once(
+        list(itertools.compress(encoding.ids, mask)),
+        list(itertools.compress(encoding.special_tokens_mask, mask)),
+    )
 
 
 StopFinder = Callable[[int, Ids, int], tuple[Ids, str | None] | None]
@@ -280,9 +297,9 @@ def _stop_finder(
     if texts and tokenizer is None:
         raise ValueError("stop holds texts: give the model's tokenizer")
 
-    def text_of(row: int, ids: Ids) -> str:
+    def text_of(row: int, ids: Ids, special: bool = True) -> str:
         assert tokenizer is not None
-        return _continuation(tokenizer, prompts[row], ids)
+        return _continuation(tokenizer, prompts[row], ids, special)
 
     def by_text(row: int, ids: Ids) -> tuple[int, Ids, str] | None:
         if not any(s in text_of(row, ids) for s in texts):
@@ -291,7 +308,9 @@ def _stop_finder(
         end, text = next((n, t) for n, t in enumerate(grown) if any(s in t for s in texts))
         place = min(text.find(s) for s in texts if s in text)
         kept = max(n for n, t in enumerate(grown[: end + 1]) if len(t) <= place)
-        return end, ids[:kept], text[:place]
+        before, after = (text_of(row, ids[:n], special=False) for n in (kept, kept + 1))
+        of_cut_token = "" if after == before else text[len(grown[kept]) : place]
+        return end, ids[:kept], before + of_cut_token
 
     def by_ids(ids: Ids, searched: int) -> tuple[int, Ids] | None:
         for end in range(searched + 1, len(ids) + 1):
@@ -309,10 +328,15 @@ def _stop_finder(
     return find
 
 
-def _continuation(tokenizer: Tokenizer, prompt: Ids, new: Ids) -> str:
-    """Text that new tokens add to a prompt: tokenizers drop the space before a first word."""
-    before, both = tokenizer.decode_batch([prompt, prompt + new])
-    return both[len(before) :] if both.startswith(before) else tokenizer.decode(new)
+def _continuation(tokenizer: Tokenizer, prompt: Ids, new: Ids, special: bool = False) -> str:
+    """Text that new tokens add to a prompt, special tokens left out unless asked for.
+
+    Tokenizers drop the space before a first word.
+    """
+    before, both = tokenizer.decode_batch([prompt, prompt + new], skip_special_tokens=not special)
+    if both.startswith(before):
+        return both[len(before) :]
+    return tokenizer.decode(new, skip_special_tokens=not special)
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 from pallas_kernels import kept_keys, valid_keys
 from spt_jax.calibration import INPUTS
 from spt_jax.layers import Attention, RoutedFFN, SparseAttention, recording
+from spt_jax.models.common import check_batch
 
 
 class AttentionChoices(NamedTuple):
@@ -76,7 +77,8 @@ def sparse_choices(model: nnx.Module, batch: Mapping[str, jax.Array | np.ndarray
         The choices.
 
     Raises:
-        ValueError: the model has neither sparse attention nor a routed FFN.
+        ValueError: the model has neither sparse attention nor a routed FFN, or a token id or type
+            is outside its tables.
 
     Example:
         >>> choices = sparse_choices(model, batch)  # doctest: +SKIP
@@ -84,6 +86,7 @@ def sparse_choices(model: nnx.Module, batch: Mapping[str, jax.Array | np.ndarray
     """
     if not any(isinstance(m, SparseAttention | RoutedFFN) for _, m in nnx.iter_modules(model)):
         raise ValueError("the model has neither sparse attention nor a routed FFN; adapt it first")
+    check_batch(model, batch, "batch")
     inputs = {name: jnp.asarray(batch[name]) for name in INPUTS if batch.get(name) is not None}
     return SparseChoices(*_choices(*nnx.split(model), inputs))
 

@@ -116,21 +116,6 @@ def check_replaceable(target: Path, *, overwrite: bool) -> None:
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ValueError: the file is none.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
-
-
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """All tensors of a file.
 

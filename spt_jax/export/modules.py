@@ -19,12 +19,12 @@ from flax import nnx
 from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
 from spt_jax.export.files import (
     Tensor,
-    read_json,
     read_safetensors,
     write_json,
     write_safetensors,
 )
 from spt_jax.layers import Attention, FeedForward, HeadParam, RoutedFFN, SparseAttention
+from spt_jax.models.hub import read_json
 from spt_jax.processes import to_host
 
 CONFIG_FILE = "spt_config.json"

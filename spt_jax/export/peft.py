@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,6 @@ from spt_jax.config import LoRAConfig
 from spt_jax.export.dense import Units, factor_matrices, original_units, task_of
 from spt_jax.export.files import (
     Tensor,
-    read_json,
     read_safetensors,
     write_json,
     write_safetensors,
@@ -25,7 +25,8 @@ from spt_jax.export.files import (
 from spt_jax.layers import Embedding, HeadParam, Linear, LoRA
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.encoder import Encoder
-from spt_jax.models.pretrained import Task
+from spt_jax.models.hub import read_json
+from spt_jax.models.pretrained import Task, is_head
 from spt_jax.models.slots import Slot, module_at, tensor_slots
 from spt_jax.processes import to_host
 
@@ -43,6 +44,11 @@ _FACTOR = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lor
 _POOLERS = ("pooler.dense",)
 #: A module of transformers' that holds several of ours, which PEFT saves as a whole.
 _HEAD_OF_TWO = "classifier"
+#: Ends of the names of modules that PEFT saves whole by itself where the task is classification.
+_SAVED_BY_TASK = ("classifier", "score")
+_OUTPUT = "lm_head"
+#: Paths of the tables that PEFT may store untrained.
+_TABLES = ("embedding.", "head.kernel")
 
 #: Fields of adapter_config.json that are read here.
 _READ = {
@@ -87,6 +93,9 @@ _TASKS: dict[Task, str] = {
 }
 
 
+_log = logging.getLogger(__name__)
+
+
 def adapted_modules(model: Encoder | Decoder) -> dict[str, Linear | Embedding]:
     """Transformers' name of each module with LoRA factors -> the module."""
     modules = {name: module_at(model, path) for name, path in model.module_paths().items()}
@@ -119,10 +128,11 @@ def _config(
     rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     others = [name for name in model.module_paths() if name not in adapted]
     others += _POOLERS
-    heads = dict.fromkeys(
-        _HEAD_OF_TWO if name.startswith(f"{_HEAD_OF_TWO}.") else name.rpartition(".")[0]
-        for name in _heads(model)
-    )
+    heads = list(dict.fromkeys(_module(name) for name in _saved_whole(model)))
+    two = [name for name in model.module_paths() if name.startswith(f"{_HEAD_OF_TWO}.")]
+    if two and set(two) <= set(heads):
+        heads = [name for name in heads if name not in two] + [_HEAD_OF_TWO]
+    by_task = any(name.partition(".")[0].endswith(_SAVED_BY_TASK) for name in adapted)
     return {
         "alpha_pattern": _pattern(alphas, alpha),
         "auto_mapping": None,
@@ -135,13 +145,13 @@ def _config(
         "layers_to_transform": None,
         "lora_alpha": alpha,
         "lora_dropout": _most_common(config.dropout for config in configs.values()),
-        "modules_to_save": list(heads) or None,
+        "modules_to_save": heads or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": _pattern(ranks, rank),
         "revision": None,
         "target_modules": _suffixes(adapted, others),
-        "task_type": _TASKS[task_of(model)],
+        "task_type": None if by_task else _TASKS[task_of(model)],
         "use_dora": False,
         "use_rslora": next(iter(configs.values())).use_rslora,
     }
@@ -176,10 +186,29 @@ def _most_common(values: Iterable[Any]) -> Any:
     return Counter(values).most_common(1)[0][0]
 
 
-def _heads(model: Encoder | Decoder) -> dict[str, Slot]:
-    """Tensors that are saved whole."""
+def _saved_whole(model: Encoder | Decoder) -> dict[str, Slot]:
+    """Tensors that are saved whole; a table that is the output matrix too, under both names."""
     slots = tensor_slots(model)
-    return {name: slot for name, slot in slots.items() if isinstance(slot.variable, HeadParam)}
+    found = {name: slot for name, slot in slots.items() if isinstance(slot.variable, HeadParam)}
+    if _is_tied(model) and (table := _table(slots)) in found:
+        found[f"{_OUTPUT}.weight"] = slots[table]
+    return found
+
+
+def _is_tied(model: Encoder | Decoder) -> bool:
+    """Whether the model's output matrix is its word embedding."""
+    return (
+        isinstance(model, Decoder) and task_of(model) == "causal-lm" and model.config.tie_embeddings
+    )
+
+
+def _table(slots: Mapping[str, Slot]) -> str:
+    """Name of a decoder's word embedding."""
+    return next(name for name, slot in slots.items() if slot.path == "embedding.embedding")
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _tensors(model: Encoder | Decoder, adapted: Mapping[str, Linear | Embedding]) -> list[Tensor]:
@@ -193,7 +222,7 @@ def _tensors(model: Encoder | Decoder, adapted: Mapping[str, Linear | Embedding]
         factors = a[order.rows], b[:, order.columns]
         for suffix, factor in zip(suffixes, factors, strict=True):
             tensors[f"{_PREFIX}{name}.{suffix}"] = factor.T
-    for name, slot in _heads(model).items():
+    for name, slot in _saved_whole(model).items():
         array = to_host(slot.variable[...])
         tensors[_PREFIX + name] = array.T if slot.transpose else array
     return [Tensor.of(name, array) for name, array in tensors.items()]
@@ -224,6 +253,9 @@ class PEFTAdapter(NamedTuple):
         for path, factors in self.factors.items():
             module: Any = module_at(model, path)
             module.lora = factors.to_module()
+            for name, variable in vars(module).items():
+                if isinstance(variable, HeadParam):  # under LoRA a head is frozen, as in PEFT
+                    setattr(module, name, nnx.Param(variable.get_value()))
         slots = tensor_slots(model)
         for name, array in (self.weights | self.tables).items():
             slot = slots[name]
@@ -305,21 +337,31 @@ def _fit(
     slots = tensor_slots(model)
     pairs: dict[str, dict[str, np.ndarray]] = {}  # by the adapter's names, which patterns match
     found = PEFTAdapter({}, {}, {})
+    outputs: dict[str, np.ndarray] = {}  # stored for the output matrix of a tied model
+    skipped: dict[str, None] = {}
     for key, array in tensors.items():
         stored = key.removeprefix(_PREFIX)
+        if task_of(model) == "backbone" and is_head(_plain(model, stored)):
+            skipped[stored] = None
+            continue
+        if _is_tied(model) and stored.startswith(f"{_OUTPUT}."):
+            outputs[stored] = array
+            continue
         if match := _FACTOR.fullmatch(stored):
             if _plain(model, match[1]) not in names:
                 raise ValueError(f"the model has no module {match[1]}")
             pairs.setdefault(match[1], {})[match[2]] = array.astype(np.float32)
             continue
         base = stored.removesuffix(".base_layer.weight")
-        own = names.get(_plain(model, base if base != stored else stored.rpartition(".")[0]))
+        own = names.get(_plain(model, base if base != stored else _module(stored)))
         name = f"{own}.{stored.rpartition('.')[2]}"
         if name not in slots:
             raise ValueError(f"tensor {key} is nothing that the model has")
         if array.shape != slots[name].shape:
             raise ValueError(f"tensor {key} has shape {array.shape}, expected {slots[name].shape}")
         (found.weights if base == stored else found.tables)[name] = array
+    if any(map(_FACTOR.fullmatch, outputs)):
+        raise _tied(f"with its LoRA factors {_OUTPUT}")
     if not pairs:
         raise ValueError("it has no LoRA factors")
     for name, factors in pairs.items():
@@ -328,12 +370,14 @@ def _fit(
             raise ValueError(f"LoRA factors of {name} are not supported")
         module_config = _config_of(name, config, default)
         found.factors[path] = _factors(module_at(model, path), name, factors, module_config)
-    for name in {name.rpartition(".")[0] for name in found.weights}:
-        if missing := [n for n in slots if n.rpartition(".")[0] == name and n not in found.weights]:
+    _leave_out_tables(model, slots, found, outputs, config.get("modules_to_save") or ())
+    for name in map(_module, list(found.weights)):
+        if missing := [n for n in slots if _module(n) == name and n not in found.weights]:
             raise ValueError(f"tensor {missing[0]} is missing")
         if paths[name] in found.factors:
             raise ValueError(f"{name} has LoRA factors and is saved whole too")
-    _check_ties(model, found)
+    if skipped:
+        _log.warning("the model has no head; skipped of the adapter: %s", ", ".join(skipped))
     return found
 
 
@@ -390,15 +434,49 @@ def _factors(
     return _Factors(config, a, b)
 
 
-def _check_ties(model: Encoder | Decoder, found: PEFTAdapter) -> None:
-    """A tied embedding that is trained on its own would no longer be the output matrix."""
-    if not isinstance(model, Decoder) or task_of(model) != "causal-lm":
+def _leave_out_tables(
+    model: Encoder | Decoder,
+    slots: Mapping[str, Slot],
+    found: PEFTAdapter,
+    outputs: Mapping[str, np.ndarray],
+    modules_to_save: Sequence[str],
+) -> None:
+    """Drop tables that are stored beside an adapter and are the model's own.
+
+    PEFT's `save_embedding_layers` stores them untrained.
+
+    Raises:
+        ValueError: the model's output matrix is tied to its embedding, and the adapter would make
+            them differ.
+    """
+    tables = [name for name, slot in slots.items() if slot.path.startswith(_TABLES)]
+    own = [
+        name for name in found.weights if name in tables and _is(slots[name], found.weights[name])
+    ]
+    if not _is_tied(model):
+        for name in own:
+            if not any(f".{_module(name)}".endswith(f".{ending}") for ending in modules_to_save):
+                del found.weights[name]
         return
-    if not model.config.tie_embeddings:
-        return
-    for name, slot in tensor_slots(model).items():
-        if slot.path == "embedding.embedding" and name in found.weights:
-            raise ValueError(
-                f"{name} is saved whole, but the model's output matrix is tied to it; merge the "
-                "adapter with peft's merge_and_unload, and load that"
-            )
+    table = _table(slots)
+    for name in own:
+        del found.weights[name]
+    new = found.weights.get(table, found.tables.get(table))
+    for name, array in outputs.items():
+        if not (_is(slots[table], array) if new is None else np.array_equal(array, new)):
+            raise _tied(name)
+    if table in found.weights and not outputs:
+        raise _tied(table)
+
+
+def _is(slot: Slot, array: np.ndarray) -> bool:
+    """Whether an array is what the model holds, in the model's type."""
+    own = to_host(slot.variable[...])
+    return np.array_equal(own, (array.T if slot.transpose else array).astype(own.dtype))
+
+
+def _tied(name: str) -> ValueError:
+    return ValueError(
+        f"{name} differs from the model's, whose output matrix is tied to its embedding; merge the "
+        "adapter with peft's merge_and_unload, and load that"
+    )

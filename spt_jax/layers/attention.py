@@ -36,7 +36,7 @@ from spt_jax.layers.dense import (
 from spt_jax.layers.linear import Linear, split_key
 from spt_jax.layers.quantizer import codebook_loss
 from spt_jax.layers.recording import record
-from spt_jax.layers.rematerialization import choice
+from spt_jax.layers.rematerialization import choice, recomputed
 from spt_jax.layers.rotary import rotate
 from spt_jax.layers.variables import CalibrationStat, CodebookParam
 
@@ -543,7 +543,7 @@ class Attention(nnx.Module):
         k = heads(self.k_proj, self.num_kv_heads, keys[1])
         v = heads(self.v_proj, self.num_kv_heads, keys[2])
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = recomputed(self.q_norm, q), recomputed(self.k_norm, k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         return q, k, v

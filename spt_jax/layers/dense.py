@@ -471,6 +471,8 @@ def _backward(
     tiling: Tiling, saved: Saved, grad: Float[Array, "B S N H"]
 ) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
     q, k, v, key_mask, segment_ids, out, lse = saved
+    # Else XLA would turn queries and keys in the forward pass, and keep them both ways.
+    q, k, v, grad = jax.lax.optimization_barrier((q, k, v, grad))
     masks = _masks(tiling, key_mask, segment_ids)
     steps, number = _steps(tiling, masks)
     delta = jnp.sum(out.astype(jnp.float32) * grad.astype(jnp.float32), -1)

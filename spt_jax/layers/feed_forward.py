@@ -29,7 +29,7 @@ from spt_jax.layers.attention import AuxLosses
 from spt_jax.layers.linear import Linear, split_key
 from spt_jax.layers.lora import dense_dot, lora_dot
 from spt_jax.layers.recording import record
-from spt_jax.layers.rematerialization import choice
+from spt_jax.layers.rematerialization import choice, recomputed
 from spt_jax.layers.variables import CalibrationStat, RouterParam
 from spt_jax.processes import to_host
 
@@ -78,14 +78,9 @@ class FeedForward(nnx.Module):
         self.activation: Activation = activation
 
     @checked(D="self.up.in_features")
-    def hidden(
-        self, x: Float[Array, "... D"], *, dropout_key: jax.Array | None = None
-    ) -> Float[Array, "... F"]:
+    def hidden(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
         """Hidden units' outputs, before the down projection."""
-        keys = split_key(dropout_key, 2)
-        act = activation_function(self.activation)
-        up = self.up(x, dropout_key=keys[0])
-        return act(up) if self.gate is None else act(self.gate(x, dropout_key=keys[1])) * up
+        return self._activated(*self._sums(x, None))
 
     @checked(D="self.up.in_features")
     def __call__(
@@ -99,15 +94,33 @@ class FeedForward(nnx.Module):
         del mask
         record(self, x=x)
         keys = split_key(dropout_key, 2)
-        hidden = self.hidden(x, dropout_key=keys[0])
-        hidden = sharding.constrain(hidden, sharding.BATCH, None, sharding.TENSOR)
-        y = self.down(hidden, dropout_key=keys[1])
+
+        def output(*sums: jax.Array) -> jax.Array:
+            hidden = sharding.constrain(
+                self._activated(*sums), sharding.BATCH, None, sharding.TENSOR
+            )
+            return self.down(hidden, dropout_key=keys[1])
+
+        y = recomputed(output, *self._sums(x, keys[0]))
         return sharding.constrain(y, sharding.BATCH), {}
 
     @checked(D="self.up.in_features")
     def decode(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Apply the FFN to the few tokens of a decoding step."""
         return self.down(self.hidden(x))
+
+    def _sums(
+        self, x: Float[Array, "... D"], dropout_key: jax.Array | None
+    ) -> tuple[Float[Array, "... F"], ...]:
+        """What the activation is applied to, and before it, where there is a gate, its factor."""
+        keys = split_key(dropout_key, 2)
+        up = self.up(x, dropout_key=keys[0])
+        return (up,) if self.gate is None else (up, self.gate(x, dropout_key=keys[1]))
+
+    def _activated(self, *sums: Float[Array, "... F"]) -> Float[Array, "... F"]:
+        *factors, last = sums
+        hidden = activation_function(self.activation)(last)
+        return hidden * factors[0] if factors else hidden
 
 
 class RoutedFFN(nnx.Module):
@@ -436,7 +449,7 @@ def _load_balance_loss(
     """
     blocks, active = probabilities.shape[1], index.shape[1]
     count = jnp.maximum(valid.sum(), 1)
-    chosen = jax.nn.one_hot(index, blocks).sum(1) * valid[:, None]
+    chosen = jax.nn.one_hot(index, blocks, dtype=jnp.float32).sum(1) * valid[:, None]
     share = chosen.sum(0) / (count * active)
     normalised = probabilities / probabilities.sum(-1, keepdims=True)
     mean = (normalised * valid[:, None]).sum(0) / count

@@ -110,7 +110,7 @@ class Embedding(nnx.Module):
     def __call__(
         self, ids: Integer[Array, "..."], *, dropout_key: jax.Array | None = None
     ) -> Float[Array, "... D"]:
-        """Look up `ids`; they must lie below `num_embeddings`."""
+        """Look up `ids`; they must lie in 0..num_embeddings - 1, though others read a row too."""
         rows = sharding.gathered(self.embedding[...])[ids].astype(self.dtype)
         if self.lora is not None:
             a, b = self.lora.factors(dropout_key)

@@ -138,6 +138,9 @@ def _product_forward(
 
 def _product_backward(form: LoRAForm, residuals: Any, dy: jax.Array) -> tuple[jax.Array, ...]:
     x, w, a, b, narrow = residuals
+    if form == "merged":
+        # Else XLA would keep the forward pass's sum, or form this one long before it is needed.
+        w, a, b, dy = jax.lax.optimization_barrier((w, a, b, dy))
     dnarrow = dense_dot(dy, b.astype(dy.dtype).T)
     if form == "merged":
         narrow = dense_dot(x, a.astype(x.dtype))

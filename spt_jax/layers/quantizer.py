@@ -92,7 +92,7 @@ def _kmeans(
     def step(book: jax.Array, _: None) -> tuple[jax.Array, None]:
         distances = _squared_distances(x, book)
         nearest = jnp.argmin(distances, -1)
-        members = jax.nn.one_hot(nearest, num_codewords)
+        members = jax.nn.one_hot(nearest, num_codewords, dtype=jnp.float32)
         sizes = members.sum(0)
         means = (members.T @ x) / jnp.maximum(sizes, 1)[:, None]
         farthest = jax.lax.top_k(distances.min(-1), min(num_codewords, len(x)))[1]
@@ -100,7 +100,8 @@ def _kmeans(
         restart = x[farthest[(jnp.cumsum(empty) - 1) % len(farthest)]]
         return jnp.where(empty[:, None], restart, means), None
 
-    _, book = jax.lax.scan(seed, jnp.ones(len(x)), jax.random.split(key, num_codewords))
+    far = jnp.ones(len(x), jnp.float32)
+    _, book = jax.lax.scan(seed, far, jax.random.split(key, num_codewords))
     return jax.lax.scan(step, book, length=steps)[0]
 
 
@@ -148,7 +149,7 @@ def codebook_loss(
     vectors = jax.lax.stop_gradient(x).astype(jnp.float32)
     vectors = vectors.reshape(batch, length, heads, spaces, codeword_width)
     books = jnp.repeat(codebooks.astype(jnp.float32), heads // kv_heads, axis=0)
-    members = jax.nn.one_hot(codes, books.shape[2])
+    members = jax.nn.one_hot(codes, books.shape[2], dtype=jnp.float32)
     nearest = jnp.einsum("bsnme,nmec->bsnmc", members, books)
     soft = jnp.einsum(
         "bsnme,nmec->bsnmc", jax.nn.softmax(-_squared_distances(vectors, books)), books

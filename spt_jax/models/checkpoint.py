@@ -73,11 +73,22 @@ class Checkpoint:
         shape = self._shapes[name]
         array = _aligned(shape[::-1] if transpose else shape, dtype)
         rows = array.T if transpose else array
-        band = max(1, _BAND * len(rows) // max(1, array.nbytes))
-        for start in range(0, len(rows), band):
-            end = min(start + band, len(rows))
+        for start, end in _bands(len(rows), array.nbytes):
             rows[start:end] = self._rows(name, start, end).astype(dtype, copy=False)
         return array
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two floating-point tensors hold the same numbers.
+
+        Raises:
+            ValueError: as `read`.
+        """
+        if (shape := self._shapes[one]) != self._shapes[other]:
+            return False
+        return all(
+            np.array_equal(self._rows(one, *band), self._rows(other, *band))
+            for band in _bands(shape[0], 4 * math.prod(shape))
+        )
 
     def _rows(self, name: str, start: int, end: int) -> np.ndarray:
         path = self._owner[name]
@@ -138,6 +149,12 @@ def open_checkpoint(source: Path) -> Checkpoint:
                 f"listed {sorted(names - expected)}"
             )
     return Checkpoint(shards)
+
+
+def _bands(rows: int, nbytes: int) -> Iterator[tuple[int, int]]:
+    """Ranges of the rows of an array that are read at a time."""
+    size = max(1, _BAND * rows // max(1, nbytes))
+    return ((start, min(start + size, rows)) for start in range(0, rows, size))
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

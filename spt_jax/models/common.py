@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +50,72 @@ def sum_aux(*losses: AuxLosses) -> AuxLosses:
     for aux in losses:
         total |= {name: total[name] + loss if name in total else loss for name, loss in aux.items()}
     return total
+
+
+def check_token_ids(
+    ids: Array | np.ndarray, vocab_size: int | None, name: str, kind: str = "token id"
+) -> None:
+    """Raise a ValueError unless all token ids lie in the model's vocabulary.
+
+    Values that are not at hand are not checked: those traced by jit, or on devices of other
+    processes.
+
+    Args:
+        ids: integers of any shape.
+        vocab_size: ids must be below it; None for any that are not negative.
+        name: what the message calls them.
+        kind: "token id", or "token type" for those of a table of `vocab_size` types.
+    """
+    if isinstance(ids, jax.core.Tracer):
+        return
+    if isinstance(ids, jax.Array) and not ids.is_fully_addressable:
+        return
+    array = np.asarray(ids)
+    high = np.inf if vocab_size is None else vocab_size
+    if (wrong := (array < 0) | (array >= high)).any():
+        what = "vocabulary" if kind == "token id" else "table"
+        raise ValueError(
+            f"{name}: {kind} {array[wrong][0]} is outside the model's {what} of {vocab_size}; "
+            "use the tokenizer that belongs to the model"
+        )
+
+
+def check_batch(model: nnx.Module, batch: Mapping[str, Any], name: str) -> None:
+    """Raise a ValueError unless a batch's token ids and types lie in the tables of its model.
+
+    Args:
+        model: one of this library's, which has a `config`; of others ids need not be known.
+        batch: `input_ids` and, optionally, `token_type_ids`, of any shape.
+        name: what the message calls the batch.
+    """
+    config = getattr(model, "config", None)
+    if (vocab_size := getattr(config, "vocab_size", None)) is None:
+        return
+    check_token_ids(batch["input_ids"], vocab_size, name)
+    types, known = batch.get("token_type_ids"), getattr(config, "num_token_types", 0)
+    if types is not None and known:
+        check_token_ids(types, known, name, "token type")
+
+
+def token_array(ids: Any, name: str) -> jax.Array:
+    """Token ids as an array.
+
+    Args:
+        ids: an array, or lists of one length.
+        name: what messages call them.
+
+    Raises:
+        ValueError: rows differ in length, or ids are not integers.
+    """
+    try:
+        array = jnp.asarray(ids)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name} is no array of token ids; pad and truncate its rows to one length"
+        ) from None
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name} holds {array.dtype}, not token ids, which are integers")
+    return array
 
 
 def check_inputs(input_ids: jax.Array, max_length: int, **others: jax.Array | None) -> None:

@@ -2,21 +2,81 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from spt_jax.models.decoder_config import DECODER_TYPES, DecoderConfig, parse_decoder_config
+from spt_jax.models.decoder_config import (
+    DECODER_TYPES,
+    DecoderConfig,
+    parse_decoder_config,
+    parse_token_ids,
+)
 from spt_jax.models.encoder_config import ENCODER_TYPES, EncoderConfig, parse_encoder_config
 from spt_jax.models.gguf import config_fields, find_gguf, read_gguf
+from spt_jax.models.hub import read_json
 
 ModelConfig = EncoderConfig | DecoderConfig
 MODEL_TYPES: tuple[str, ...] = (*ENCODER_TYPES, *DECODER_TYPES)
 
+_GENERATION_FILE = "generation_config.json"
+#: Fields of it that change what transformers generates; these only where `do_sample` is set,
+_SAMPLING = (
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "top_h",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+)
+#: and these always.
+_SEARCH = (
+    "num_beams",
+    "num_beam_groups",
+    "diversity_penalty",
+    "penalty_alpha",
+    "dola_layers",
+    "repetition_penalty",
+    "encoder_repetition_penalty",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "bad_words_ids",
+    "force_words_ids",
+    "constraints",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "exponential_decay_length_penalty",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "sequence_bias",
+    "token_healing",
+    "guidance_scale",
+    "watermarking_config",
+    "min_length",
+    "min_new_tokens",
+    "stop_strings",
+)
+NOT_QUANTIZED = (
+    "which is not supported; give the original checkpoint, one that transformers' dequantize() and "
+    "save_pretrained wrote, or a GGUF file"
+)
+#: Fields of a `config.json` that describe quantized weights -> the method where none is named.
+_QUANTIZATION = {
+    "quantization_config": "bitsandbytes",
+    "compression_config": "compressed-tensors",
+    "quantization": "MLX",
+}
+
 
 def read_config(source: Path) -> ModelConfig:
     """Parse `source/config.json`, or the metadata of a GGUF file.
+
+    Where `generation_config.json` lies beside and has an `eos_token_id`, that is taken.
 
     Args:
         source: the directory, with a GGUF file where it has no `config.json`; or such a file.
@@ -27,25 +87,50 @@ def read_config(source: Path) -> ModelConfig:
     """
     if (file := find_gguf(source, instead_of="config.json")) is not None:
         gguf = read_gguf(file)
-        try:
-            return parse_config(config_fields(gguf))
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
-    directory = source
-    path = directory / "config.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{directory} has no config.json; give the directory of a saved model, "
-            "or a .gguf file, downloaded where a Hub repository has those alone"
-        )
+        with _naming(file):
+            config = parse_config(config_fields(gguf))
+    else:
+        path = source / "config.json"
+        if not path.is_file():
+            raise ValueError(
+                f"{source} has no config.json; give the directory of a saved model, "
+                "or a .gguf file, downloaded where a Hub repository has those alone"
+            )
+        raw = read_json(path)
+        with _naming(path):
+            config = parse_config(raw)
+    ends = _generation_config(source).get("eos_token_id")
+    if isinstance(config, DecoderConfig) and ends is not None:
+        with _naming(source / _GENERATION_FILE):
+            config = replace(config, eos_token_ids=parse_token_ids(ends))
+    return config
+
+
+def unread_generation_options(source: Path) -> dict[str, Any]:
+    """Fields of `generation_config.json` that change what transformers generates, and nothing here.
+
+    Args:
+        source: the directory, or a GGUF file, which has none.
+    """
+    given = _generation_config(source)
+    names = _SAMPLING + _SEARCH if given.get("do_sample") else _SEARCH
+    # 0, 1 and null ask for nothing
+    return {
+        name: value
+        for name in names
+        if (value := given.get(name)) and (value is True or value != 1)
+    }
+
+
+def _generation_config(source: Path) -> dict[str, Any]:
+    path = source / _GENERATION_FILE
+    return read_json(path) if path.is_file() else {}
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds a JSON {type(raw).__name__}, not an object")
-    try:
-        return parse_config(raw)
+        yield
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -54,8 +139,10 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     """The configuration that the fields of a `config.json` describe; others are ignored.
 
     Raises:
-        ValueError: the model family is not supported, or a field is missing or wrong.
+        ValueError: the model family is not supported, the weights are quantized, or a field is
+            missing or wrong.
     """
+    _check_not_quantized(raw)
     model_type = raw.get("model_type")
     if model_type in ENCODER_TYPES:
         return parse_encoder_config(raw)
@@ -64,3 +151,10 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     raise ValueError(
         f"model_type {model_type!r} is not supported; supported: {', '.join(MODEL_TYPES)}"
     )
+
+
+def _check_not_quantized(raw: Mapping[str, Any]) -> None:
+    for field, method in _QUANTIZATION.items():
+        if found := raw.get(field):
+            named = found.get("quant_method", method) if isinstance(found, Mapping) else method
+            raise ValueError(f"the weights are quantized by {named} ({field}), {NOT_QUANTIZED}")

@@ -22,6 +22,7 @@ from spt_jax.layers import (
     RotaryAngles,
     dense_dot,
     dropout,
+    recomputed,
     rematerialized,
     rotary_angles,
     split_key,
@@ -29,10 +30,12 @@ from spt_jax.layers import (
 from spt_jax.models.common import (
     Mask,
     Tokens,
+    check_batch,
     check_inputs,
     layer_norm,
     positions_in_segments,
     sum_aux,
+    token_array,
 )
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.slots import numbered
@@ -172,9 +175,9 @@ class DecoderLayer(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B S D"], Extra]:
         """Input plus what the sublayer makes of it, with the norm before or after."""
-        y, extra = sublayer(norm(x) if self.pre_norm else x)
+        y, extra = sublayer(recomputed(norm, x) if self.pre_norm else x)
         x = x + dropout(y, self.dropout, dropout_key)
-        return x if self.pre_norm else norm(x), extra
+        return x if self.pre_norm else recomputed(norm, x), extra
 
 
 class Decoder(nnx.Module):
@@ -273,7 +276,9 @@ class Decoder(nnx.Module):
         """Decode sequences.
 
         Args:
-            input_ids: token ids, below the vocabulary's size.
+            input_ids: token ids, below the vocabulary's size. Under jit they are not checked: as
+                JAX indexes, one too large reads the table's last row, and a negative one counts
+                from its end.
             attention_mask: 0 or False at padding, left or right; None for no padding.
             token_type_ids: None; decoders have no token types.
             segment_ids: for several sequences packed into a row, each a run of one id: tokens see
@@ -284,8 +289,8 @@ class Decoder(nnx.Module):
             Outputs by task, and auxiliary losses summed over layers and valid tokens.
 
         Raises:
-            ValueError: a shape is wrong, the sequence is longer than the model's positions, or
-                token types are given.
+            ValueError: a shape is wrong, the sequence is longer than the model's positions, a token
+                id is outside the vocabulary, or token types are given.
         """
         x, aux = self.hidden_states(
             input_ids, attention_mask, token_type_ids, segment_ids, dropout_key=dropout_key
@@ -309,7 +314,7 @@ class Decoder(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B S E"], AuxLosses]:
         """What the output matrix is applied to; arguments and errors as for `forward`."""
-        ids = jnp.asarray(input_ids)
+        ids = token_array(input_ids, "input_ids")
         if token_type_ids is not None:
             raise ValueError(
                 f"a {self.config.model_type} model has no token types; leave token_type_ids out"
@@ -317,6 +322,7 @@ class Decoder(nnx.Module):
         optional = (attention_mask, segment_ids)
         mask, segments = (None if a is None else jnp.asarray(a) for a in optional)
         check_inputs(ids, self.config.max_length, attention_mask=mask, segment_ids=segments)
+        check_batch(self, {"input_ids": ids}, "input")
         if mask is not None:
             mask = mask != 0
         tokens = jnp.ones(ids.shape, bool) if mask is None else mask

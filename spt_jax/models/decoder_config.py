@@ -248,7 +248,7 @@ def parse_decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
             f"num_attention_heads={heads} must be a multiple of num_key_value_heads="
             f"{values['num_kv_heads']}"
         )
-    values["eos_token_ids"] = _token_ids(values["eos_token_ids"])
+    values["eos_token_ids"] = parse_token_ids(values["eos_token_ids"])
     for ours in ("pad_token_id", "bos_token_id"):
         token = values[ours]
         demand(ours, token is None or is_integer(token), "an id or null")
@@ -298,7 +298,12 @@ def _flag(raw: Mapping[str, Any], name: str, default: bool) -> bool:
     return value
 
 
-def _token_ids(value: Any) -> tuple[int, ...]:
+def parse_token_ids(value: Any) -> tuple[int, ...]:
+    """What an `eos_token_id` stands for: an id, several or none.
+
+    Raises:
+        ValueError: it is none of these.
+    """
     ids = [] if value is None else value if isinstance(value, list) else [value]
     check("eos_token_id", value, all(map(is_integer, ids)), "an id, a list of ids or null")
     return tuple(ids)

@@ -18,16 +18,19 @@ from spt_jax.layers import (
     HeadParam,
     Linear,
     dropout,
+    recomputed,
     rematerialized,
     split_key,
 )
 from spt_jax.models.common import (
     Mask,
     Tokens,
+    check_batch,
     check_inputs,
     layer_norm,
     positions_in_segments,
     sum_aux,
+    token_array,
 )
 from spt_jax.models.encoder_config import EncoderConfig, EncoderType
 from spt_jax.models.slots import numbered
@@ -129,7 +132,8 @@ class EncoderLayer(nnx.Module):
         """The layer's first half."""
         keys = split_key(dropout_key, 2)
         y, aux = self.attention(x, key_mask=mask, segment_ids=segment_ids, dropout_key=keys[0])
-        return self.attention_norm(x + dropout(y, self.attention_dropout, keys[1])), aux
+        x = x + dropout(y, self.attention_dropout, keys[1])
+        return recomputed(self.attention_norm, x), aux
 
     def feed_forward(
         self,
@@ -140,7 +144,7 @@ class EncoderLayer(nnx.Module):
         """The layer's second half."""
         keys = split_key(dropout_key, 2)
         y, aux = self.ffn(x, mask=mask, dropout_key=keys[0])
-        return self.ffn_norm(x + dropout(y, self.ffn_dropout, keys[1])), aux
+        return recomputed(self.ffn_norm, x + dropout(y, self.ffn_dropout, keys[1])), aux
 
 
 class ClassificationHead(nnx.Module):
@@ -250,7 +254,9 @@ class Encoder(nnx.Module):
         """Encode sequences.
 
         Args:
-            input_ids: token ids, below the vocabulary's size.
+            input_ids: token ids, below the vocabulary's size. Under jit neither they nor types are
+                checked: as JAX indexes, one too large reads the table's last row, and a negative
+                one counts from its end.
             attention_mask: 0 or False at padding; None for no padding.
             token_type_ids: sentence of each token, None for zeros; refused by a model without token
                 types.
@@ -263,10 +269,10 @@ class Encoder(nnx.Module):
             Hidden states or logits, and auxiliary losses summed over layers and valid tokens.
 
         Raises:
-            ValueError: a shape is wrong, the sequence is longer than the model's positions, or the
-                model has no token types.
+            ValueError: a shape is wrong, the sequence is longer than the model's positions, the
+                model has no token types, or a token id or type is outside its tables.
         """
-        ids = jnp.asarray(input_ids)
+        ids = token_array(input_ids, "input_ids")
         optional = (attention_mask, token_type_ids, segment_ids)
         mask, types, segments = (None if a is None else jnp.asarray(a) for a in optional)
         check_inputs(
@@ -280,6 +286,7 @@ class Encoder(nnx.Module):
             raise ValueError(
                 f"a {self.config.model_type} model has no token types; leave token_type_ids out"
             )
+        check_batch(self, {"input_ids": ids, "token_type_ids": types}, "input")
         if mask is not None:
             mask = mask != 0
         keys = split_key(dropout_key, len(self.layers) + 2)

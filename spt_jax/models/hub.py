@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import errors
@@ -23,6 +25,7 @@ MODEL_PACKAGES = {
 
 #: What is downloaded: never pickles, never code.
 CHECKPOINT_FILES = ("*.json", "model*.safetensors")
+CONFIG_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = ("*.json", "chat_template.jinja")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -72,6 +75,21 @@ def find_files(
     if isinstance(source, os.PathLike) or not _HUB_ID.fullmatch(name):
         raise ValueError(f"{name!r} is neither a directory nor a model id of the form owner/name")
     return _download(name, files, revision, cache_dir, local_files_only)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: the file is none.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
 
 
 def package_directory(package: str) -> Path:

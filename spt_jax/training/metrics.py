@@ -36,11 +36,44 @@ def _classification(name: str, labels: np.ndarray, predictions: np.ndarray) -> f
 def _correlation(name: str, labels: np.ndarray, predictions: np.ndarray) -> float:
     from scipy import stats
 
+    if len(labels) < 2:
+        return 0.0  # as of constant input
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.ConstantInputWarning)
         value = float(getattr(stats, _REGRESSION[name])(labels, predictions).statistic)
     # undefined for constant input, which shows no correlation
     return 0.0 if math.isnan(value) and np.isfinite(predictions).all() else value
+
+
+def check_metrics(names: Sequence[str], columns: int | None) -> None:
+    """Raise a ValueError unless these metrics can be taken of a model's outputs.
+
+    Args:
+        names: for `evaluation_metrics`.
+        columns: of the outputs; None where there are none.
+    """
+    known = {*_CLASSIFICATION, *_REGRESSION}
+    if unknown := sorted({*names} - known - {"perplexity"}):
+        raise ValueError(f"unknown metrics {unknown}; choose from {sorted(known)} or perplexity")
+    for name in names:
+        if name == "perplexity":
+            continue
+        if columns is None:
+            raise ValueError(f"{name} needs the outputs of the model")
+        if name in _REGRESSION and columns != 1:
+            raise ValueError(
+                f"{name} compares scores, but the outputs have {columns} columns; load the model "
+                "with num_labels=1"
+            )
+        if name in _CLASSIFICATION and columns == 1:
+            raise ValueError(
+                f"{name} compares classes, but the outputs have one column; load the model with "
+                "num_labels of at least 2"
+            )
+        if name == "f1" and columns > 2:
+            raise ValueError(
+                f"f1 is that of class 1 of two, but there are {columns}; take accuracy or matthews"
+            )
 
 
 def glue_metrics(
@@ -55,16 +88,16 @@ def glue_metrics(
 
     Returns:
         The metrics in the order of `names`, as fractions of 1. A correlation with a constant
-        prediction is undefined and given as 0.
+        prediction, or of one example, is undefined and given as 0.
+
+    Raises:
+        ValueError: a metric is unknown or does not go with so many columns of outputs.
 
     Example:
         >>> glue_metrics(["accuracy"], np.array([[0.0, 1.0], [1.0, 0.0]]), np.array([1, 1]))
         {'accuracy': 0.5}
     """
-    unknown = set(names) - _CLASSIFICATION.keys() - _REGRESSION.keys()
-    if unknown:
-        known = sorted(_CLASSIFICATION | _REGRESSION)
-        raise ValueError(f"unknown metrics {sorted(unknown)}; choose from {known}")
+    check_metrics(names, outputs.shape[-1])
     values = {}
     for name in names:
         if name in _CLASSIFICATION:
@@ -79,21 +112,29 @@ def evaluation_metrics(
 ) -> dict[str, float]:
     """GLUE's metrics and `perplexity = exp(loss)`, in the order of `names`, then `eval_loss`.
 
+    A perplexity that float64 cannot hold, of a loss above 709, is infinite.
+
     Args:
         names: what to compute.
         loss: mean loss; in nats a token for perplexity.
         outputs: of all examples; may be None for perplexity alone.
         labels: of all examples.
     """
+    check_metrics(names, None if outputs is None else outputs.shape[-1])
     values = {}
     for name in names:
         if name == "perplexity":
-            values[name] = math.exp(loss)
-        elif outputs is None:
-            raise ValueError(f"{name} needs the outputs of the model")
-        else:
+            values[name] = _perplexity(loss)
+        elif outputs is not None:
             values |= glue_metrics([name], outputs, labels)
     return values | {"eval_loss": loss}
+
+
+def _perplexity(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:

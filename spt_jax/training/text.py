@@ -8,6 +8,7 @@ first is a label. Its weight says whether the loss counts that label.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import json
 import os
@@ -21,11 +22,14 @@ import numpy as np
 from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
 
-from spt_jax.models.tokenizer import check_token_ids
-from spt_jax.training.data import Examples, decode_text
+from spt_jax.models.common import check_token_ids
+from spt_jax.models.tokenizer import begun_once
+from spt_jax.training.data import Examples, check_texts, decode_text
 
 _HEADING = re.compile(r" = (?!= ).*[^ =] = ?")  # and not " = = Section = = "
 _ROLES = ("system", "developer", "user", "assistant", "tool")
+#: What a record may hold for the chat template beside its messages.
+_FOR_TEMPLATES: dict[str, type] = {"tools": list, "documents": list, "chat_template_kwargs": dict}
 _ENCODED_AT_ONCE = 512  # documents; an encoding is many times larger than its ids
 
 
@@ -52,28 +56,38 @@ def read_text(path: str | os.PathLike[str]) -> list[str]:
     one document.
 
     Raises:
-        ValueError: the file is blank or not UTF-8.
+        ValueError: the file is blank, not UTF-8, or holds JSON records.
     """
-    documents = _split_articles(_decode(path))
+    text = _decode(path)
+    if _holds_records(text):
+        raise ValueError(
+            f"{path} holds JSON records, not text: read_jsonl reads them, and a command does where "
+            "the name ends in .jsonl or .json"
+        )
+    documents = _split_articles(text)
     if not documents:
         raise ValueError(f"{path} is empty: there is no text in it")
     return documents
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Records of a JSON-lines file; blank lines are skipped.
+    """Records of a file of JSON lines, blank ones skipped, or of one JSON array of objects.
 
     Returns:
         Objects with either a string `text`, or a list `messages` of objects with string `role`
-        and `content`, at least one of them by the role "assistant".
+        and `content`, at least one of them by the role "assistant"; a message with `tool_calls` may
+        lack content. Beside messages there may be lists `tools` and `documents`, and an object
+        `chat_template_kwargs`, for the chat template. A field that is null is left out.
 
     Raises:
-        ValueError: the file is blank or not UTF-8, or a line is anything else.
+        ValueError: the file is blank or not UTF-8, or a record is anything else.
     """
-    records = []
-    for number, line in enumerate(_decode(path).split("\n"), 1):
-        if line.strip():
-            records.append(_record(line, f"{path}, line {number}"))
+    text = _decode(path)
+    if (array := _array(text)) is not None:
+        records = [_record(x, f"{path}, record {n}") for n, x in enumerate(array, 1)]
+    else:
+        lines = ((n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
+        records = [_record(_parsed(line, where := f"{path}, line {n}"), where) for n, line in lines]
     if not records:
         raise ValueError(f"{path} is empty: there is no record in it")
     return records
@@ -161,21 +175,22 @@ def encode_documents(
     Args:
         texts: one a document.
         tokenizer: left as it is; its own truncation and padding are not used. The special tokens
-            that it adds by itself are kept.
+            that it adds by itself are kept, but for a start that the text has already.
         name: what messages call the texts.
         eos_id: token to end each document with, unless the tokenizer has put it there.
 
     Raises:
-        ValueError: there is no document, or one of less than 2 tokens.
+        ValueError: there is no document, or one that is no string or of less than 2 tokens.
     """
-    texts = list(texts)
+    texts = texts if isinstance(texts, str) else list(texts)
+    check_texts(texts, name)
     if not texts:
         raise ValueError(f"{name} is empty: there is no document in it")
     tokenizer = unlimited(tokenizer)
     documents = []
     for start in range(0, len(texts), _ENCODED_AT_ONCE):
         for encoding in tokenizer.encode_batch_fast(texts[start : start + _ENCODED_AT_ONCE]):
-            ids = encoding.ids
+            ids = begun_once(encoding.ids, encoding.special_tokens_mask)
             if eos_id is not None and ids[-1:] != [eos_id]:
                 ids.append(eos_id)
             documents.append(Document(np.array(ids, np.int32), np.ones(len(ids), bool)))
@@ -216,7 +231,8 @@ def pack(
     Returns:
         Columns input_ids, label, attention_mask, weight (1 where the label is predicted, else 0)
         and segment_ids (1, 2, ... in a row, 0 for padding), `[rows, length]`. The same documents
-        give the same rows.
+        give the same rows. `num_truncated` counts the documents that were cut: of a conversation,
+        later pieces lack the question.
 
     Raises:
         ValueError: no document, one of less than 2 tokens, `length` below 2, ids outside the
@@ -280,6 +296,7 @@ def strided_windows(
     if not kept.any():
         raise ValueError(f"{name}: no token is predicted, so there is nothing to learn from")
     starts, sizes, scored = starts[kept], sizes[kept], scored[kept]
+    num_cut = int(np.count_nonzero(positions > length))
 
     rows, columns, segments, num_rows = _best_fit(sizes, length)
     within = _ranges(sizes)
@@ -302,6 +319,7 @@ def strided_windows(
             "weight": filled(0, np.float32, counted),
         },
         name,
+        num_cut,
     )
 
 
@@ -312,6 +330,26 @@ def _decode(path: str | os.PathLike[str]) -> str:
         raise ValueError(
             f"{path} is not UTF-8 at byte {error.start}; convert it, for example with iconv"
         ) from error
+
+
+def _holds_records(text: str) -> bool:
+    """Whether a text is an object or an array of them in JSON, or JSON lines."""
+    if array := _array(text):
+        return all(isinstance(record, dict) for record in array)
+    start = text.lstrip()
+    for part in (start.partition("\n")[0], start) if start[:1] == "{" else ():
+        with contextlib.suppress(json.JSONDecodeError, RecursionError):
+            json.loads(part)
+            return True
+    return False
+
+
+def _array(text: str) -> list[Any] | None:
+    """The JSON array that a text is, or None."""
+    if text.lstrip()[:1] == "[":
+        with contextlib.suppress(json.JSONDecodeError, RecursionError):
+            return json.loads(text)
+    return None
 
 
 def _split_articles(text: str) -> list[str]:
@@ -328,9 +366,9 @@ def _split_articles(text: str) -> list[str]:
     return [document for document in documents if document.strip()]
 
 
-def _record(line: str, where: str) -> dict[str, Any]:
+def _parsed(line: str, where: str) -> Any:
     try:
-        record = json.loads(line)
+        return json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{where} is not JSON: {error.msg} at column {error.colno}; write one object a line"
@@ -339,8 +377,12 @@ def _record(line: str, where: str) -> dict[str, Any]:
         raise ValueError(
             f"{where} is not JSON that can be read: nested too deeply; write one object a line"
         ) from None
+
+
+def _record(record: Any, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: an object is needed, got {line.strip()[:40]}")
+        raise ValueError(f"{where}: an object is needed, got {json.dumps(record)[:40]}")
+    record = {name: value for name, value in record.items() if value is not None}
     if ("text" in record) == ("messages" in record):
         which = "both" if "text" in record else f"neither, but {', '.join(record) or 'nothing'}"
         raise ValueError(f'{where}: give either "text" or "messages"; it has {which}')
@@ -349,6 +391,10 @@ def _record(line: str, where: str) -> dict[str, Any]:
             raise ValueError(f'{where}: "text" must be a string that is not blank')
         return record
     _check_messages(record["messages"], where)
+    for name, kind in _FOR_TEMPLATES.items():
+        if not isinstance(record.get(name, kind()), kind):
+            word = "a list" if kind is list else "an object"
+            raise ValueError(f'{where}: "{name}" must be {word}')
     return record
 
 
@@ -356,8 +402,8 @@ def _check_messages(messages: Any, where: str) -> None:
     if not isinstance(messages, list) or not messages:
         raise ValueError(f'{where}: "messages" must be a list that is not empty')
     for index, message in enumerate(messages):
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
+        if not isinstance(message, dict) or not (
+            isinstance(message.get("role"), str) and _has_content(message)
         ):
             raise ValueError(
                 f'{where}: message {index} must be an object with strings "role" and "content"'
@@ -372,6 +418,11 @@ def _check_messages(messages: Any, where: str) -> None:
             f"{where}: no message by the assistant, so there is nothing to learn from; "
             'add its reply with "role": "assistant", or remove the line'
         )
+
+
+def _has_content(message: dict[str, Any]) -> bool:
+    content = message.get("content")
+    return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
 
 
 def _version(folder: Path) -> tuple[int, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from types import SimpleNamespace
 
 import jax
@@ -14,6 +16,7 @@ from experiments.methods import (
     form_note,
     results_table,
     speed_note,
+    write_metrics,
 )
 from pallas_kernels import devices, triton
 from spt_jax.training import TrainResult
@@ -104,3 +107,24 @@ def test_methods_name_their_parts():
     assert parts("spt", ffn="dense") == parts("spt-dense-ffn") == (True, False)
     assert parts("spt-dense-attention", ffn="dense") == (False, True)
     assert parts("lora") == (False, False)
+
+
+def test_an_infinite_figure_is_null_and_one_that_is_nan_refused(tmp_path):
+    figures = {"lora": {"perplexity": math.inf, "eval_loss": 800.0}}
+    write_metrics(tmp_path, "wikitext", MethodOptions(), figures)
+    found = json.loads((tmp_path / "metrics.json").read_text())["figures"]
+    assert found == {"lora": {"perplexity": None, "eval_loss": 800.0}}
+    with pytest.raises(ValueError, match=r"figures\.lora\.eval_loss = nan"):
+        write_metrics(tmp_path, "wikitext", MethodOptions(), {"lora": {"eval_loss": math.nan}})
+
+
+def test_an_interrupt_outside_training_is_told(capsys):
+    def adapting():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(adapting)
+    assert stopped.value.code == 130
+    said = capsys.readouterr().err
+    assert said.startswith("error: stopped by SIGINT outside training: what was written before is")
+    assert "--resume" in said

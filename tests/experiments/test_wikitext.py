@@ -108,12 +108,38 @@ def test_of_conversations_the_replies_are_learnt(finished, texts, tmp_path, caps
     run(capsys, *options, "--plain-chat", "--prompt", "Name a keyword.")
     config = spt_jax.models.config.read_config(source)
     encoder = wikitext.Encoder(source, config, plain_chat=True)
-    (document,) = encoder(
-        [json.loads(texts["chat.jsonl"].read_text().splitlines()[0])["messages"]], "x"
-    )
+    (document,) = encoder([json.loads(texts["chat.jsonl"].read_text().splitlines()[0])], "x")
     learnt = encoder.tokenizer.decode(document.ids[document.predicted].tolist())
     assert learnt.strip() == "while"
     assert figures(tmp_path)["lora"]["perplexity"] > 1
+
+
+def test_texts_and_conversations_keep_their_order(finished, tmp_path):
+    source = finished[0] / "base" / "model"
+    config = spt_jax.models.config.read_config(source)
+    encoder = wikitext.Encoder(source, config, plain_chat=True)
+    turns = [{"role": "user", "content": "Name a keyword."}]
+    chat = {"messages": [*turns, {"role": "assistant", "content": "while"}]}
+    path = tmp_path / "rows.JSON"
+    path.write_text(json.dumps([{"text": "First."}, chat, {"text": "Last."}]))
+    documents = encoder(wikitext._read_file(path), "x")
+    assert [bool(document.predicted[1:].all()) for document in documents] == [True, False, True]
+    assert encoder.tokenizer.decode(documents[2].ids.tolist()).strip() == "Last."
+    with pytest.raises(ValueError, match=r"x, the conversation that begins 'Name .*reads no tools"):
+        encoder([chat | {"tools": [{"name": "f"}]}], "x")
+
+
+def test_documents_longer_than_a_row_are_told(finished, texts, tmp_path, capsys):
+    long = [{"role": "user", "content": "Why? " * 80}, {"role": "assistant", "content": "So."}]
+    path = tmp_path / "chats.json"
+    path.write_text(json.dumps([{"messages": long}, *(
+        json.loads(line) for line in texts["chat.jsonl"].read_text().splitlines()
+    )]))  # fmt: skip
+    options = ["--model", finished[0] / "base" / "model", "--text-file", path, "--plain-chat"]
+    options += ["--eval-file", texts["chat.jsonl"], "--method", "lora", "--out", tmp_path / "out"]
+    output = " ".join(run(capsys, *options, *STEPS).split())
+    assert "1 of 4 documents of the training text are longer than a row of 64 and cut" in output
+    assert "evaluation text are longer" not in output
 
 
 @pytest.mark.parametrize(
@@ -154,7 +180,8 @@ def test_a_text_shorter_than_a_row(finished, texts, tmp_path, capsys):
 
 def test_the_default_budget_is_a_cap():
     data = spt_jax.training.Examples(
-        {name: np.ones((8, 4)) for name in ("input_ids", "attention_mask", "label")}, "eight rows"
+        {name: np.ones((8, 4), int) for name in ("input_ids", "attention_mask", "label")},
+        "eight rows",
     )
     for given, steps in [
         ({"batch_size": 4}, 6),  # 3 epochs

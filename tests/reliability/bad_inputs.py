@@ -572,7 +572,11 @@ DATA = {
     ),
     "JSON lines: a list of 10 MB": (
         lines("[" + "1," * 5_000_000 + "1]", read_jsonl),
-        ("line 1: an object is needed",),
+        ("record 1: an object is needed",),
+    ),
+    "JSON array for a text": (
+        lines('[{"messages": []},\n{"messages": []}]', read_text),
+        ("holds JSON records, not text", ".json"),
     ),
     "JSON lines: nested 200,000 deep": (lines(NESTED, read_jsonl), ("line 1 is not JSON",)),
     "JSON lines: neither text nor messages": (

@@ -29,6 +29,7 @@ from spt_jax.layers import (
     RouterParam,
     SparseAttention,
 )
+from tests.spt_jax.models.builders import GOLDEN
 from tests.spt_jax.toy import HEADS, HIDDEN, VOCABULARY, WIDTH, ToyModel, toy_batch
 
 SPARSE = SparseAttentionConfig(min_keys=8, num_codewords=8, granularity="token")
@@ -128,6 +129,58 @@ def test_only_lora_routers_head_and_codebooks_with_a_loss_train(codebook_loss_we
         kinds.add(type(variable))
     assert {LoRAParam, RouterParam, HeadParam, nnx.Param, CalibrationStat} <= kinds
     assert (CodebookParam in kinds) == (codebook_loss_weight > 0)
+
+
+IDS = np.ones((4, 8), np.int32)
+
+
+@pytest.mark.usefixtures("unhooked")
+@pytest.mark.parametrize(
+    ("config", "batch", "message"),
+    [
+        (LoRAConfig(), {}, r"config is of the type LoRAConfig; give SPTConfig\(lora="),
+        (SPTConfig(), IDS, "calibration_batch is of the type ndarray; give a mapping of arrays"),
+        (SPTConfig(), {"input_ids": [[1, 2], [3]]}, "is no array of token ids; pad and truncate"),
+        (SPTConfig(), {"input_ids": IDS / 2}, "calibration_batch holds float.*, not token ids"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(config, batch, message):
+    with pytest.raises(ValueError, match=message):
+        spt_jax.adapt(ToyModel(rngs=nnx.Rngs(0)), config, calibration_batch=batch)
+
+
+@pytest.mark.parametrize(
+    ("sparse", "calibration"),
+    [
+        (SparseAttentionConfig(min_keys=8, granularity="tile"), "fitted"),
+        (replace(SPARSE, codeword_width=2), "random"),
+        (replace(SPARSE, rule="match_count", codeword_width=4), "fitted"),
+    ],
+)
+def test_64_bit_types_switched_on_change_nothing(sparse, calibration):
+    routed = RoutedFFNConfig(calibration=calibration, load_balance_weight=0.01)
+    sparse = replace(sparse, codebook_loss_weight=0.01)
+    config = SPTConfig(lora=LoRAConfig(rank=2), attention=sparse, ffn=routed)
+    columns = {name: np.asarray(x, np.int64) for name, x in toy_batch().items()}
+
+    def found():
+        batch = {name: jnp.asarray(x) for name, x in columns.items()}
+        model = ToyModel(layers=1, gated=True, rngs=nnx.Rngs(0))
+        spt_jax.adapt(model, config, calibration_batch=batch, rngs=nnx.Rngs(1))
+        graph, params, rest = nnx.split(model, ADAPTER, ...)
+
+        @jax.jit
+        def loss(params):
+            logits, aux = nnx.merge(graph, params, rest).forward(**batch)
+            return jnp.square(logits).mean() + sum(aux.values())
+
+        return nnx.state(model), jax.value_and_grad(loss)(params)
+
+    expected = found()
+    with jax.enable_x64(True):
+        wide = found()
+    assert jax.tree.map(lambda x: x.dtype, wide) == jax.tree.map(lambda x: x.dtype, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-2, 1e-3), wide[1], expected[1])
 
 
 def test_same_seed_same_model():
@@ -394,3 +447,15 @@ def test_heads_must_divide():
 def test_bad_configurations_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("input_ids", "id 97"), ("token_type_ids", "type 2")])
+def test_ids_outside_the_tables_are_named(name, kind):
+    model = spt_jax.load_pretrained(GOLDEN / "bert")
+    batch = {"input_ids": np.full((2, 6), 5), name: np.full((2, 6), 97 if "id " in kind else 2)}
+    with pytest.raises(ValueError, match=f"calibration_batch: token {kind} is outside the model's"):
+        spt_jax.adapt(model, SPTConfig(), calibration_batch=batch)
+    good = {"input_ids": np.arange(3, 67).reshape(4, 16)}
+    spt_jax.adapt(model, SPTConfig(lora=None, ffn=None, attention=SPARSE), calibration_batch=good)
+    with pytest.raises(ValueError, match=f"batch: token {kind} is outside the model's"):
+        spt_jax.sparse_choices(model, batch)

@@ -123,6 +123,52 @@ def test_conversations_that_cannot_be_learned_from(byte_level):
         encode_messages(TALK, byte_level, thinking)
 
 
+TOOLS = [{"type": "function", "function": {"name": "sum", "parameters": {}}}]
+
+
+def test_tools_reach_the_template(byte_level):
+    source = (
+        "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for m in messages %}{{ m.role }}: "
+        "{{ m.content or m.tool_calls[0].function.name }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {{ start }}{% endif %}"
+    )
+    known = ChatTemplate(source)
+    called = {"role": "assistant", "tool_calls": [{"function": {"name": "sum"}}]}
+    messages = [TALK[0], called]
+    rendered = known.render(messages, tools=TOOLS)
+    assert rendered.startswith(json.dumps(TOOLS) + "\nuser: ")
+    (document,) = encode_messages(messages, byte_level, known, tools=TOOLS)
+    assert byte_level.decode(document.ids.tolist(), skip_special_tokens=False) == rendered
+    predicted = document.ids[document.predicted].tolist()
+    assert byte_level.decode(predicted, skip_special_tokens=False) == "sum</s>"
+    with pytest.raises(ValueError, match="the chat template reads no tools, so the model would"):
+        encode_messages(messages, byte_level, ChatTemplate.plain(eos_token="</s>"), tools=TOOLS)
+    with pytest.raises(ValueError, match="reads no enable_thinking"):
+        known.render(messages, enable_thinking=False)
+    assert known.render([], True, start="<think>") == "assistant: <think>"
+
+
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be."}]])
+def test_a_reply_before_any_question_is_named_where_the_template_needs_one(byte_level, system):
+    greeted = [*system, *TALK[1:]]
+    needs_a_user = ChatTemplate(
+        "{% if not messages | selectattr('role', 'equalto', 'user') | list %}"
+        "{{ raise_exception('No user query') }}{% endif %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    refused = rf"reply {len(system)} comes before any message of the user"
+    with pytest.raises(ValueError, match=refused):
+        encode_messages(greeted, byte_level, needs_a_user)
+    if not system:
+        with pytest.raises(ValueError, match=refused):  # its own system message comes in between
+            encode_messages(greeted, byte_level, template("chatml"))
+    (document,) = encode_messages(greeted, byte_level, ChatTemplate.plain(eos_token="</s>"))
+    predicted = byte_level.decode(document.ids[document.predicted].tolist())
+    assert "4." in predicted
+    assert "De rien" in predicted
+
+
 def test_plain():
     plain = ChatTemplate.plain(eos_token="</s>", bos_token="<s>")
     messages = [{"role": "system", "content": "Be brief.\n"}, *TALK[:2]]
@@ -154,16 +200,26 @@ def test_loads_from_a_model_directory(tmp_path):
     assert ChatTemplate.load(write(tmp_path, template="d")).render([]) == "d"
 
 
+def test_special_tokens_of_the_map_beside(tmp_path):
+    source = "{{ bos_token }}|{{ eos_token }}"
+    config = {"chat_template": source, "bos_token": "<s>", "eos_token": "</s>"}
+    ends = {"eos_token": {"content": "<|im_end|>", "lstrip": False}}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(ends))
+    assert ChatTemplate.load(write(tmp_path, config)).render([]) == "<s>|<|im_end|>"
+    newer = write(tmp_path, config | {"added_tokens_decoder": {}})
+    assert ChatTemplate.load(newer).render([]) == "<s>|</s>"
+
+
 def test_templates_that_cannot_be_loaded(tmp_path):
     with pytest.raises(ValueError, match=r"has no chat template .* ChatTemplate\.plain"):
         ChatTemplate.load(tmp_path)
     sources = [{"name": "tool_use", "template": "b"}]
     with pytest.raises(ValueError, match='none named "default": tool_use'):
         ChatTemplate.load(write(tmp_path, {"chat_template": sources}))
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json is no JSON object"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json holds a JSON list, not an obj"):
         ChatTemplate.load(write(tmp_path, []))
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not valid JSON"):
         ChatTemplate.load(tmp_path)
     with pytest.raises(ValueError, match=r"the chat template has an error: .*'endfor'"):
         ChatTemplate("{% for m in messages %}")

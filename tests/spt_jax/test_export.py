@@ -538,13 +538,136 @@ def test_other_refusals(tmp_path):
         spt_jax.save_pretrained(model, tmp_path / "nothing", tokenizer=GOLDEN / "bert")
 
 
-def test_a_tied_embedding_is_not_replaced(tmp_path):
-    table = {"base_model.model.model.embed_tokens.weight": np.zeros((97, 32), np.float32)}
-    adapter = tmp_path / "adapter"
-    spt_jax.save_adapter(_with_lora("qwen2"), adapter)
-    path = adapter / "adapter_model.safetensors"
-    save_file(load_file(path) | table, path)
-    _assert_refused(adapter, "the model's output matrix is tied to it", name="qwen2")
+def _adapter_with(directory, name, tensors, **fields):
+    """An adapter with more tensors, for which whole ones of the same modules make room."""
+    model = _with_lora(name)
+    spt_jax.save_adapter(model, directory)
+    path, config = directory / "adapter_model.safetensors", directory / "adapter_config.json"
+    modules = {key.partition(".lora_")[0] for key in tensors if ".lora_" in key}
+    kept = {k: v for k, v in load_file(path).items() if k.rpartition(".")[0] not in modules}
+    save_file(kept | {k: np.ascontiguousarray(v) for k, v in tensors.items()}, path)
+    config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("name", "modules", "whole", "task"),
+    [
+        ("bert", ["bert.pooler.dense"], ["classifier"], "SEQ_CLS"),
+        ("bert", ["classifier"], ["bert.pooler.dense"], None),
+        ("bert", ["bert.pooler.dense", "classifier"], None, None),
+        ("roberta", ["classifier.dense"], ["classifier.out_proj"], None),
+        ("roberta", ["classifier.dense", "classifier.out_proj"], None, None),
+        ("llama_classify", ["score"], None, None),
+    ],
+)
+def test_factors_of_a_head(name, modules, whole, task, tmp_path):
+    rng = np.random.default_rng(0)
+    base = _load(name)
+    heads = {module: module_at(base, base.module_paths()[module]) for module in modules}
+    factors = {
+        module: (rng.normal(size=(3, head.in_features)), rng.normal(size=(head.out_features, 3)))
+        for module, head in heads.items()
+    }
+    tensors = {
+        f"base_model.model.{module}.lora_{letter}.weight": factor.astype(np.float32)
+        for module, pair in factors.items()
+        for letter, factor in zip("AB", pair, strict=True)
+    }
+    adapter = _adapter_with(tmp_path / "adapter", name, tensors)
+    model = spt_jax.load_adapter(_load(name), adapter)
+    for module, (a, b) in factors.items():
+        found = module_at(model, model.module_paths()[module])
+        x = jnp.asarray(rng.normal(size=(5, found.in_features)), jnp.float32)
+        expected = heads[module](x) + x @ (b @ a).T * (7 / 3**0.5)
+        np.testing.assert_allclose(found(x), expected, atol=1e-3)
+        assert not isinstance(found.kernel, HeadParam)
+    spt_jax.save_adapter(model, tmp_path / "again")
+    first, second = (
+        load_file(d / "adapter_model.safetensors") for d in (adapter, tmp_path / "again")
+    )
+    assert second.keys() == first.keys()
+    for key, array in first.items():
+        np.testing.assert_array_equal(second[key], array)
+    raw = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert (raw["modules_to_save"], raw["task_type"]) == (whole, task)
+    _assert_equal(spt_jax.load_adapter(_load(name), tmp_path / "again"), model)
+
+
+def test_a_backbone_leaves_out_what_heads_have(tmp_path, caplog):
+    factors = {
+        "base_model.model.bert.pooler.dense.lora_A.weight": np.ones((3, 32), np.float32),
+        "base_model.model.bert.pooler.dense.lora_B.weight": np.ones((32, 3), np.float32),
+    }
+    adapter = _adapter_with(tmp_path / "adapter", "bert", factors)
+    model = spt_jax.load_adapter(spt_jax.load_pretrained(GOLDEN / "bert"), adapter)
+    (line,) = caplog.messages
+    assert "skipped of the adapter: " in line
+    assert "pooler.dense.lora_A.weight" in line
+    assert "classifier.weight" in line
+    classify = spt_jax.load_adapter(_load("bert"), adapter)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model.layers), nnx.state(classify.layers))
+
+
+TIED = "qwen2"
+_OUTPUT = "base_model.model.lm_head.weight"
+_INPUT = "base_model.model.model.embed_tokens.weight"
+
+
+def _table(name, change=0.0):
+    stored = load_file(GOLDEN / name / "model.safetensors")
+    return stored["model.embed_tokens.weight"] + np.float32(change)
+
+
+@pytest.mark.parametrize("names", [(_INPUT,), (_OUTPUT,), (_INPUT, _OUTPUT)])
+def test_tables_of_a_tied_model_that_are_its_own(names, tmp_path):
+    expected = _with_lora(TIED)
+    adapter = _adapter_with(tmp_path / "adapter", TIED, dict.fromkeys(names, _table(TIED)))
+    _assert_equal(spt_jax.load_adapter(_load(TIED), adapter), expected)
+
+
+def test_equal_tables_of_a_tied_model_replace_its_own(tmp_path):
+    table = _table(TIED, 0.5)
+    adapter = _adapter_with(tmp_path / "adapter", TIED, {_INPUT: table, _OUTPUT: table})
+    model = spt_jax.load_adapter(_load(TIED), adapter)
+    np.testing.assert_array_equal(model.output_kernel(), table.T)
+    assert isinstance(model.embedding.embedding, HeadParam)
+    spt_jax.save_adapter(model, tmp_path / "again")
+    written = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    for name in (_INPUT, _OUTPUT):  # for PEFT, where each is a copy
+        np.testing.assert_array_equal(written[name], table)
+    raw = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert raw["modules_to_save"] == ["model.embed_tokens", "lm_head"]
+    _assert_equal(spt_jax.load_adapter(_load(TIED), tmp_path / "again"), model)
+
+
+@pytest.mark.parametrize(
+    ("tables", "named"),
+    [
+        ({_INPUT: 0.5}, "model.embed_tokens.weight"),
+        ({_OUTPUT: 0.5}, "lm_head.weight"),
+        ({_INPUT: 0.5, _OUTPUT: 0.0}, "lm_head.weight"),
+        ({_INPUT: 0.0, _OUTPUT: 0.5}, "lm_head.weight"),
+        ({_INPUT: 0.5, _OUTPUT: 0.25}, "lm_head.weight"),
+        ({"base_model.model.lm_head.lora_A.weight": 0.5}, "with its LoRA factors lm_head"),
+    ],
+)
+def test_tables_that_would_untie_are_refused(tables, named, tmp_path):
+    tensors = {key: _table(TIED, change) for key, change in tables.items()}
+    adapter = _adapter_with(tmp_path / "adapter", TIED, tensors)
+    message = f"added: {named} differs from the model's, whose output matrix is tied to its"
+    _assert_refused(adapter, message, name=TIED)
+
+
+@pytest.mark.parametrize("saved", [None, ["lm_head"]])
+def test_own_tables_of_an_untied_model_train_only_if_asked(saved, tmp_path):
+    stored = load_file(GOLDEN / "llama" / "model.safetensors")
+    tables = {_INPUT: _table("llama"), _OUTPUT: stored["lm_head.weight"]}
+    adapter = _adapter_with(tmp_path / "adapter", "llama", tables, modules_to_save=saved)
+    model = spt_jax.load_adapter(_load("llama"), adapter)
+    _assert_same(model, _run(_with_lora("llama")))
+    assert not isinstance(model.embedding.embedding, HeadParam)
+    assert isinstance(model.head.kernel, HeadParam) == (saved is not None)
 
 
 @pytest.mark.parametrize(

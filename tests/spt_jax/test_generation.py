@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import spt_jax
 from spt_jax import generation
@@ -263,6 +263,49 @@ def test_stops_cut_their_rows(tokenizer):
     assert texts[2] == "".join(f" w{i}" for i in full[2])
 
 
+def special(tokenizer, *, end, start):
+    """The tokenizer with two of its words as special tokens, the second at every start."""
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.add_special_tokens([f"w{end}", f"w{start}"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"w{start} $A", special_tokens=[(f"w{start}", start)]
+    )
+    return tokenizer
+
+
+def test_a_special_token_is_a_stop(tokenizer):
+    model, arrays = golden_model("llama"), golden("llama")
+    prompts, full = prompts_of(arrays), arrays["generated"].tolist()
+    at = next(n for n in range(2, 12) if full[0][n] not in full[0][:n])
+    skipped = next(t for t in full[0][:at] if t != full[0][at])
+    tokenizer = special(tokenizer, end=full[0][at], start=skipped)
+    options = {"max_new_tokens": 12, "eos_token_ids": (), "stop": [f"w{full[0][at]}"]}
+    ids = generate(model, prompts[:1], tokenizer=tokenizer, **options)
+    assert ids == [full[0][:at]]
+    words = [" ".join(f"w{i}" for i in prompts[0][1:])]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"w{prompts[0][0]} $A", special_tokens=[(f"w{prompts[0][0]}", prompts[0][0])]
+    )
+    (text,) = generate(model, words, tokenizer=tokenizer, **options)
+    assert text == "".join(f" w{i}" for i in full[0][:at] if i != skipped)
+
+
+def test_a_start_that_a_prompt_has_is_not_added_again(tokenizer):
+    tokenizer = special(tokenizer, end=50, start=3)
+    tokenizer.enable_padding(direction="left", length=8)
+    found = [generation._ids_of_prompt(0, text, tokenizer) for text in ("w5 w6", "w3 w5 w6", "w3")]
+    assert found == [[3, 5, 6], [3, 5, 6], [3]]
+    assert generation._ids_of_prompt(0, "w3 w3 w5", tokenizer) == [3, 3, 5]
+
+
+def test_64_bit_types_switched_on_change_no_token():
+    options = {"max_new_tokens": 8, "eos_token_ids": ()}
+    expected = [generate(spt_model(), PROMPTS, **options, **sampled) for sampled in ({}, SAMPLED)]
+    with jax.enable_x64(True):
+        wide = [generate(spt_model(), PROMPTS, **options, **sampled) for sampled in ({}, SAMPLED)]
+    assert wide == expected
+
+
 def test_one_new_token():
     arrays = golden("llama")
     new = generate(golden_model("llama"), prompts_of(arrays), max_new_tokens=1, eos_token_ids=())
@@ -289,6 +332,11 @@ def test_one_new_token():
         ({"prompts": np.ones(3, np.int32)}, r"prompts must be \[batch, sequence\]"),
         ({"prompts": np.ones((1, 3))}, "prompts must be token ids, got float64"),
         ({"prompts": [[3] * 30]}, "the longest prompt has 30 tokens, with max_new_tokens=4 34"),
+        ({"prompts": [[3], None]}, "prompt 1 is None; give a text or a list of token ids"),
+        ({"prompts": [3, 4]}, "prompt 0 is 3; give"),
+        ({"prompts": [[1.5]]}, r"prompt 0 is \[1.5\]; give"),
+        ({"prompts": [[{"role": "user", "content": "a"}]]}, r"ChatTemplate\.render makes a text"),
+        ({"eos_token_ids": 2}, "eos_token_ids is 2; give a list"),
         ({"stop": "abc"}, "stop must be a list"),
         ({"stop": [5]}, "stop must be a list"),
         ({"stop": [[]]}, "a stop is empty"),

@@ -74,7 +74,6 @@ def test_choices_are_made_once(granularity):
     counts = Counter(equation.primitive.name for equation in found)
     counts += Counter(e.params["name"] for e in found if "name" in e.params)
     layers = step.config.num_layers
-    assert counts["remat2"] == layers
     assert counts["top_k"] == layers
     assert counts["pq_select"] == counts["pq_encode"] / 2 == layers * (1 + (granularity == "token"))
     assert counts["sparse_attention"] == 3 * layers  # forward, forward again, backward
@@ -93,3 +92,17 @@ def test_what_is_kept_is_small():
     step = step_of("llama")
     (made_again, inputs), (stored, _) = kept(replace(step, remat=True)), kept(step)
     assert made_again < 1.5 * step.config.num_layers * inputs < 0.2 * stored
+
+
+def test_dense_layers_keep_what_is_not_soon_computed():
+    """Of the FFN the sums that its activation is applied to, and not what follows from them."""
+    width, hidden, length = 32, 512, 256
+
+    def peak(layers):
+        config = llama_config(width=width, heads=2, kv_heads=1, hidden=hidden, layers=layers)
+        step = replace(step_of("llama"), config=config, method="lora", batch=1, length=length)
+        compiled = jax.jit(gradient_of(step)).lower(*arguments_of(step)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    numbers = (peak(6) - peak(2)) / 4 / 4 / length  # a layer and token keeps
+    assert 2 * hidden <= numbers < 2 * hidden + 16 * width

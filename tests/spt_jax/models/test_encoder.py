@@ -267,3 +267,25 @@ def test_layers_report_auxiliary_losses():
     for model.remat in (False, True):
         _, aux = nnx.jit(lambda model: model.forward(ids, mask))(model)
         assert aux == {"reported": 2 * 9.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "value", "message"),
+    [
+        ("bert", "input_ids", 97, "input: token id 97 is outside the model's vocabulary of 97"),
+        ("bert", "input_ids", -1, "token id -1 is outside"),
+        ("bert", "token_type_ids", 2, "token type 2 is outside the model's table of 2"),
+        ("roberta", "token_type_ids", 1, "token type 1 is outside the model's table of 1"),
+        ("distilbert", "input_ids", 97, "token id 97 is outside"),
+        ("llama", "input_ids", 97, "token id 97 is outside"),
+        ("opt", "input_ids", -1, "token id -1 is outside"),
+    ],
+)
+def test_ids_outside_the_tables_are_named(family, name, value, message):
+    model = load_pretrained(GOLDEN / family)
+    batch = {"input_ids": np.full((2, 6), 5), name: np.zeros((2, 6), np.int64)}
+    batch[name][1, 3] = value
+    for arrays in (batch, {key: jnp.asarray(array) for key, array in batch.items()}):
+        with pytest.raises(ValueError, match=message):
+            model(**arrays)
+    assert jnp.isfinite(nnx.jit(lambda model, batch: model(**batch))(model, batch)).all()

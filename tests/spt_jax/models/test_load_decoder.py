@@ -77,6 +77,124 @@ def test_a_tied_output_matrix_may_be_stored_too(tmp_path):
     np.testing.assert_array_equal(model.output_kernel(), table.T)
 
 
+TIED = ("opt", "opt_350m", "qwen2")
+
+
+def table_of(name):
+    tensors = load_file(GOLDEN / name / "model.safetensors")
+    return next((key, x) for key, x in tensors.items() if key.endswith("embed_tokens.weight"))
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_another_output_matrix_unties(name, tmp_path, caplog):
+    table, array = table_of(name)
+    other = array + 0.1 * np.random.default_rng(0).standard_normal(array.shape, np.float32)
+    source = edited(tmp_path / "model", name, tensors=add("lm_head.weight", other))
+    model = load_pretrained(source, task="causal-lm")
+    (line,) = caplog.messages
+    assert f"{table} and lm_head.weight differ" in line
+    np.testing.assert_array_equal(model.embedding.embedding[...], array)
+    np.testing.assert_array_equal(model.output_kernel(), other.T)
+    assert not model.config.tie_embeddings
+    caplog.clear()
+    assert_same_weights(load_pretrained(source), load_pretrained(GOLDEN / name))  # has no output
+    assert not caplog.messages
+
+
+def test_an_output_matrix_of_another_size_is_named(tmp_path):
+    larger = add("lm_head.weight", np.zeros((99, 32), np.float32))
+    source = edited(tmp_path / "model", "qwen2", tensors=larger)
+    with pytest.raises(ValueError, match=r"lm_head.weight has shape \(99, 32\), expected \(97, 32"):
+        load_pretrained(source, task="causal-lm")
+
+
+@pytest.mark.parametrize("name", TIED)
+@pytest.mark.parametrize("task", ["causal-lm", "backbone", "sequence-classification"])
+def test_a_tied_pair_may_be_stored_as_the_output_matrix(name, task, tmp_path):
+    table, _ = table_of(name)
+
+    def rename(tensors):
+        tensors["lm_head.weight"] = tensors.pop(table)
+
+    source = edited(tmp_path / "model", name, tensors=rename)
+    assert_same_weights(
+        load_pretrained(source, task=task), load_pretrained(GOLDEN / name, task=task)
+    )
+
+
+def beside(directory, **files):
+    """Write JSON files, by their names, into a model's directory."""
+    for name, content in files.items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"), [([5, 7], (5, 7)), (7, (7,)), ([], ()), (None, (2,))]
+)
+def test_ends_are_those_of_the_generation_config(ends, expected, tmp_path, caplog):
+    source = beside(
+        edited(tmp_path / "model", "llama"),
+        generation_config={"eos_token_id": ends, "temperature": 0.6, "num_beams": 1},
+    )
+    assert load_pretrained(source, task="causal-lm").config.eos_token_ids == expected
+    assert not caplog.messages  # without do_sample a temperature is none
+
+
+def test_wrong_ends_are_named(tmp_path):
+    source = beside(edited(tmp_path / "model", "llama"), generation_config={"eos_token_id": "x"})
+    with pytest.raises(
+        ValueError, match=r"generation_config.json: eos_token_id must be .* got 'x'"
+    ):
+        load_pretrained(source, task="causal-lm")
+
+
+def test_what_lies_beside_and_is_not_read_is_told(tmp_path, caplog):
+    sampling = {"do_sample": True, "temperature": 0.6, "top_k": 0, "repetition_penalty": 1.1}
+    source = beside(
+        edited(tmp_path / "model", "llama"),
+        generation_config=sampling | {"suppress_tokens": None},
+        adapter_config={"peft_type": "LORA"},
+    )
+    load_pretrained(source, task="causal-lm")
+    adapter, generation = caplog.messages
+    assert "holds an adapter too" in adapter
+    assert "do_sample=True, temperature=0.6, repetition_penalty=1.1 from generation" in generation
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "method"),
+    [
+        ("quantization_config", {"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}, "gptq"),
+        ("quantization_config", {"quant_method": "awq", "bits": 4}, "awq"),
+        ("quantization_config", {"load_in_4bit": True}, "bitsandbytes"),
+        ("compression_config", {"format": "pack-quantized"}, "compressed-tensors"),
+        ("quantization", {"group_size": 64, "bits": 4}, "MLX"),
+    ],
+)
+def test_quantization_is_named(field, value, method, tmp_path):
+    source = edited(tmp_path / "model", "llama", config=lambda raw: raw.update({field: value}))
+    with pytest.raises(ValueError, match=rf"quantized by {method} \({field}\), .* or a GGUF file"):
+        load_pretrained(source, task="causal-lm")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        ("self_attn.q_proj.qweight", "GPTQ or AWQ"),
+        ("self_attn.q_proj.weight_scale_inv", "fp8"),
+        ("mlp.up_proj.SCB", "bitsandbytes"),
+        ("mlp.up_proj.weight.absmax", "bitsandbytes"),
+    ],
+)
+def test_quantized_tensors_are_named(tensor, kind, tmp_path):
+    name = f"model.layers.0.{tensor}"
+    source = edited(tmp_path / "model", "llama", tensors=add(name, np.ones((4, 4), np.float32)))
+    with pytest.raises(ValueError, match=rf"quantized by {kind} \(tensor {name}\)"):
+        load_pretrained(source, task="causal-lm")
+
+
 def test_inverse_frequencies_are_ignored(tmp_path):
     buffer = np.ones(4, np.float32)
 

@@ -328,6 +328,16 @@ def test_wrong_argument(options, message):
         load_pretrained(GOLDEN / "bert", **options)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="GPUs compute in float16")
+def test_float16_is_for_gpus_but_may_be_stored():
+    with pytest.raises(ValueError, match=r"'float16': .* on a CPU; choose float32 or bfloat16"):
+        load_pretrained(GOLDEN / "bert", dtype="float16")
+    model = load_pretrained(GOLDEN / "bert", dtype="float32", param_dtype="float16")
+    assert {x.dtype.name for x in jax.tree.leaves(nnx.state(model))} == {"float16"}
+    inputs, expected, _ = golden("bert")
+    np.testing.assert_allclose(nnx.jit(lambda model: model(**inputs))(model), expected, atol=0.02)
+
+
 def test_unknown_model_type(tmp_path):
     source = edited(tmp_path / "model", config=lambda raw: raw.update(model_type="mamba"))
     with pytest.raises(ValueError, match="'mamba' is not supported; supported: bert, roberta, dis"):

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from spt_jax.training import Examples, check_labels, eval_batches, tokenize, train_batches
+from spt_jax.training import (
+    Examples,
+    check_labels,
+    encode_documents,
+    eval_batches,
+    tokenize,
+    train_batches,
+)
 from spt_jax.training.data import GROUPED_BATCHES, batch_lengths, cut_batch
 from tests.spt_jax.training.toy import examples
 
@@ -81,6 +88,57 @@ def test_length_is_the_smallest_that_holds_all(tokenizer, words, options, length
 def test_tokenize_refuses(tokenizer, texts, options, message):
     with pytest.raises(ValueError, match=message):
         tokenize(texts, np.zeros(1, np.int32), tokenizer, name="x", **options)
+
+
+@pytest.mark.usefixtures("unhooked")
+@pytest.mark.parametrize(
+    ("text", "label", "message"),
+    [
+        (None, 1, "x: text 1 is None, not a string; fill it in or remove it"),
+        (float("nan"), 1, "x: text 1 is nan, not a string"),
+        ("b", None, "x: label None of example 1 is no number; number the classes from 0"),
+        ("b", "positive", "x: label 'positive' of example 1 is no number"),
+        ("b", [0, 1], r"x: example 1 has the labels \[0, 1\]; several labels .* not supported"),
+    ],
+)
+def test_texts_and_labels_that_are_none(tokenizer, text, label, message):
+    with pytest.raises(ValueError, match=message):
+        tokenize([["a", text]], [0, label], tokenizer, name="x", max_length=8)
+    if text == "b":
+        with pytest.raises(ValueError, match=message):
+            check_labels([0, label], name="x", num_labels=2)
+    else:
+        with pytest.raises(ValueError, match=message):
+            encode_documents(["a", text], tokenizer, name="x")
+
+
+@pytest.mark.usefixtures("unhooked")
+def test_one_string_is_no_column_of_texts(tokenizer):
+    with pytest.raises(ValueError, match="x: one string was given where a list of texts"):
+        tokenize(["a"], [0], tokenizer, name="x", max_length=8)
+    with pytest.raises(ValueError, match="x: one string was given where a list of texts"):
+        encode_documents("a b", tokenizer, name="x")
+
+
+@pytest.mark.usefixtures("unhooked")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_ids": [[1, 2], [3]]}, "column 'input_ids' is a list; give a NumPy array, of rows"),
+        ({"input_ids": np.ones((2, 3))}, r"input_ids must be integers .* got float64 \(2, 3\)"),
+        ({"input_ids": np.ones(2, int)}, r"input_ids must be integers \[examples, sequence\]"),
+        ({"label": np.array(["a", "b"])}, "column 'label' holds <U1, not numbers; labels are"),
+        ({"label": np.array([0, None])}, "column 'label' holds object, not numbers"),
+        ({"label": np.ones((2, 4), int)}, r"label has shape \(2, 4\); give one .* not supported"),
+        ({"attention_mask": np.ones((2, 4))}, r"attention_mask has shape \(2, 4\), expected"),
+        ({"weight": np.ones((2, 3))}, r"weight has shape \(2, 3\), expected \(2,\)"),
+    ],
+)
+def test_columns_that_are_no_examples(changes, message):
+    ids = np.ones((2, 3), np.int32)
+    columns = {"input_ids": ids, "attention_mask": ids, "label": ids[:, 0]}
+    with pytest.raises(ValueError, match=f"x: {message}"):
+        Examples(columns | changes, "x")
 
 
 def test_empty_split(tokenizer):

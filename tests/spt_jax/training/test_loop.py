@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -28,6 +29,7 @@ from spt_jax.training import (
     cross_entropy,
     evaluate,
     mean_squared_error,
+    next_token,
     supervised,
     train,
     weights_fingerprint,
@@ -35,6 +37,7 @@ from spt_jax.training import (
 from tests.spt_jax.toy import ToyModel, toy_batch
 from tests.spt_jax.training.toy import Toy, examples
 
+GOLDEN = Path(__file__).parents[2] / "golden"
 CONFIG = TrainConfig(
     steps=12,
     batch_size=16,
@@ -114,6 +117,15 @@ def test_same_seed_same_numbers_and_another_seed_others(straight, tmp_path):
     assert run(tmp_path / "other", other)[0].train_loss != result.train_loss
 
 
+def test_64_bit_types_switched_on_change_nothing(tmp_path):
+    config, model = replace(CONFIG, dropout=False, steps=4), Toy()
+    expected, _ = run(tmp_path / "narrow", config)
+    with jax.enable_x64(True):
+        result, _ = run(tmp_path / "wide", config, model=model)
+    assert result.train_loss == pytest.approx(expected.train_loss, rel=1e-3)
+    assert {v.dtype for _, v in nnx.to_flat_state(nnx.state(model))} == {np.dtype("float32")}
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_and_stops_and_the_resumed_run_ends_alike(straight, tmp_path, number):
     def strike(message: str) -> None:
@@ -184,6 +196,19 @@ def test_non_finite_loss_stops_with_step_and_checkpoint(tmp_path):
     last = (step - 1) // 2 * 2
     assert f"The last good checkpoint is {tmp_path}/checkpoints/{last}." in message
     assert outcome_params(model) == start
+
+
+def test_a_loss_too_large_for_its_perplexity_is_evaluated_and_saved(tmp_path):
+    def large(outputs, labels, weights):
+        loss, weight = cross_entropy(outputs, labels, weights)
+        return 2000 * loss, weight
+
+    options = {"objective": supervised(large), "metrics": ("perplexity",)}
+    config = replace(CONFIG, steps=2, eval_every=1, learning_rate=1e-4)
+    result, model = run(tmp_path, config, **options)
+    assert result.metrics["perplexity"] == math.inf
+    assert 709 < result.metrics["eval_loss"] < math.inf
+    assert outcome(*run(tmp_path, config, resume=True, **options)) == outcome(result, model)
 
 
 def outcome_params(model):
@@ -305,6 +330,83 @@ def test_training_split_smaller_than_a_batch(tmp_path):
     assert np.isfinite(result.train_loss)
 
 
+def with_columns(**columns):
+    return Examples(examples(12).columns | columns, "x")
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        (with_columns(label=np.full(12, 7)), {}, r"x: label 7 of example 0 is no class in 0\.\.1"),
+        (with_columns(label=np.full(12, -100)), {}, "label -100 of .* weight 0 to leave it out"),
+        (with_columns(label=-(np.arange(12) // 11)), {}, "x: label -1 of example 11 is no class"),
+        (with_columns(label=np.zeros(12, bool)), {}, "labels are bool"),
+        (with_columns(label=np.zeros(12)), {}, "labels are float.* mean_squared_error takes"),
+        (with_columns(weight=np.zeros(12)), {}, "all weights are 0"),
+        (examples(12), {"metrics": ("pearson",)}, "compares scores, but the outputs have 2 col"),
+        (examples(12), {"metrics": ("bleu",)}, r"unknown metrics \['bleu'\]"),
+        (examples(12), {"metrics": ("f1",), "model": Toy(classes=3)}, "f1 is that of class 1 of"),
+        (examples(12), {"metrics": ("f1",), "model": Toy(classes=1)}, "the outputs have one col"),
+        (
+            examples(12, scores=True),
+            {"objective": supervised(mean_squared_error), "metrics": ()},
+            r"outputs are \(1, 2\) .* load the model with num_labels=1",
+        ),
+        (
+            with_columns(label=np.full(12, np.nan)),
+            {
+                "objective": supervised(mean_squared_error),
+                "metrics": (),
+                "model": Toy(classes=1),
+            },
+            "x: label nan of example 0 is no number",
+        ),
+    ],
+)
+def test_labels_that_do_not_go_with_the_model_are_named_before_any_step(
+    data, options, message, tmp_path, unhooked
+):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "train", data=data, eval_data=data, **options)
+    model = options.pop("model", None) or Toy()
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, data, **OPTIONS | options)
+    assert not (tmp_path / "train").exists()
+
+
+def test_labels_of_weight_zero_may_be_anything(tmp_path):
+    odd = np.arange(12) % 3 == 0
+    data = with_columns(label=np.where(odd, -100, examples(12).columns["label"]), weight=1.0 - odd)
+    assert np.isfinite(run(tmp_path, replace(CONFIG, steps=1), data=data)[0].train_loss)
+
+
+def test_tokens_out_of_the_vocabulary_are_no_labels(tmp_path, unhooked):
+    model = spt_jax.load_pretrained(GOLDEN / "llama", task="causal-lm")
+    ids = np.ones((2, 8), np.int32)
+    data = Examples({"input_ids": ids, "attention_mask": ids, "label": 97 * ids}, "x")
+    with pytest.raises(ValueError, match=r"label 97 of example 0 is no class in 0\.\.96"):
+        evaluate(model, data, objective=next_token)
+
+
+def test_data_that_is_no_examples_is_refused(tmp_path, unhooked):
+    for data in (dict(examples(12).columns), [1, 2]):
+        with pytest.raises(ValueError, match=f"take Examples, not {type(data).__name__}"):
+            run(tmp_path, data=data)
+        with pytest.raises(ValueError, match="take Examples, not"):
+            run(tmp_path, eval_data=data)
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), [(1, 1), (1, 2), (3, 1), (3, 2), (3, 16)])
+@pytest.mark.parametrize("group_by_length", [False, True])
+def test_any_batch_size_and_number_of_rows(rows, batch_size, group_by_length, tmp_path):
+    config = replace(CONFIG, steps=3, batch_size=batch_size, group_by_length=group_by_length)
+    data = examples(rows, scores=True)
+    options = {"objective": supervised(mean_squared_error), "metrics": ("pearson", "spearman")}
+    result, _ = run(tmp_path, config, model=Toy(classes=1), data=data, eval_data=data, **options)
+    assert result.steps == 3
+    assert np.isfinite([result.train_loss, *result.metrics.values()]).all()
+
+
 def test_an_earlier_run_is_not_overwritten_unasked(straight, tmp_path):
     short = TrainConfig(steps=2, batch_size=16)
     run(tmp_path, short)
@@ -320,6 +422,20 @@ def test_an_earlier_run_is_not_overwritten_unasked(straight, tmp_path):
         run(tmp_path, short, identity={"method": "spt"}, resume=True)
     result, _ = run(tmp_path, TrainConfig(steps=2, batch_size=8), overwrite=True)
     assert result.resumed_from is None
+
+
+def test_more_steps_extend_a_run(tmp_path):
+    config = replace(CONFIG, schedule="constant", warmup=2)
+    short, _ = run(tmp_path / "short", replace(config, steps=8))
+    messages = []
+    longer, model = run(tmp_path / "short", config, resume=True, log=messages.append)
+    assert longer.resumed_from == short.steps == 8
+    assert "12 steps instead of 8: from step 8 on the learning rate follows" in messages[1]
+    assert outcome(longer, model) == outcome(*run(tmp_path / "straight", config))
+    epochs, _ = run(tmp_path / "short", replace(config, steps=None, epochs=2), resume=True)
+    assert (epochs.resumed_from, epochs.steps) == (12, 13)
+    with pytest.raises(CheckpointError, match="at step 13, beyond the 12 steps asked for"):
+        run(tmp_path / "short", config, resume=True)
 
 
 def test_resume_of_nothing_starts_with_a_message(tmp_path):
@@ -339,3 +455,25 @@ def test_resume_of_nothing_starts_with_a_message(tmp_path):
 def test_refuses(tmp_path, config, options, message):
     with pytest.raises(ValueError, match=message):
         run(tmp_path, config, **options)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("input_ids", "id 97"), ("token_type_ids", "type 2")])
+def test_ids_outside_the_tables_are_named(name, kind, tmp_path):
+    model = spt_jax.load_pretrained(GOLDEN / "bert", task="sequence-classification", num_labels=3)
+    ids, outside = np.full((2, 6), 5), np.full((2, 6), 97 if name == "input_ids" else 2)
+    columns = {"input_ids": ids, "attention_mask": ids > 0, "label": np.zeros(2, np.int32)}
+    good, bad = Examples(columns, "good"), Examples(columns | {name: outside}, "bad")
+    objective = supervised(cross_entropy)
+    for data in ({"data": bad, "eval": good}, {"data": good, "eval": bad}):
+        with pytest.raises(ValueError, match=f"bad: token {kind} is outside the model's"):
+            train(
+                model,
+                data["data"],
+                CONFIG,
+                tmp_path,
+                objective=objective,
+                eval_data=data["eval"],
+                log=quiet,
+            )
+    with pytest.raises(ValueError, match=f"bad: token {kind} is outside the model's"):
+        evaluate(model, bad, objective=objective)

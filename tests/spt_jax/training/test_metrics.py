@@ -52,6 +52,12 @@ def test_perplexity_needs_no_outputs():
     assert found == {"perplexity": pytest.approx(7), "eval_loss": math.log(7)}
 
 
+def test_a_perplexity_beyond_float64_is_infinite():
+    assert evaluation_metrics(["perplexity"], 709.0, None, np.zeros(1))["perplexity"] < math.inf
+    found = evaluation_metrics(["perplexity"], 710.0, None, np.zeros(1))
+    assert found == {"perplexity": math.inf, "eval_loss": 710.0}
+
+
 def test_losses_by_hand():
     logits = jnp.array([[2.0, 0.0], [0.0, 0.0], [0.0, jnp.inf]], jnp.bfloat16)
     loss, weight = cross_entropy(logits, jnp.array([0, 1, 0]), jnp.array([1.0, 0.5, 0.0]))

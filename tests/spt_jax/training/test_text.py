@@ -25,6 +25,9 @@ ARTICLES = [
 ]
 
 
+REPLY = '{"role": "assistant", "content": "a"}'
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     words = ("<pad>", "<s>", "</s>", "<unk>", "a", "b", "c", "d")
@@ -68,6 +71,28 @@ def test_jsonl(tmp_path):
     assert read_jsonl(write(tmp_path / "x", text)) == records
 
 
+def test_records_are_lines_or_an_array_and_null_is_absent(tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    chat = {"messages": [{"role": "user", "content": "Q"}, call], "tools": [{"name": "f"}]}
+    rows = [{"text": "a", "messages": None}, {"text": None} | chat]
+    lines = write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, rows)))
+    array = write(tmp_path / "x.json", json.dumps(rows, indent=1))
+    assert read_jsonl(lines) == read_jsonl(array) == [{"text": "a"}, chat]
+    with pytest.raises(ValueError, match=r"x\.json, record 2: give either"):
+        read_jsonl(write(tmp_path / "x.json", '[{"text": "a"}, {}]'))
+    array = write(tmp_path / "x.json", json.dumps(rows))
+    for path in (lines, array, write(tmp_path / "x.txt", '{\n"data": []}')):
+        with pytest.raises(
+            ValueError, match=r"holds JSON records, not text: read_jsonl reads them"
+        ):
+            read_text(path)
+
+
+def test_brackets_do_not_make_records(tmp_path):
+    for text in ("[1] A note.\n", "[1]\nA note.", "{x} in R", "[]", '["a"]'):
+        assert read_text(write(tmp_path / "x", text)) == [text]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -80,6 +105,8 @@ def test_jsonl(tmp_path):
         ('{"text": 1}', '"text" must be a string'),
         ('{"messages": []}', '"messages" must be a list that is not empty'),
         ('{"messages": [{"role": "user"}]}', "message 0 must be an object with strings"),
+        (f'{{"messages": [{REPLY}], "tools": "f"}}', '"tools" must be a list'),
+        (f'{{"messages": [{REPLY}], "chat_template_kwargs": []}}', "must be an object"),
         ('{"messages": [{"role": "human", "content": "a"}]}', "unknown role 'human'; roles are"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "no message by the assistant"),
     ],
@@ -170,6 +197,13 @@ def test_an_end_of_text_that_is_there_is_not_doubled(tokenizer):
     assert found.ids.tolist() == [1, 4, 2]
 
 
+def test_a_start_that_is_there_is_not_doubled(tokenizer):
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.add_special_tokens(["<s>"])
+    (found,) = encode_documents(["<s> a b"], tokenizer, name="x", eos_id=2)
+    assert found.ids.tolist() == [1, 4, 5, 2]
+
+
 def test_short_and_missing_documents_are_refused(tokenizer):
     with pytest.raises(ValueError, match="x: document 1 has 1 tokens; at least 2 are needed"):
         encode_documents(["a", ""], tokenizer, name="x")
@@ -248,6 +282,13 @@ def test_pieces_without_predicted_tokens_are_left_out():
     found = pack([Document(ids, ids == 15)], 5, pad_id=0, name="x")
     np.testing.assert_array_equal(found.columns["input_ids"], [[10, 11, 12, 13, 14]])
     np.testing.assert_array_equal(found.columns["weight"], [[0, 0, 0, 0, 1]])
+
+
+def test_documents_longer_than_a_row_are_counted():
+    assert LENGTHS[3] == 10  # 9 positions
+    for stride in (9, 4):
+        found = strided_windows(documents(LENGTHS), 9, stride, pad_id=0, name="x")
+        assert found.num_truncated == sum(n > 10 for n in LENGTHS)
 
 
 def test_rows_go_through_batches():
