@@ -168,7 +168,7 @@ def compiled_anew() -> Iterator[None]:
 
 @pytest.fixture
 def unhooked() -> Iterator[None]:
-    """Switches the import hook's own checks off, so that those of the functions speak."""
+    """Switches the import hook's own checks off, so that those of the library speak."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
