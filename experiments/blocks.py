@@ -110,6 +110,7 @@ class SkinnyLinear(Linear):
     """
 
     def __init__(self, linear: Linear, dtype: Any) -> None:
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.kernel, self.bias, self.dtype = linear.kernel, nnx.data(linear.bias), linear.dtype
         self.lora = nnx.data(linear.lora)
         self.skinny_dtype = dtype

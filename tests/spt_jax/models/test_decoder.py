@@ -344,7 +344,7 @@ def test_longest_sequence(name):
         model(tokens((1, 33)))
 
 
-@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.usefixtures("unhooked")
 def test_wrong_inputs_are_named():
     model, ids = causal_lm("llama"), tokens((2, 6))
     with pytest.raises(ValueError, match=r"must be \[batch, sequence\], got shape \(6,\)"):

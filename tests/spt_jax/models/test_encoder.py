@@ -157,7 +157,7 @@ def test_longest_sequence(family, longest):
         model(tokens((1, longest + 1)))
 
 
-@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.usefixtures("unhooked")
 def test_wrong_shapes_are_named():
     model, ids = encoder(), tokens((2, 6))
     with pytest.raises(ValueError, match=r"must be \[batch, sequence\], got shape \(6,\)"):

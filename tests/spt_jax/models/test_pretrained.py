@@ -322,7 +322,7 @@ def test_tensor_in_two_shards(tmp_path):
         ({"param_dtype": "float8_e4m3fn"}, "param_dtype must be one of"),
     ],
 )
-@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.usefixtures("unhooked")
 def test_wrong_argument(options, message):
     with pytest.raises(ValueError, match=message):
         load_pretrained(GOLDEN / "bert", **options)
