@@ -24,6 +24,7 @@ from spt_jax.export.files import (
     write_safetensors,
 )
 from spt_jax.layers import Attention, FeedForward, HeadParam, RoutedFFN, SparseAttention
+from spt_jax.layers.feed_forward import check_permutation
 from spt_jax.models.hub import read_json
 from spt_jax.processes import to_host
 
@@ -152,9 +153,7 @@ def _read(model: nnx.Module, directory: Path, raw: Mapping[str, Any]) -> SparseM
         found.attention[path] = config, _taken(path, arrays)
     for path, ffn_config in ffn_configs.items():
         found.ffn[path] = ffn_config, _taken(path, arrays)
-        order = found.ffn[path][1]["permutation"]
-        if not np.array_equal(np.sort(order), np.arange(len(order))):
-            raise ValueError(f"{path}.permutation is no permutation of 0..{len(order) - 1}")
+        check_permutation(f"{path}.permutation", found.ffn[path][1]["permutation"])
     return found._replace(head={name: arrays[name] for name in _head(model) if name in arrays})
 
 

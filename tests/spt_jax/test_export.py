@@ -704,7 +704,7 @@ def test_own_tables_of_an_untied_model_train_only_if_asked(saved, tmp_path):
         (lambda c, t: t.update(x=np.zeros(1)), "tensor x is unknown"),
         (
             lambda c, t: t["layers.0.ffn.permutation"].fill(0),
-            "permutation is no permutation of 0..47",
+            "permutation must hold each of 0 to 47 once, and lacks 1",
         ),
         (
             lambda c, t: t.update({"layers.0.ffn.permutation": np.zeros(48, np.float32)}),
