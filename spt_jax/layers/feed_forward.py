@@ -390,11 +390,12 @@ class RoutedFFN(nnx.Module):
         )
 
 
-def check_permutation(name: str, order: Int[Array, "F"]) -> None:
+def check_permutation(name: str, order: Int[Array | np.ndarray, "F"]) -> None:
     """Raises a ValueError unless concrete integers are 0 to F - 1, each once."""
     if isinstance(order, jax.core.Tracer):
         return
-    if (missing := np.setdiff1d(np.arange(len(order)), to_host(order))).size:
+    found = to_host(order) if isinstance(order, jax.Array) else order
+    if (missing := np.setdiff1d(np.arange(len(order)), found)).size:
         raise ValueError(
             f"{name} must hold each of 0 to {len(order) - 1} once, and lacks {missing[0]}"
         )
