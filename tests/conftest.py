@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -164,6 +165,12 @@ def compiled_anew() -> Iterator[None]:
     switch(False)
     yield
     switch(before)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    """The library logs as it does for users of it, whatever commands ran before in this process."""
+    logging.getLogger("spt_jax").setLevel(logging.NOTSET)
 
 
 @pytest.fixture
