@@ -27,8 +27,8 @@ def recomputed[Result](function: Callable[..., Result], *args: Any) -> Result:
     """`function(*args)`, of which on a CPU the backward pass keeps the arguments alone.
 
     For norms, activations and the like, which are computed in less time than they are stored. A
-    product at the end costs nothing more: its gradients need its operands and not its result. On
-    accelerators XLA's fusions compute such things again as they see fit, and take less memory so.
+    product at the end costs nothing more: its gradients need its operands and not its result.
+    Compiled for GPUs, XLA's fusions compute such things again as they see fit, in less memory.
     """
     if devices.default_device().platform != "cpu":
         return function(*args)

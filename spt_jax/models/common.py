@@ -84,14 +84,12 @@ def check_batch(model: nnx.Module, batch: Mapping[str, Any], name: str) -> None:
     """Raise a ValueError unless a batch's token ids and types lie in the tables of its model.
 
     Args:
-        model: one of this library's, which has a `config`; of others ids need not be known.
+        model: one of this library's, which has a `config`; of others no id may be negative.
         batch: `input_ids` and, optionally, `token_type_ids`, of any shape.
         name: what the message calls the batch.
     """
     config = getattr(model, "config", None)
-    if (vocab_size := getattr(config, "vocab_size", None)) is None:
-        return
-    check_token_ids(batch["input_ids"], vocab_size, name)
+    check_token_ids(batch["input_ids"], getattr(config, "vocab_size", None), name)
     types, known = batch.get("token_type_ids"), getattr(config, "num_token_types", 0)
     if types is not None and known:
         check_token_ids(types, known, name, "token type")

@@ -149,6 +149,8 @@ def check_labels(
 
 
 def _check_numbers(labels: Sequence[Any] | np.ndarray, name: str) -> None:
+    if isinstance(labels, np.ndarray) and labels.ndim == 1 and labels.dtype.kind in "biuf":
+        return
     for index, label in enumerate(labels):
         if np.ndim(label):
             raise ValueError(

@@ -459,3 +459,11 @@ def test_ids_outside_the_tables_are_named(name, kind):
     spt_jax.adapt(model, SPTConfig(lora=None, ffn=None, attention=SPARSE), calibration_batch=good)
     with pytest.raises(ValueError, match=f"batch: token {kind} is outside the model's"):
         spt_jax.sparse_choices(model, batch)
+
+
+def test_a_negative_id_is_named_whatever_the_model():
+    batch = {**toy_batch(), "input_ids": -np.ones_like(toy_batch()["input_ids"])}
+    with pytest.raises(ValueError, match="calibration_batch: token id -1 is outside"):
+        spt_jax.adapt(
+            ToyModel(rngs=nnx.Rngs(0)), SPTConfig(attention=SPARSE), calibration_batch=batch
+        )

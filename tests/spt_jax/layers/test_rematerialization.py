@@ -74,6 +74,7 @@ def test_choices_are_made_once(granularity):
     counts = Counter(equation.primitive.name for equation in found)
     counts += Counter(e.params["name"] for e in found if "name" in e.params)
     layers = step.config.num_layers
+    assert sum(e.params.get("policy") is not None for e in found) == layers  # none for single parts
     assert counts["top_k"] == layers
     assert counts["pq_select"] == counts["pq_encode"] / 2 == layers * (1 + (granularity == "token"))
     assert counts["sparse_attention"] == 3 * layers  # forward, forward again, backward
