@@ -144,7 +144,7 @@ def layer_tokens(
     modules = dict(nnx.iter_modules(model))
     return [
         LayerActivations(**arrays)
-        for path, arrays in record_activations(model, batch, most=most).items()
+        for path, arrays in record_activations(model, batch, most=most)
         if isinstance(modules[path], Attention)
     ]
 

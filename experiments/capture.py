@@ -142,7 +142,7 @@ class Options:
         return self.measure.split(",")
 
 
-def token_ids(options: Options, path: Path | None) -> np.ndarray:
+def token_ids(model: str, path: Path | None) -> np.ndarray:
     """A text as one run of token ids, special tokens left out; None for CPython's documentation.
 
     Raises:
@@ -157,7 +157,7 @@ def token_ids(options: Options, path: Path | None) -> np.ndarray:
             raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     if not text.strip():
         raise ValueError(f"{path} holds no text")
-    tokenizer = spt_jax.load_tokenizer(options.model)
+    tokenizer = spt_jax.load_tokenizer(model)
     tokenizer.no_truncation()
     return np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
@@ -494,8 +494,8 @@ def main() -> None:
                 f"{options.model}"
             )
     texts = Texts(
-        token_ids(options, options.text_file),
-        None if options.eval_file is None else token_ids(options, options.eval_file),
+        token_ids(options.model, options.text_file),
+        None if options.eval_file is None else token_ids(options.model, options.eval_file),
     )
     sets = two_sets(texts, options.length, options.rows)
     two_sets(texts, options.ffn_length, options.ffn_rows)

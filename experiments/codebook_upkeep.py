@@ -77,6 +77,8 @@ class Options(glue.Inputs, Recipe):
     """A query keeps at least so many keys; the default leaves --density alone to decide."""
     granularity: Literal["auto", "token", "tile", "dense"] = "token"
     """Which keys those are."""
+    serve: Literal["dense", "sparse", "none"] = "none"
+    """Every layer is measured."""
     measure_every: int = 250
     """Steps between measurements."""
     ema_every: int = 10
@@ -242,7 +244,7 @@ def train_and_measure(
     """Step, captured shares, and mean training loss since the measurement before."""
     training = options.training()
     config = training.train_config("spt")
-    model = glue.build_model(task, "spt", training, data)
+    model = glue.build_model(task, "spt", training, data, options.out)
     calibration = glue.calibration_examples(data, options.seed).columns
     rows = longest_rows(next(iter(data.validation.values())), options.rows)
     num_keys = max(1, round(options.density * rows.shape[1]))

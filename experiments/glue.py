@@ -27,6 +27,7 @@ from experiments.glue_tasks import TASKS, GlueTask, Split, read_split
 from experiments.methods import (
     Method,
     MethodOptions,
+    adapted,
     device_line,
     form_note,
     results_table,
@@ -145,7 +146,9 @@ def read_model_config(options: Inputs) -> ModelConfig:
     return read_config(find_files(options.model, files=CONFIG_FILES))
 
 
-def build_model(task: GlueTask, method: Method, options: Options, data: Data) -> nnx.Module:
+def build_model(
+    task: GlueTask, method: Method, options: Options, data: Data, out: Path
+) -> nnx.Module:
     """The pretrained model with a head for `task`, adapted for `method`."""
     rngs = nnx.Rngs(options.seed)
     model = spt_jax.load_pretrained(
@@ -160,7 +163,7 @@ def build_model(task: GlueTask, method: Method, options: Options, data: Data) ->
     if config is None:
         return model
     calibration = calibration_examples(data, options.seed)
-    return spt_jax.adapt(model, config, calibration_batch=calibration.columns, rngs=rngs)
+    return adapted(model, config, calibration, out, rngs=rngs, resume=options.resume)
 
 
 def calibration_examples(data: Data, seed: int) -> Examples:
@@ -179,7 +182,7 @@ def train_method(
 ) -> TrainResult:
     """Adapt, train and evaluate one method."""
     return train(
-        build_model(task, method, options, data),
+        build_model(task, method, options, data, out),
         data.train,
         options.train_config(method),
         out,

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import jax
 import tyro
+from flax import nnx
 from rich.table import Table
 
 import spt_jax
@@ -25,7 +26,14 @@ from spt_jax.models.config import read_config
 from spt_jax.models.hub import CONFIG_FILES, find_files
 from spt_jax.processes import is_first, several, start_processes
 from spt_jax.sharding import make_mesh, parse_mesh
-from spt_jax.training import TrainResult, environment, form_of, write_json_atomic
+from spt_jax.training import (
+    ADAPTATION_FILE,
+    Examples,
+    TrainResult,
+    environment,
+    form_of,
+    write_json_atomic,
+)
 
 Method = Literal[
     "spt",
@@ -42,7 +50,7 @@ Family = Literal["spt", "lora", "full"]
 DESCRIPTIONS: Mapping[Method, str] = {
     "full": "all weights, nothing added",
     "lora": "LoRA alone",
-    "spt": "LoRA, sparse attention and, where --ffn says so, a routed FFN",
+    "spt": "LoRA and, where they save time within the budget of --serve, sparse parts",
     "spt-dense-attention": "LoRA and a routed FFN",
     "spt-dense-ffn": "LoRA and sparse attention",
     "spt-routed-ffn": "LoRA, sparse attention and a routed FFN",
@@ -112,6 +120,13 @@ class Recipe:
     mesh: str | None = None
     """Devices to train on together, such as data=4 or fsdp=4,tensor=2; -1 takes what remains."""
 
+    serve: Literal["dense", "sparse", "none"] = "dense"
+    """What spt is chosen for, layer by layer and by measurement: the form in which the model will
+    be used, which says how much loss its sparse form may cost. none gives every layer the parts
+    that the options below have, as the ablations of spt have them."""
+    loss_budget: float | None = None
+    """What spt's sparse form may lose, in place of the budget of --serve: nats a token, or for
+    encoders the relative change of the final hidden states."""
     rank: int = 16
     """LoRA rank."""
     lora_dropout: float = 0.0
@@ -190,7 +205,8 @@ class MethodOptions(Recipe):
         spt = both if self.ffn == "routed" else replace(both, ffn=None)
         match method:
             case "spt":
-                return spt
+                serve = None if self.serve == "none" else self.serve
+                return replace(spt, serve=serve, loss_budget=self.loss_budget)
             case "spt-routed-ffn":
                 return both
             case "lora":
@@ -264,6 +280,33 @@ class MethodOptions(Recipe):
         self.check()
 
 
+def adapted[Model: nnx.Module](
+    model: Model,
+    config: spt_jax.SPTConfig,
+    calibration: Examples,
+    out: Path,
+    *,
+    rngs: nnx.Rngs,
+    resume: bool,
+) -> Model:
+    """The model adapted, and its choices told; a run that goes on makes those of its beginning.
+
+    Args:
+        model: dense; changed in place.
+        config: what to add.
+        calibration: what is measured on.
+        out: folder of the run.
+        rngs: of LoRA's factors and random fits.
+        resume: whether the run goes on.
+    """
+    record, choices = out / ADAPTATION_FILE, None
+    if resume and config.has_budget and record.is_file():
+        choices = spt_jax.AdaptationReport.load(record)
+    return spt_jax.adapt(
+        model, config, calibration_batch=calibration.columns, rngs=rngs, choices=choices
+    )
+
+
 def device_line(dtype: str) -> str:
     """What a run trains on, in which type, with which kernels; on a GPU, why with no faster ones.
 
@@ -318,6 +361,7 @@ def results_table(title: str, results: Mapping[str, TrainResult]) -> Table:
         *columns.values(),
         "train loss",
         "step ms",
+        "adapt s",
         "tokens/s",
         "peak MB",
         "trainable",
@@ -330,6 +374,7 @@ def results_table(title: str, results: Mapping[str, TrainResult]) -> Table:
             *(f"{result.metrics[name]:.4f}" if name in result.metrics else "-" for name in columns),
             f"{result.train_loss:.4f}",
             f"{result.step_ms:.0f}",
+            "-" if result.adapt_s is None else f"{result.adapt_s:.0f}",
             f"{result.tokens_per_s:.0f}",
             f"{result.peak_bytes / 1e6:.0f}",
             f"{result.trainable_parameters:,}",

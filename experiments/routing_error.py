@@ -95,7 +95,7 @@ def ffn_inputs(
     modules = dict(nnx.iter_modules(model))
     return {
         ".".join(map(str, path)): arrays["x"]
-        for path, arrays in found.items()
+        for path, arrays in found
         if isinstance(modules[path], FeedForward)
     }
 

@@ -33,6 +33,7 @@ from experiments.corpora import cpython_documentation, cut
 from experiments.methods import (
     Method,
     MethodOptions,
+    adapted,
     decoder_config,
     device_line,
     family,
@@ -298,7 +299,8 @@ def build_model(method: Method, source: str | Path, options: Options, data: Exam
         return model
     order = np.random.default_rng(options.seed).permutation(len(data))
     calibration = data.take(order[: max(1, CALIBRATION_TOKENS // data.length)])
-    return spt_jax.adapt(model, config, calibration_batch=calibration.columns, rngs=rngs)
+    out = options.out / method
+    return adapted(model, config, calibration, out, rngs=rngs, resume=options.resume)
 
 
 def fine_tune(

@@ -1,6 +1,7 @@
 """SPT for JAX: fine-tune Transformers with LoRA, sparse attention and routed FFNs."""
 
 from spt_jax.adapt import adapt
+from spt_jax.adaptation import AdaptationReport, LayerAdaptation
 from spt_jax.config import (
     LoRAConfig,
     MeshConfig,
@@ -16,6 +17,8 @@ from spt_jax.inspection import sparse_choices
 from spt_jax.models import load_pretrained, load_tokenizer
 
 __all__ = [
+    "AdaptationReport",
+    "LayerAdaptation",
     "LoRAConfig",
     "MeshConfig",
     "RoutedFFNConfig",

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import jax
 import numpy as np
 from flax import nnx
 
-from spt_jax.calibration import (
-    Path,
-    Routing,
-    fit_routing,
-    fit_sparse_attention,
-    random_routing,
-    record_activations,
-)
-from spt_jax.config import LoRAConfig, RoutedFFNConfig, SPTConfig
+from spt_jax.adaptation import AdaptationReport
+from spt_jax.budget import held_out
+from spt_jax.calibration import Path, inputs_of
+from spt_jax.config import LoRAConfig, SPTConfig
+from spt_jax.fitting import Fit, Fitting, install
 from spt_jax.layers import (
     Attention,
     Embedding,
@@ -28,6 +27,8 @@ from spt_jax.layers import (
 )
 from spt_jax.models.common import check_batch, token_array
 
+_log = logging.getLogger(__name__)
+
 
 def adapt[Model: nnx.Module](
     model: Model,
@@ -35,92 +36,128 @@ def adapt[Model: nnx.Module](
     *,
     calibration_batch: Mapping[str, jax.Array | np.ndarray] | None = None,
     rngs: nnx.Rngs | None = None,
+    choices: AdaptationReport | None = None,
+    use_cache: bool = True,
 ) -> Model:
-    """Add LoRA factors, sparse attention and routed FFNs to every layer of `model`.
+    """Add LoRA factors, sparse attention and routed FFNs to layers of `model`.
+
+    Without a budget (`SPTConfig.loss_budget`, `SPTConfig.serve`) every layer gets the parts that
+    the configuration has. With one, adapt measures what sparse attention, and an FFN of which 3/4,
+    1/2 or 1/4 of the blocks are active, cost each layer and what they save in time on this device,
+    and takes what saves most while the sparse form's loss, on calibration rows that nothing was
+    fitted to, stays within the budget. `model.adaptation` says what was chosen.
 
     Codebooks, blocks of hidden units and routers are fitted to the activations of
     `calibration_batch` (blocks and routers only where `RoutedFFNConfig.calibration` says so). LoRA
-    factors start at zero and permuting hidden units changes no output, so
-    before training the model differs from the dense one only by what its sparse parts leave out.
+    factors start at zero and permuting hidden units changes no output, so before training the model
+    differs from the dense one only by what its sparse parts leave out. Fits, choices and times are
+    kept on disk (`$SPT_JAX_CACHE_DIR`, by default `~/.cache/spt_jax`) by the hash of weights, batch
+    and configuration.
 
     Args:
         model: a model of `load_pretrained`, or any module made of `spt_jax.layers`.
         config: the parts to add; a part that is None stays dense.
         calibration_batch: `input_ids` int `[B, S]` and, optionally, `attention_mask`,
             `token_type_ids` and `segment_ids`; some thousand tokens of the task at hand, in
-            sequences as long as it has: codebooks fitted to short ones know no later positions.
-            Needed for the sparse parts only.
+            sequences as long as it has: codebooks fitted to short ones know no later positions, and
+            time is measured at this length. Needed for the sparse parts only, with a budget at
+            least two rows.
         rngs: seeds LoRA factors, k-means and random routers; None stands for `nnx.Rngs(0)`.
+        choices: what to choose in place of measuring: an earlier run's `model.adaptation`.
+        use_cache: whether fits, choices and times of an earlier run are taken from disk.
 
     Returns:
         The same model.
 
     Raises:
         ValueError: the model is adapted already, has no layer to adapt, or one that is stacked or
-            not called; the calibration batch is missing or too small, or a size does not divide.
-            The model is then unchanged.
+            not called; the calibration batch is missing or too small, a size does not divide, or
+            the choices are of another model. The model is then unchanged.
 
     Example:
         >>> model = spt_jax.load_pretrained("bert-base-uncased")  # doctest: +SKIP
         >>> batch = {"input_ids": ids, "attention_mask": mask}  # doctest: +SKIP
-        >>> model = spt_jax.adapt(model, SPTConfig(), calibration_batch=batch)  # doctest: +SKIP
+        >>> config = SPTConfig(serve="dense")  # doctest: +SKIP
+        >>> model = spt_jax.adapt(model, config, calibration_batch=batch)  # doctest: +SKIP
+        >>> print(model.adaptation.summary())  # doctest: +SKIP
     """
     if not isinstance(config, SPTConfig):
         raise ValueError(
             f"config is of the type {type(config).__name__}; give SPTConfig(lora=..., ...)"
         )
+    begun = time.perf_counter()
     rngs = rngs or nnx.Rngs(0)
     modules = dict(nnx.iter_modules(model))
-    attentions = {path: m for path, m in modules.items() if isinstance(m, Attention)}
-    ffns = {path: m for path, m in modules.items() if isinstance(m, FeedForward)}
     _check(modules, config, calibration_batch)
+    layers = {
+        path: module
+        for path, module in modules.items()
+        if (isinstance(module, Attention) and config.attention is not None)
+        or (isinstance(module, FeedForward) and config.ffn is not None)
+    }
+    _check_choices(choices, layers, config)
+    # drawn whatever is chosen, so that LoRA's factors do not depend on it
+    keys = {path: rngs.params() for path, module in layers.items() if _draws(module, config)}
 
-    sparse: dict[Path, SparseAttention] = {}
-    routed: dict[Path, tuple[Routing, RoutedFFNConfig]] = {}
-    if config.attention is not None or config.ffn is not None:
+    fits: dict[Path, Fit] = {}
+    report = AdaptationReport(layers=())
+    if layers:
         assert calibration_batch is not None  # checked above
-        activations = record_activations(model, calibration_batch)
-        for path in [*(attentions if config.attention else ()), *(ffns if config.ffn else ())]:
-            if path not in activations:
-                raise ValueError(
-                    f"{_dotted(path)} read nothing of the calibration batch: the model does not "
-                    "call it, or calls a copy, as nnx.remat, nnx.jit and nnx.scan make; call the "
-                    "layer itself"
-                )
-        if config.attention is not None:
-            for path, attention in attentions.items():
-                sparse[path] = fit_sparse_attention(
-                    **activations[path],
-                    config=config.attention,
-                    causal=attention.causal,
-                    key=rngs.params(),
-                )
-        if config.ffn is not None:
-            for path, ffn in ffns.items():
-                if config.ffn.calibration == "random":
-                    routing = random_routing(ffn, config.ffn, key=rngs.params())
-                else:
-                    routing = fit_routing(**activations[path], ffn=ffn, config=config.ffn)
-                routed[path] = routing, config.ffn
+        inputs = inputs_of(calibration_batch)
+        fitting = Fitting(model, layers, config, inputs, keys)
+        fits, report = fitting.run(choices, use_cache=use_cache)
 
     # nothing was changed so far, and nothing fails from here on
     if config.lora is not None:
         _add_lora(modules, config.lora, rngs)
-    for path, sparse_attention in sparse.items():
-        attentions[path].sparse = sparse_attention
-    replaced = {
-        id(ffns[path]): RoutedFFN(ffns[path], **routing._asdict(), config=ffn_config)
-        for path, (routing, ffn_config) in routed.items()
-    }
-    for owner in modules.values():
-        for name, child in list(nnx.iter_children(owner)):
-            if id(child) in replaced:  # in all places of an FFN that several share
-                setattr(owner, str(name), replaced[id(child)])
+    install(model, fits)
+    report = replace(report, seconds=time.perf_counter() - begun)
+    setattr(model, "adaptation", report)  # noqa: B010  of any module
+    if layers:
+        _log.info("adapted: %s", report.summary())
+    if report.is_costly:
+        _log.warning(
+            "the sparse form's %s is %.2f above the dense model's: serve this adapter dense "
+            '(evaluate_as="dense", spt_jax.set_form, save_pretrained), or adapt with a loss_budget',
+            report.measure,
+            report.added,
+        )
     return model
 
 
 def _dotted(path: Path) -> str:
     return ".".join(map(str, path))
+
+
+def _draws(layer: nnx.Module, config: SPTConfig) -> bool:
+    """Whether fitting a layer's sparse part draws at random."""
+    if isinstance(layer, Attention):
+        return True
+    assert config.ffn is not None
+    return config.ffn.calibration == "random"
+
+
+def _check_choices(
+    choices: AdaptationReport | None, layers: Mapping[Path, nnx.Module], config: SPTConfig
+) -> None:
+    if choices is None:
+        return
+    if not config.has_budget:
+        raise ValueError(
+            "choices are for a configuration with a budget; give SPTConfig(serve=...), or leave "
+            "them out"
+        )
+    paths = {_dotted(path): layer for path, layer in layers.items()}
+    for line in choices.layers:
+        if line.path not in paths:
+            raise ValueError(f"choices: {line.path} is no layer of this model that is to be sparse")
+        if isinstance(paths[line.path], FeedForward):
+            assert config.ffn is not None
+            if not (line.active * config.ffn.num_blocks).is_integer():
+                raise ValueError(
+                    f"choices: {line.active} of {config.ffn.num_blocks} blocks of {line.path} are "
+                    "no whole number"
+                )
 
 
 def _check(
@@ -165,6 +202,8 @@ def _check(
         raise ValueError(f"calibration_batch needs input_ids; it has {sorted(batch)}")
     token_array(batch["input_ids"], "input_ids of calibration_batch")
     check_batch(modules[()], batch, "calibration_batch")
+    if config.has_budget:
+        held_out(inputs_of(batch))  # which refuses a single row
     if config.ffn is not None:
         if isinstance(modules[()], FeedForward):
             raise ValueError("the model is a FeedForward itself; give the module that holds it")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,8 +22,12 @@ Path = tuple[Any, ...]  # of a module in a model, as nnx.iter_modules gives it
 
 #: Arguments of a model that are taken from a batch.
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "segment_ids")
+#: What of a layer's activations its sparse part is fitted to.
+FITTED = ("q", "k", "x")
 #: Tokens of the calibration batch, evenly spread, that codebooks, blocks and routers are fitted to.
 CALIBRATION_TOKENS = 4096
+#: Memory that recorded activations of layers may take together, but for one layer.
+RECORDED_BYTES = 1 << 30
 KMEANS_STEPS = 20
 CLUSTERING_STEPS = 15
 #: Ridge penalty of the router fit, as a share of the mean variance of its inputs.
@@ -59,37 +63,65 @@ def record_activations(
     batch: Mapping[str, jax.Array | np.ndarray],
     *,
     most: int | None = CALIBRATION_TOKENS,
-) -> dict[Path, dict[str, jax.Array]]:
+    layers: Collection[Path] | None = None,
+) -> Iterator[tuple[Path, dict[str, jax.Array]]]:
     """What each attention layer and FFN of a model reads at the valid tokens of a batch.
+
+    Layers of which all that is recorded takes little memory are recorded together; then the model
+    runs again, up to the next ones.
 
     Args:
         model: dense or adapted; not changed.
         batch: arguments of the model: `input_ids` int `[B, S]` and, optionally, `attention_mask`,
             `token_type_ids` and `segment_ids`; other columns are left out.
         most: tokens to keep, evenly spread; None for all.
+        layers: paths of those that are recorded; None for all.
 
-    Returns:
-        `{path of the module: {name: [T, ...]}}` in the model's order: queries `q` `[T, N, H]` and
+    Yields:
+        Path of the module and `{name: [T, ...]}`, in the model's order: queries `q` `[T, N, H]`,
         keys `k` `[T, K, H]` of attention, inputs `x` `[T, D]` of an FFN.
     """
-    inputs = {name: jnp.asarray(batch[name]) for name in INPUTS if batch.get(name) is not None}
+    inputs = inputs_of(batch)
     mask = inputs.get("attention_mask", jnp.ones_like(inputs["input_ids"]))
     tokens = np.flatnonzero(np.asarray(mask))
     if most is not None:
         tokens = spread(tokens, most)
-    found = _recorded(*nnx.split(model), inputs, tokens).values()
+    graphdef, state = nnx.split(model)
     paths = [path for path, _ in nnx.iter_modules(model)]
-    return {path: arrays for path, arrays in zip(paths, found, strict=True) if arrays}
+    every = tuple(n for n, path in enumerate(paths) if layers is None or path in layers)
+    shapes = jax.eval_shape(partial(_recorded, graphdef, numbers=every), state, inputs, tokens)
+    sizes = {
+        number: sum(a.size * a.dtype.itemsize for a in arrays.values())
+        for number, arrays in shapes.items()
+        if arrays
+    }
+    while sizes:
+        taken: list[int] = []
+        size = 0
+        while sizes and (not taken or size + next(iter(sizes.values())) <= RECORDED_BYTES):
+            number = next(iter(sizes))
+            size += sizes.pop(number)
+            taken.append(number)
+        found = _recorded(graphdef, state, inputs, tokens, numbers=tuple(taken))
+        for number in taken:
+            yield paths[number], found.pop(number)
 
 
-@partial(jax.jit, static_argnames="graphdef")
+def inputs_of(batch: Mapping[str, jax.Array | np.ndarray]) -> dict[str, jax.Array]:
+    """The arguments of a model in a batch."""
+    return {name: jnp.asarray(batch[name]) for name in INPUTS if batch.get(name) is not None}
+
+
+@partial(jax.jit, static_argnames=("graphdef", "numbers"))
 def _recorded(
     graphdef: nnx.GraphDef[nnx.Module],
     state: nnx.State,
     inputs: dict[str, jax.Array],
     tokens: Int[Array, "T"],
+    *,
+    numbers: tuple[int, ...],
 ) -> dict[int, dict[str, jax.Array]]:
-    """What each module records at `tokens`, by its number in the order of `nnx.iter_modules`."""
+    """What some modules record at `tokens`, by their number in the order of `nnx.iter_modules`."""
     model: Any = nnx.merge(graphdef, state)
     with recording() as records:
         model(**inputs)
@@ -97,8 +129,10 @@ def _recorded(
         number: {
             name: x.reshape(-1, *x.shape[2:])[tokens]
             for name, x in records.get(id(module), {}).items()
+            if name in FITTED
         }
         for number, (_, module) in enumerate(nnx.iter_modules(model))
+        if number in numbers
     }
 
 
@@ -188,6 +222,7 @@ def fit_routing(
     config: RoutedFFNConfig,
     *,
     permutation: Int[Array, "F"] | None = None,
+    exchange: bool = True,
 ) -> Routing:
     """Blocks of hidden units and a router that leave out little of the output.
 
@@ -211,6 +246,7 @@ def fit_routing(
         ffn: the dense FFN, LoRA still at zero.
         config: number of blocks and of active ones.
         permutation: blocks to keep, of which only the router is fitted; None chooses them.
+        exchange: whether blocks trade units; without, they are what k-means finds, at once.
 
     Returns:
         Permutation (block g is its g-th run of F / G entries), router kernel and bias, and what
@@ -241,7 +277,8 @@ def fit_routing(
     if permutation is None:
         contribution = jnp.abs(hidden) * jnp.linalg.norm(down, axis=1)
         labels = balanced_kmeans(to_host(contribution.T), blocks)
-        labels = _exchange(x, hidden, down, labels, ridge, config)
+        if exchange:
+            labels = _exchange(x, hidden, down, labels, ridge, config)
         permutation = jnp.asarray(np.argsort(labels, kind="stable").astype(np.int32))
     outputs = _block_outputs(hidden, down, permutation.reshape(blocks, -1))
     router = _fit_router(x, outputs, None, ridge, active_blocks)
@@ -369,37 +406,40 @@ def _fit_absent(
     tokens, width = x.shape
     blocks, inner = absent.shape[1], min(rank, width)
     ridge = ABSENT_RIDGE * tokens * x.var(0).mean() + 1e-12
+    counts = jnp.maximum(absent.sum(0), 1)
+    means = absent.T @ x / counts[:, None]
+
+    def inverse(block: Int[Array, ""]) -> tuple[jax.Array, jax.Array]:
+        inputs = absent[:, block, None] * (x - means[block])
+        gram, identity = inputs.T @ inputs, jnp.eye(width, dtype=jnp.float32)
+        return gram, jnp.linalg.inv(gram + ridge * identity)
 
     def fit(
         carry: tuple[jax.Array, ...], block: Int[Array, ""]
     ) -> tuple[tuple[jax.Array, ...], None]:
         a, b, constants, predicted = carry
-        mask = absent[:, block, None]
-        count = jnp.maximum(mask.sum(), 1)
+        mask, mean_in = absent[:, block, None], means[block]
         predicted = predicted - mask * (x @ a[block] @ b[block] + constants[block])
         rest = missing - predicted
-        mean_in, mean_out = (mask * x).sum(0) / count, (mask * rest).sum(0) / count
-        inputs, outputs = mask * (x - mean_in), mask * (rest - mean_out)
-        gram, cross = inputs.T @ inputs, inputs.T @ outputs
-        factor = jax.scipy.linalg.cho_factor(gram + ridge * jnp.eye(width, dtype=jnp.float32))
-
-        def solve(columns: jax.Array) -> jax.Array:
-            return jax.scipy.linalg.cho_solve(factor, columns)
+        mean_out = (mask * rest).sum(0) / counts[block]
+        cross = (mask * (x - mean_in)).T @ (mask * (rest - mean_out))
+        full = inverses[block] @ cross
+        squares = full.T @ grams[block] @ full
 
         def improve(_: jax.Array, directions: jax.Array) -> jax.Array:
-            scores = gram @ solve(cross @ directions)
-            return jnp.linalg.qr(cross.T @ solve(scores))[0]
+            return jnp.linalg.qr(squares @ directions)[0]
 
         slight = 1e-6 * jnp.eye(width, inner, dtype=jnp.float32)
         start = jnp.linalg.qr(cross.T[:, :inner] + slight)[0]
         directions = jax.lax.fori_loop(0, ABSENT_STEPS, improve, start)
-        first, second = solve(cross @ directions), directions.T
+        first, second = full @ directions, directions.T
         constant = mean_out - mean_in @ first @ second
         predicted = predicted + mask * (x @ first @ second + constant)
         a, b = a.at[block].set(first), b.at[block].set(second)
         return (a, b, constants.at[block].set(constant), predicted), None
 
     with jax.default_matmul_precision("float32"):
+        grams, inverses = jax.lax.map(inverse, jnp.arange(blocks))
         carry: tuple[jax.Array, ...] = (
             jnp.zeros((blocks, width, inner), jnp.float32),
             jnp.zeros((blocks, inner, width), jnp.float32),

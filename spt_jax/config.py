@@ -9,6 +9,7 @@ Example:
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -43,6 +44,12 @@ MOST_EXAMPLES_A_STEP = 2**20
 MOST_STEPS = 2**31 - 1  # an int32 counts them
 MOST_EPOCHS = 1e6
 MOST_SEED = 2**32 - 1  # what shuffles examples takes 32 bits
+
+
+#: Budgets of `SPTConfig.serve`: nats a token of causal language models, the relative change of the
+#: final hidden states of others (`python -m experiments.frontier`).
+LOSS_BUDGETS: Mapping[Form, float] = {"dense": 0.05, "sparse": 0.02}
+CHANGE_BUDGETS: Mapping[Form, float] = {"dense": 0.5, "sparse": 0.1}
 
 
 def _require(condition: bool, message: str) -> None:
@@ -256,11 +263,49 @@ class RoutedFFNConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SPTConfig:
-    """The three parts of SPT; any of them may be None to leave that part dense."""
+    """The three parts of SPT, and how much their sparse form may cost.
+
+    Attributes:
+        lora: LoRA's factors; None for none.
+        attention: sparse attention; None leaves it dense.
+        ffn: routed FFN; None leaves it dense.
+        serve: the form in which the trained model will be used, which stands for a budget. "dense":
+            the adapter goes onto the dense model, and the sparse form is for training alone;
+            "sparse": it is kept, so that its loss counts.
+        loss_budget: what the sparse form may lose when a model is adapted; in place of that of
+            `serve`. Of causal language models nats a token, of others the relative change of the
+            final hidden states. `adapt` then chooses, layer by layer, what saves time within it.
+            Without either, every layer gets the parts as they are configured.
+    """
 
     lora: LoRAConfig | None = field(default_factory=LoRAConfig)
     attention: SparseAttentionConfig | None = field(default_factory=SparseAttentionConfig)
     ffn: RoutedFFNConfig | None = field(default_factory=RoutedFFNConfig)
+    serve: Form | None = None
+    loss_budget: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(
+            self.serve in (None, "dense", "sparse"),
+            f"serve must be dense, sparse or None, got {self.serve!r}",
+        )
+        budget = self.loss_budget
+        number = isinstance(budget, int | float) and not isinstance(budget, bool)
+        _require(
+            budget is None or (number and math.isfinite(budget) and budget >= 0),
+            f"loss_budget must be a number from 0 on, or None for none, got {budget!r}",
+        )
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether layers get sparse parts by measurement."""
+        return self.serve is not None or self.loss_budget is not None
+
+    def budget(self, *, causal_lm: bool) -> float | None:
+        """What the sparse form may lose; None where all layers get their parts."""
+        if self.loss_budget is not None or self.serve is None:
+            return self.loss_budget
+        return (LOSS_BUDGETS if causal_lm else CHANGE_BUDGETS)[self.serve]
 
 
 @dataclass(frozen=True, kw_only=True)

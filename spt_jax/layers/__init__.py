@@ -11,7 +11,7 @@ from spt_jax.layers.dense import DenseImplementation, dense_attention
 from spt_jax.layers.feed_forward import FeedForward, RoutedFFN
 from spt_jax.layers.linear import Embedding, Linear, dropout, split_key
 from spt_jax.layers.lora import LoRA, dense_dot, lora_dot
-from spt_jax.layers.recording import record, recording
+from spt_jax.layers.recording import probed, probing, record, recording
 from spt_jax.layers.rematerialization import choice, recomputed, rematerialized
 from spt_jax.layers.rotary import RotaryConfig, rotary_angles, rotate
 from spt_jax.layers.variables import (
@@ -47,6 +47,8 @@ __all__ = [
     "dense_dot",
     "dropout",
     "lora_dot",
+    "probed",
+    "probing",
     "recomputed",
     "record",
     "recording",

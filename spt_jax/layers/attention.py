@@ -35,7 +35,7 @@ from spt_jax.layers.dense import (
 )
 from spt_jax.layers.linear import Linear, split_key
 from spt_jax.layers.quantizer import codebook_loss
-from spt_jax.layers.recording import record
+from spt_jax.layers.recording import probed, record
 from spt_jax.layers.rematerialization import choice, recomputed
 from spt_jax.layers.rotary import rotate
 from spt_jax.layers.variables import CalibrationStat, CodebookParam
@@ -405,9 +405,10 @@ class Attention(nnx.Module):
         """
         keys = split_key(dropout_key, 4)
         q, k, v = self._project(x, rotary, keys)
-        record(self, q=q, k=k)
+        record(self, q=q, k=k, v=v)
         masks: dict[str, Any] = {"key_mask": key_mask, "segment_ids": segment_ids}
         out, aux = self._attend(q, k, v, x.shape[1], **masks)
+        out = probed(self, out)
         out = sharding.constrain(out, sharding.BATCH, None, sharding.TENSOR)
         y = self.o_proj(out.reshape(*x.shape[:2], -1), dropout_key=keys[3])
         return sharding.constrain(y, sharding.BATCH), aux

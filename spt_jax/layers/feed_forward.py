@@ -28,7 +28,7 @@ from spt_jax.config import Form, RoutedFFNConfig
 from spt_jax.layers.attention import AuxLosses
 from spt_jax.layers.linear import Linear, split_key
 from spt_jax.layers.lora import dense_dot, lora_dot
-from spt_jax.layers.recording import record
+from spt_jax.layers.recording import probed, record
 from spt_jax.layers.rematerialization import choice, recomputed
 from spt_jax.layers.variables import CalibrationStat, RouterParam
 from spt_jax.processes import to_host
@@ -101,7 +101,7 @@ class FeedForward(nnx.Module):
             )
             return self.down(hidden, dropout_key=keys[1])
 
-        y = recomputed(output, *self._sums(x, keys[0]))
+        y = probed(self, recomputed(output, *self._sums(x, keys[0])))
         return sharding.constrain(y, sharding.BATCH), {}
 
     @checked(D="self.up.in_features")

@@ -272,6 +272,22 @@ class Encoder(nnx.Module):
             ValueError: a shape is wrong, the sequence is longer than the model's positions, the
                 model has no token types, or a token id or type is outside its tables.
         """
+        keys = split_key(dropout_key, 2)
+        x, aux = self.hidden_states(
+            input_ids, attention_mask, token_type_ids, segment_ids, dropout_key=keys[0]
+        )
+        return (x if self.head is None else self.head(x[:, 0], dropout_key=keys[1])), aux
+
+    def hidden_states(
+        self,
+        input_ids: Tokens,
+        attention_mask: Mask | None = None,
+        token_type_ids: Tokens | None = None,
+        segment_ids: Tokens | None = None,
+        *,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "B S D"], AuxLosses]:
+        """The last layer's output; arguments and errors as for `forward`."""
         ids = token_array(input_ids, "input_ids")
         optional = (attention_mask, token_type_ids, segment_ids)
         mask, types, segments = (None if a is None else jnp.asarray(a) for a in optional)
@@ -289,15 +305,13 @@ class Encoder(nnx.Module):
         check_batch(self, {"input_ids": ids, "token_type_ids": types}, "input")
         if mask is not None:
             mask = mask != 0
-        keys = split_key(dropout_key, len(self.layers) + 2)
+        keys = split_key(dropout_key, len(self.layers) + 1)
         x = self.embeddings(ids, types, segments, dropout_key=keys[-1])
         losses = []
-        for layer, key in zip(self.layers, keys[:-2], strict=True):
+        for layer, key in zip(self.layers, keys[:-1], strict=True):
             run = rematerialized(layer) if self.remat else layer
             x, aux = run(x, mask, segments, key)
             losses.append(aux)
-        if self.head is not None:
-            x = self.head(x[:, 0], dropout_key=keys[-2])
         return x, sum_aux(*losses)
 
     def add_classifier(self, num_labels: int, *, rngs: nnx.Rngs) -> None:

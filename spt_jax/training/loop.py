@@ -29,6 +29,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
+from spt_jax.adaptation import AdaptationReport
 from spt_jax.config import Form, TrainConfig
 from spt_jax.forms import FORMS, has_sparse_parts
 from spt_jax.layers import Attention, FeedForward, RoutedFFN
@@ -59,6 +60,8 @@ from spt_jax.training.step import (
     write_back,
 )
 
+#: What `adapt` chose for the model of a run, beside its checkpoints.
+ADAPTATION_FILE = "adaptation.json"
 _REMEMBERED = 200  # steps over which train_loss, step_ms and tokens/s are taken
 _LOWER_IS_BETTER = ("eval_loss", "perplexity")
 #: On resume; no result depends on the first three, and more steps or epochs extend a run.
@@ -106,6 +109,8 @@ class TrainResult:
             temporaries.
         trainable_parameters: scalars that train.
         total_parameters: scalars of all parameters.
+        adapt_s: time that adapting the model took, before this call; None where nothing sparse was
+            fitted.
     """
 
     steps: int
@@ -126,6 +131,7 @@ class TrainResult:
     compiled_peak_bytes: int
     trainable_parameters: int
     total_parameters: int
+    adapt_s: float | None = None
 
     def figures(self) -> dict[str, Any]:
         """All of it by plain names, the evaluation metrics beside the rest; JSON."""
@@ -157,7 +163,7 @@ def train(
         model: follows `model.forward(...) -> (outputs, aux)`.
         train_data: training examples.
         config: how to train.
-        out_dir: gets `checkpoints/` and `tensorboard/`.
+        out_dir: gets `checkpoints/`, `tensorboard/` and, of an adapted model, `adaptation.json`.
         objective: what is minimised: `next_token`, or `supervised(loss)` with a task loss.
         eval_data: examples to evaluate on; if several splits by name, each metric's name ends in
             `_` and that of its split.
@@ -200,6 +206,8 @@ def train(
     monitor = _monitor(config, splits, metrics)
     total = config.total_steps(len(train_data))
     forms: tuple[Form, ...] = FORMS if has_sparse_parts(model) else ("dense",)
+    found: AdaptationReport | None = getattr(model, "adaptation", None)
+    adaptation = found if found is not None and found.layers else None
     devices = Devices(config.mesh)
     _check_mesh(model, config, devices)
     parts = _partition(model, config)
@@ -213,6 +221,8 @@ def train(
         "config": {k: v for k, v in asdict(config).items() if k not in _FREE_TO_CHANGE},
         **(identity or {}),
     }
+    if adaptation is not None:
+        identity["adaptation"] = {line.path: line.choice for line in adaptation.layers}
     if several():
         start_of = {
             "trainable": weights_fingerprint(parts.params),
@@ -227,6 +237,8 @@ def train(
         overwrite=overwrite,
         log=log,
     )
+    if adaptation is not None and is_first():
+        adaptation.save(Path(out_dir) / ADAPTATION_FILE)
 
     parts = replace(parts, frozen=devices.put(parts.frozen))
     state, run_step = start(parts, config, total_steps=total, objective=objective)
@@ -368,6 +380,7 @@ def train(
         compiled_peak_bytes=compiled_peak,
         trainable_parameters=parts.num_trainable,
         total_parameters=parts.num_parameters,
+        adapt_s=None if adaptation is None else adaptation.seconds,
     )
 
 

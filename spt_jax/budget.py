@@ -1,0 +1,638 @@
+"""Where sparsity pays: what sparse parts of each layer cost in loss, and what they save in time.
+
+Costs are estimated for all layers at once. One backward pass gives, at the output of each layer,
+the gradient of a random scalar whose variance is what the budget bounds: of causal language models
+the log-likelihood of tokens that the model itself draws, half of whose squared change is the
+Kullback-Leibler divergence; of others a random projection of the final hidden states. What a
+candidate changes of a layer's output, times that gradient, squared and summed over tokens, is its
+cost. The estimate takes tokens and layers to be independent, so a choice of them is measured as a
+whole, and the estimates are scaled until it fits the budget.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from spt_jax import cache
+from spt_jax.adaptation import Measure
+from spt_jax.calibration import Path, Routing, fit_sparse_attention, random_routing
+from spt_jax.config import RoutedFFNConfig, SPTConfig
+from spt_jax.layers import (
+    Attention,
+    FeedForward,
+    LoRA,
+    LoRAParam,
+    RoutedFFN,
+    RouterParam,
+    SparseAttention,
+    dense_attention,
+    probing,
+    recording,
+)
+from spt_jax.models import Decoder, Encoder
+from spt_jax.processes import exchange
+from spt_jax.training.losses import linear_cross_entropy
+
+#: Tokens on which costs are measured, at most, but for one sequence.
+MEASURED_TOKENS = 4096
+#: Tokens of one backward pass, but for one sequence.
+CHUNK_TOKENS = 2048
+#: Tokens on which a layer is timed, on CPUs and on other devices.
+TIMED_TOKENS = {"cpu": 2048}
+TIMED_TOKENS_ELSEWHERE = 16384
+#: A part must save this share of its dense layer's time.
+LEAST_SAVED = 0.03
+#: Choices that are measured, at most, and how near to the budget is near enough.
+MOST_TRIALS = 5
+NEAR = 0.85
+#: Turns of timing at most, and the time after which there is no other turn.
+MOST_TURNS = 7
+SECONDS_A_KIND = 1.5
+
+Inputs = Mapping[str, jax.Array]
+
+
+class Judge(NamedTuple):
+    """What a budget bounds.
+
+    Attributes:
+        measure: its name.
+        dense: the dense model's loss; 0 where changes are measured.
+        of: the same of an adapted model.
+        exponent: costs of layers add up in this power of the measure.
+        unit: what `cost` is divided by to be in that power of the measure.
+    """
+
+    measure: Measure
+    dense: float
+    of: Callable[[nnx.Module], float]
+    exponent: int
+    unit: float
+
+
+def held_out(batch: Inputs) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Rows to fit to, and rows to measure on: every fourth one, at least one.
+
+    Raises:
+        ValueError: there is one row only.
+    """
+    rows, length = batch["input_ids"].shape
+    if rows < 2:
+        raise ValueError(
+            "a loss budget is measured on rows that nothing is fitted to: give a calibration_batch "
+            "of at least two rows"
+        )
+    held = np.arange(rows)[3::4] if rows > 3 else np.arange(rows)[-1:]
+    fitted = np.setdiff1d(np.arange(rows), held)
+    most = max(1, MEASURED_TOKENS // length)
+    held = held[np.linspace(0, len(held) - 1, min(most, len(held))).astype(int)]
+    return (
+        {name: array[fitted] for name, array in batch.items()},
+        {name: array[held] for name, array in batch.items()},
+    )
+
+
+def is_causal_lm(model: nnx.Module) -> bool:
+    """Whether a model's loss is that of the next token."""
+    return isinstance(model, Decoder) and model.task == "causal-lm" and model.score is None
+
+
+def judge_of(model: nnx.Module, inputs: Inputs) -> Judge:
+    """What a model's budget bounds, measured on `inputs`."""
+    if is_causal_lm(model):
+        return _loss_judge(_loss(model, inputs), inputs)
+    return _change_judge(_states(model, inputs), inputs)
+
+
+def _loss_judge(dense: float, inputs: Inputs) -> Judge:
+    tokens = max(float(_predicted(inputs).sum()), 1.0)
+    return Judge("loss", dense, partial(_loss, inputs=inputs), 1, tokens)
+
+
+def _change_judge(before: jax.Array, inputs: Inputs) -> Judge:
+    counted = _counted(before, inputs)
+    size = (counted * before**2).sum()
+
+    def change(adapted: nnx.Module) -> float:
+        difference = counted * (_states(adapted, inputs) - before)
+        return float(jnp.sqrt((difference**2).sum() / size))
+
+    return Judge("relative change", 0.0, change, 2, float(size) / 2)
+
+
+def _mask(inputs: Inputs) -> jax.Array:
+    mask = inputs.get("attention_mask")
+    return jnp.ones(inputs["input_ids"].shape, bool) if mask is None else mask != 0
+
+
+def _counted(states: jax.Array, inputs: Inputs) -> jax.Array:
+    """1 for states of valid tokens, else 0; 1 for all of outputs that are not one a token."""
+    mask = _mask(inputs)
+    if states.ndim != 3 or states.shape[:2] != mask.shape:
+        return jnp.ones_like(states)
+    return mask[..., None].astype(states.dtype)
+
+
+def _predicted(inputs: Inputs) -> jax.Array:
+    """Where the next token is of the same sequence, float `[B, S - 1]`."""
+    mask = _mask(inputs)
+    found = mask[:, :-1] & mask[:, 1:]
+    if (segments := inputs.get("segment_ids")) is not None:
+        found &= segments[:, :-1] == segments[:, 1:]
+    return found.astype(jnp.float32)
+
+
+def _states(model: Any, inputs: Inputs) -> jax.Array:
+    """Final hidden states, or the outputs of a model that is none of this library's."""
+    if isinstance(model, Decoder | Encoder):
+        return _hidden(*nnx.split(model), dict(inputs))
+    return _outputs(*nnx.split(model), dict(inputs))
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _hidden(graphdef: Any, state: Any, inputs: dict[str, jax.Array]) -> jax.Array:
+    model: Any = nnx.merge(graphdef, state)
+    return model.hidden_states(**inputs)[0].astype(jnp.float32)
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _outputs(graphdef: Any, state: Any, inputs: dict[str, jax.Array]) -> jax.Array:
+    model: Any = nnx.merge(graphdef, state)
+    return jnp.asarray(model(**inputs), jnp.float32)
+
+
+def _loss(model: Any, inputs: Inputs) -> float:
+    """Nats a token of a causal language model, a row at a time."""
+    graphdef, state = nnx.split(model)
+    rows = len(inputs["input_ids"])
+    sums = [
+        _row_loss(graphdef, state, {name: array[i : i + 1] for name, array in inputs.items()})
+        for i in range(rows)
+    ]
+    total, weight = np.sum([[float(x) for x in pair] for pair in sums], axis=0)
+    return float(total / max(weight, 1))
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _row_loss(
+    graphdef: Any, state: Any, inputs: dict[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    model: Any = nnx.merge(graphdef, state)
+    hidden, _ = model.hidden_states(**inputs)
+    weight = _predicted(inputs)
+    return linear_cross_entropy(
+        hidden[:, :-1],
+        model.output_kernel().astype(hidden.dtype),
+        inputs["input_ids"][:, 1:],
+        weight,
+    )
+
+
+def chunks(inputs: Inputs) -> list[dict[str, jax.Array]]:
+    """Rows in parts of equal size, of so many tokens that a backward pass of a layer is cheap."""
+    rows, length = inputs["input_ids"].shape
+    number = next(
+        n for n in range(min(rows, max(1, CHUNK_TOKENS // length)), 0, -1) if rows % n == 0
+    )
+    return [
+        {name: array[i : i + number] for name, array in inputs.items()}
+        for i in range(0, rows, number)
+    ]
+
+
+class Observation(NamedTuple):
+    """What a layer reads, and the gradient of the random scalar at its output.
+
+    Attributes:
+        inputs: `q`, `k` and `v` of attention, `x` of an FFN.
+        gradient: of the heads' outputs `[B, S, N, H]`, or of the FFN's `[B, S, D]`.
+    """
+
+    inputs: dict[str, jax.Array]
+    gradient: jax.Array
+
+
+def observe(
+    model: nnx.Module, inputs: Inputs, key: jax.Array
+) -> tuple[list[tuple[dict[str, jax.Array], dict[Path, Observation]]], Judge]:
+    """Observations of all attention layers and FFNs of a dense model, by part of the rows.
+
+    Returns:
+        Parts of `inputs`, each with observations by the layer's path; and what a budget bounds on
+        all of them.
+    """
+    graphdef, state = nnx.split(model)
+    paths = [path for path, _ in nnx.iter_modules(model)]
+    parts, outcomes = [], []
+    for number, rows in enumerate(chunks(inputs)):
+        own = jax.random.fold_in(key, number)
+        found, outcome = _observed(graphdef, state, rows, own, is_causal_lm(model))
+        seen = {paths[layer]: Observation(*pair) for layer, pair in found.items()}
+        parts.append((rows, seen))
+        outcomes.append(outcome)
+    if not is_causal_lm(model):
+        return parts, _change_judge(jnp.concatenate(outcomes), inputs)
+    total, weight = np.sum([[float(x) for x in pair] for pair in outcomes], axis=0)
+    return parts, _loss_judge(float(total / max(weight, 1)), inputs)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "causal_lm"))
+def _observed(
+    graphdef: Any, state: Any, inputs: dict[str, jax.Array], key: jax.Array, causal_lm: bool
+) -> tuple[dict[int, tuple[dict[str, jax.Array], jax.Array]], Any]:
+    model: Any = nnx.merge(graphdef, state)
+    layers = {
+        number: module
+        for number, (_, module) in enumerate(nnx.iter_modules(model))
+        if isinstance(module, Attention | FeedForward)
+    }
+
+    def outputs() -> jax.Array:
+        if isinstance(model, Decoder | Encoder):
+            return model.hidden_states(**inputs)[0]
+        return jnp.asarray(model(**inputs))
+
+    def scalar(probes: dict[int, jax.Array]) -> tuple[jax.Array, Any]:
+        probed = {id(layers[number]): probe for number, probe in probes.items()}
+        with recording() as records, probing(probed):
+            states = outputs()
+        read = {number: records[id(layers[number])] for number in probes}
+        if causal_lm:
+            hidden, weight = states[:, :-1], _predicted(inputs)
+            kernel = model.output_kernel().astype(hidden.dtype)
+            labels = inputs["input_ids"][:, 1:]
+            outcome = linear_cross_entropy(jax.lax.stop_gradient(hidden), kernel, labels, weight)
+            return _likelihood(hidden, kernel, weight, key), (read, outcome)
+        directions = jax.random.normal(key, states.shape, jnp.float32)
+        total = (_counted(states, inputs) * states * directions).sum()
+        return total, (read, states.astype(jnp.float32))
+
+    with recording() as records:
+        jax.eval_shape(outputs)
+    shapes = {n: records[id(layer)] for n, layer in layers.items() if id(layer) in records}
+    probes = {n: jnp.zeros_like(read["q" if "q" in read else "x"]) for n, read in shapes.items()}
+    gradients, (read, outcome) = jax.grad(scalar, has_aux=True)(probes)
+    return {number: (read[number], gradients[number]) for number in probes}, outcome
+
+
+def _likelihood(
+    hidden: Float[Array, "B S D"],
+    kernel: Float[Array, "D V"],
+    weight: Float[Array, "B S"],
+    key: jax.Array,
+) -> jax.Array:
+    """Log-likelihood of tokens drawn from the model's predictions."""
+    rows = jax.lax.stop_gradient(hidden.reshape(-1, hidden.shape[-1]))
+
+    def draw(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+        row, own = pair
+        return jax.random.categorical(own, jnp.dot(row, kernel).astype(jnp.float32))
+
+    keys = jax.random.split(key, len(rows))
+    drawn = jax.lax.map(draw, (rows, keys), batch_size=128)
+    labels = jax.lax.stop_gradient(drawn).reshape(hidden.shape[:2])
+    return -linear_cross_entropy(hidden, kernel, labels, weight)[0]
+
+
+def cost(layer: nnx.Module, candidate: nnx.Module, seen: Observation, inputs: Inputs) -> float:
+    """What a candidate in a layer's place costs on the rows of an observation, summed over tokens.
+
+    Half the squared change of the log-likelihood of causal language models; the squared change of
+    the final states of others is twice that.
+    """
+    if isinstance(layer, Attention):
+        assert isinstance(candidate, SparseAttention)
+        masks = {"key_mask": _key_mask(inputs), "segment_ids": inputs.get("segment_ids")}
+        return float(_attention_cost(*nnx.split(candidate), *seen, masks, layer.window))
+    dense, sparse = nnx.split(layer), nnx.split(candidate)
+    return float(_ffn_cost(*dense, *sparse, seen.inputs["x"], seen.gradient))
+
+
+def _key_mask(inputs: Inputs) -> jax.Array | None:
+    mask = inputs.get("attention_mask")
+    return None if mask is None else mask != 0
+
+
+@partial(jax.jit, static_argnames=("graphdef", "window"))
+def _attention_cost(
+    graphdef: Any,
+    state: Any,
+    read: dict[str, jax.Array],
+    gradient: jax.Array,
+    masks: dict[str, Any],
+    window: int | None,
+) -> jax.Array:
+    sparse: Any = nnx.merge(graphdef, state)
+    qkv = read["q"], read["k"], read["v"]
+    dense = dense_attention(*qkv, causal=sparse.causal, window=window, **masks)
+    difference = sparse(*qkv, **masks)[0] - dense
+    changes = jnp.einsum("bsnh,bsnh->bs", gradient, difference, preferred_element_type=jnp.float32)
+    return 0.5 * (changes**2).sum()
+
+
+@partial(jax.jit, static_argnames=("dense", "sparse"))
+def _ffn_cost(
+    dense: Any, dense_state: Any, sparse: Any, sparse_state: Any, x: jax.Array, gradient: jax.Array
+) -> jax.Array:
+    before: Any = nnx.merge(dense, dense_state)
+    after: Any = nnx.merge(sparse, sparse_state)
+    difference = after(x)[0] - before(x)[0]
+    changes = jnp.einsum("bsd,bsd->bs", gradient, difference, preferred_element_type=jnp.float32)
+    return 0.5 * (changes**2).sum()
+
+
+@dataclass(frozen=True)
+class Option:
+    """A candidate for a layer.
+
+    Attributes:
+        active: share that is active.
+        cost: in the power of the measure in which costs add up.
+        seconds: that it saves of a training step.
+    """
+
+    active: float
+    cost: float
+    seconds: float
+
+
+def choose(options: Mapping[Path, Sequence[Option]], limit: float) -> dict[Path, Option]:
+    """The options that save most time while their costs do not exceed a limit together.
+
+    Greedy: of the steps from one option of a layer to its next dearer one, along the convex hull
+    of time saved over cost, those first that save most a unit of cost.
+    """
+    steps = [
+        (step.seconds / max(step.cost, 1e-12), str(path), path, option, step.cost)
+        for path, found in options.items()
+        for option, step in _hull(found)
+    ]
+    chosen: dict[Path, Option] = {}
+    left, full = limit, set[Path]()
+    for _, _, path, option, added in sorted(steps, key=lambda s: (-s[0], s[1])):
+        if path in full:
+            continue
+        if added > left:
+            full.add(path)
+            continue
+        chosen[path] = option
+        left -= added
+    return chosen
+
+
+def _hull(options: Sequence[Option]) -> list[tuple[Option, Option]]:
+    """Options on the convex hull, each with what it costs and saves beyond the one before."""
+    kept = [Option(1.0, 0.0, 0.0)]
+    left = sorted(options, key=lambda o: (o.cost, -o.seconds))
+    while left:
+        last = kept[-1]
+        left = [o for o in left if o.seconds > last.seconds]
+        if left:
+            slopes = [(o.seconds - last.seconds) / max(o.cost - last.cost, 1e-12) for o in left]
+            kept.append(left[int(np.argmax(slopes))])
+    return [
+        (b, Option(b.active, b.cost - a.cost, b.seconds - a.seconds))
+        for a, b in itertools.pairwise(kept)
+    ]
+
+
+def within(
+    options: Mapping[Path, Sequence[Option]],
+    budget: float,
+    judge: Judge,
+    applied: Callable[[Mapping[Path, Option]], nnx.Module],
+) -> tuple[dict[Path, Option], float]:
+    """Options that save most time with the measured loss within the budget, and that loss.
+
+    Args:
+        options: of each layer.
+        budget: in the unit of the measure.
+        judge: measures it.
+        applied: the model with options chosen.
+    """
+    best: tuple[dict[Path, Option], float] = {}, judge.dense
+    limit, scale, tried = budget**judge.exponent, 1.0, list[dict[Path, Option]]()
+    while len(tried) < MOST_TRIALS:
+        chosen = choose(options, limit / scale)
+        if chosen in tried:  # estimates were too high: look further
+            scale *= 0.7
+            if scale < 1e-4:
+                break
+            continue
+        if not chosen:
+            break
+        tried.append(chosen)
+        measured = judge.of(applied(chosen))
+        actual = max(measured - judge.dense, 0.0) ** judge.exponent
+        estimate = sum(option.cost for option in chosen.values())
+        if actual <= limit:
+            if _saving(chosen) >= _saving(best[0]):
+                best = chosen, measured
+            if actual >= NEAR * limit or takes_all(options, chosen):
+                break
+        found = actual / max(estimate, 1e-12)
+        scale = min(found, scale) if actual <= limit else max(1.02 * found, 1.1 * scale)
+        scale = max(scale, 0.1)
+    return best
+
+
+def takes_all(options: Mapping[Path, Sequence[Option]], chosen: Mapping[Path, Option]) -> bool:
+    """Whether nothing that saves more is left among the options."""
+    return _saving(chosen) >= _saving(choose(options, math.inf))
+
+
+def _saving(chosen: Mapping[Path, Option]) -> float:
+    return sum(option.seconds for option in chosen.values())
+
+
+def timed(
+    layers: Mapping[Path, Attention | FeedForward],
+    shares: Mapping[Path, Sequence[float]],
+    config: SPTConfig,
+    shape: tuple[int, int],
+    advance: Callable[[], None],
+    *,
+    use_cache: bool = True,
+) -> dict[Path, dict[float, float]]:
+    """Seconds of a layer's forward and backward pass by the share that is active, 1 for dense.
+
+    Layers of one kind and size are timed once, and never again on this machine: the times are kept
+    on disk.
+
+    Args:
+        layers: dense ones.
+        shares: of each, those to time beside 1.
+        config: of the sparse parts and of LoRA.
+        shape: rows and tokens of a row of the calibration batch.
+        advance: called after each layer.
+        use_cache: whether times of before are taken.
+    """
+    rows, length = shape
+    device = jax.devices()[0]
+    most = TIMED_TOKENS.get(device.platform, TIMED_TOKENS_ELSEWHERE)
+    rows = max(1, min(rows, most // length))
+    known: dict[str, dict[float, float]] = {}
+    found = {}
+    for path, layer in layers.items():
+        description = _description(layer, config, (rows, length), sorted(shares[path]))
+        key = cache.key_of(description)
+        if key not in known:
+            entry = cache.read("times", key) if use_cache else None
+            if entry is None:
+                seconds = _times(layer, shares[path], config, (rows, length))
+                seconds = exchange(seconds)[0]
+                content = {str(share): t for share, t in seconds.items()}
+                if use_cache:
+                    cache.write("times", key, {}, {"of": description, "seconds": content})
+            else:
+                seconds = {float(s): float(t) for s, t in entry[1]["seconds"].items()}
+            known[key] = seconds
+        found[path] = known[key]
+        advance()
+    return found
+
+
+def _description(
+    layer: Attention | FeedForward,
+    config: SPTConfig,
+    shape: tuple[int, int],
+    shares: Sequence[float],
+) -> dict[str, Any]:
+    device = jax.devices()[0]
+    part = config.attention if isinstance(layer, Attention) else config.ffn
+    sizes = [f"{leaf.shape} {leaf.dtype}" for leaf in jax.tree.leaves(nnx.state(layer))]
+    own = (
+        [layer.num_heads, layer.num_kv_heads, layer.head_width, layer.causal, layer.window]
+        if isinstance(layer, Attention)
+        else [layer.activation, str(layer.up.dtype)]
+    )
+    return {
+        "jax": jax.__version__,
+        "device": [device.platform, device.device_kind, platform.machine(), os.cpu_count()],
+        "layer": [type(layer).__name__, *own, *sizes],
+        "part": None if part is None else dataclasses.asdict(part),
+        "lora": None if config.lora is None else dataclasses.asdict(config.lora),
+        "shape": list(shape),
+        "shares": list(shares),
+    }
+
+
+def _times(
+    layer: Attention | FeedForward,
+    shares: Sequence[float],
+    config: SPTConfig,
+    shape: tuple[int, int],
+) -> dict[float, float]:
+    key = jax.random.key(0)
+    if isinstance(layer, Attention):
+        steps = _attention_steps(layer, shares, config, shape, key)
+    else:
+        steps = _ffn_steps(layer, shares, config, shape, key)
+    for step in steps.values():
+        jax.block_until_ready(step())  # compiles
+    seconds = dict.fromkeys(steps, math.inf)
+    begun = time.perf_counter()
+    for turn in range(MOST_TURNS):
+        for share, step in steps.items():
+            start = time.perf_counter()
+            jax.block_until_ready(step())
+            seconds[share] = min(seconds[share], time.perf_counter() - start)
+        if turn >= 2 and time.perf_counter() - begun > SECONDS_A_KIND:
+            break
+    return seconds
+
+
+def _attention_steps(
+    layer: Attention,
+    shares: Sequence[float],
+    config: SPTConfig,
+    shape: tuple[int, int],
+    key: jax.Array,
+) -> dict[float, Callable[[], Any]]:
+    def draw(heads: int, number: int) -> jax.Array:
+        own = jax.random.fold_in(key, number)
+        return jax.random.normal(own, (*shape, heads, layer.head_width), layer.q_proj.dtype)
+
+    q, k, v = draw(layer.num_heads, 0), draw(layer.num_kv_heads, 1), draw(layer.num_kv_heads, 2)
+    steps: dict[float, Callable[[], Any]] = {}
+    dense = partial(
+        dense_attention, causal=layer.causal, window=layer.window,
+        implementation=layer.dense_implementation,
+    )  # fmt: skip
+    steps[1.0] = partial(_gradients(dense), q, k, v)
+    for share in shares:
+        assert config.attention is not None
+        sparse = fit_sparse_attention(
+            q.reshape(-1, *q.shape[2:]), k.reshape(-1, *k.shape[2:]),
+            config=config.attention, causal=layer.causal, key=key,
+        )  # fmt: skip
+        steps[share] = partial(_gradients(lambda *a, of=sparse: of(*a)[0]), q, k, v)
+    return steps
+
+
+def _ffn_steps(
+    layer: FeedForward,
+    shares: Sequence[float],
+    config: SPTConfig,
+    shape: tuple[int, int],
+    key: jax.Array,
+) -> dict[float, Callable[[], Any]]:
+    x = jax.random.normal(key, (*shape, layer.up.in_features), layer.up.dtype)
+    steps: dict[float, Callable[[], Any]] = {}
+    for share in (1.0, *shares):
+        ffn: Any = nnx.clone(layer)
+        if config.lora is not None and "ffn" in config.lora.targets:
+            for linear in (ffn.up, ffn.gate, ffn.down):
+                if linear is not None:
+                    sizes = linear.kernel.shape
+                    linear.lora = LoRA(*sizes, config=config.lora, rngs=nnx.Rngs(0))
+        if share < 1:
+            assert config.ffn is not None
+            own = of_share(config.ffn, share)
+            ffn = RoutedFFN(ffn, **_drawn_routing(ffn, own, key)._asdict(), config=own)
+        parts: Any = nnx.split(ffn, nnx.Any(LoRAParam, RouterParam), ...)
+        graphdef, params, frozen = parts
+
+        def apply(x: jax.Array, params: Any, frozen: Any, graphdef: Any = graphdef) -> jax.Array:
+            merged: Any = nnx.merge(graphdef, params, jax.lax.stop_gradient(frozen))
+            return merged(x)[0]
+
+        steps[share] = partial(_gradients(apply, (0, 1)), x, params, frozen)
+    return steps
+
+
+def _drawn_routing(ffn: FeedForward, config: RoutedFFNConfig, key: jax.Array) -> Routing:
+    routing = random_routing(ffn, config, key=key)
+    if (rank := config.effective_absent_rank) == 0:
+        return routing
+    width, blocks = ffn.up.in_features, config.num_blocks
+    return routing._replace(
+        absent_a=jnp.zeros((width, blocks, rank)), absent_b=jnp.zeros((blocks, rank, width))
+    )
+
+
+def _gradients(apply: Callable[..., jax.Array], arguments: Any = (0, 1, 2)) -> Callable[..., Any]:
+    def total(*arrays: Any) -> jax.Array:
+        return (apply(*arrays).astype(jnp.float32) ** 2).sum()
+
+    return jax.jit(jax.grad(total, arguments))
+
+
+def of_share(config: RoutedFFNConfig, share: float) -> RoutedFFNConfig:
+    """The configuration with a share of the blocks active."""
+    return dataclasses.replace(config, active_blocks=round(share * config.num_blocks))
