@@ -70,36 +70,46 @@ def record_activations(
 
     Returns:
         `{path of the module: {name: [T, ...]}}` in the model's order: queries `q` `[T, N, H]` and
-        keys `k` `[T, K, H]` of attention, inputs `x` `[T, D]` of an FFN.
+        keys `k` `[T, K, H]` of attention, inputs `x` `[T, D]` of an FFN; of all calls where the
+        model calls a module several times.
     """
     inputs = {name: jnp.asarray(batch[name]) for name in INPUTS if batch.get(name) is not None}
     mask = inputs.get("attention_mask", jnp.ones_like(inputs["input_ids"]))
     tokens = np.flatnonzero(np.asarray(mask))
     if most is not None:
         tokens = spread(tokens, most)
-    found = _recorded(*nnx.split(model), inputs, tokens).values()
+    found = _recorded(*nnx.split(model), inputs, tokens, most).values()
     paths = [path for path, _ in nnx.iter_modules(model)]
     return {path: arrays for path, arrays in zip(paths, found, strict=True) if arrays}
 
 
-@partial(jax.jit, static_argnames="graphdef")
+@partial(jax.jit, static_argnames=("graphdef", "most"))
 def _recorded(
     graphdef: nnx.GraphDef[nnx.Module],
     state: nnx.State,
     inputs: dict[str, jax.Array],
     tokens: Int[Array, "T"],
+    most: int | None,
 ) -> dict[int, dict[str, jax.Array]]:
     """What each module records at `tokens`, by its number in the order of `nnx.iter_modules`."""
     model: Any = nnx.merge(graphdef, state)
     with recording() as records:
         model(**inputs)
     return {
-        number: {
-            name: x.reshape(-1, *x.shape[2:])[tokens]
-            for name, x in records.get(id(module), {}).items()
-        }
+        number: _of_all_calls(records.get(id(module), []), tokens, most)
         for number, (_, module) in enumerate(nnx.iter_modules(model))
     }
+
+
+def _of_all_calls(
+    calls: list[dict[str, jax.Array]], tokens: Int[Array, "T"], most: int | None
+) -> dict[str, jax.Array]:
+    """What a module records at `tokens` in all its calls, `most` rows evenly spread over them."""
+    rows = {
+        name: jnp.concatenate([call[name].reshape(-1, *x.shape[2:])[tokens] for call in calls])
+        for name, x in (calls[0] if calls else {}).items()
+    }
+    return {name: x if most is None else spread(x, most) for name, x in rows.items()}
 
 
 def fit_sparse_attention(

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-_records: ContextVar[dict[int, dict[str, Any]] | None] = ContextVar("records", default=None)
+_records: ContextVar[dict[int, list[dict[str, Any]]] | None] = ContextVar("records", default=None)
 
 
 @contextmanager
-def recording() -> Iterator[dict[int, dict[str, Any]]]:
-    """Collect what modules `record` meanwhile, as `{id(module): {name: array}}`."""
-    records: dict[int, dict[str, Any]] = {}
+def recording() -> Iterator[dict[int, list[dict[str, Any]]]]:
+    """Collect what modules `record` meanwhile, as `{id(module): [{name: array}, ...]}`, by call."""
+    records: dict[int, list[dict[str, Any]]] = {}
     token = _records.set(records)
     try:
         yield records
@@ -25,4 +25,4 @@ def record(module: object, **arrays: Any) -> None:
     """Hand arrays to the surrounding `recording()`; without one this does nothing."""
     records = _records.get()
     if records is not None:
-        records[id(module)] = arrays
+        records.setdefault(id(module), []).append(arrays)
