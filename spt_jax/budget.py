@@ -216,7 +216,7 @@ def chunks(inputs: Inputs) -> list[dict[str, jax.Array]]:
 
 
 class Observation(NamedTuple):
-    """What a layer reads, and the gradient of the random scalar at its output.
+    """What a layer reads in a call, and the gradient of the random scalar at its output.
 
     Attributes:
         inputs: `q`, `k` and `v` of attention, `x` of an FFN.
@@ -229,11 +229,11 @@ class Observation(NamedTuple):
 
 def observe(
     model: nnx.Module, inputs: Inputs, key: jax.Array
-) -> tuple[list[tuple[dict[str, jax.Array], dict[Path, Observation]]], Judge]:
+) -> tuple[list[tuple[dict[str, jax.Array], dict[Path, list[Observation]]]], Judge]:
     """Observations of all attention layers and FFNs of a dense model, by part of the rows.
 
     Returns:
-        Parts of `inputs`, each with observations by the layer's path; and what a budget bounds on
+        Parts of `inputs`, each with observations by the layer's path, one a call; and what a budget bounds on
         all of them.
     """
     graphdef, state = nnx.split(model)
@@ -242,7 +242,9 @@ def observe(
     for number, rows in enumerate(chunks(inputs)):
         own = jax.random.fold_in(key, number)
         found, outcome = _observed(graphdef, state, rows, own, is_causal_lm(model))
-        seen = {paths[layer]: Observation(*pair) for layer, pair in found.items()}
+        seen = {
+            paths[layer]: [Observation(*call) for call in calls] for layer, calls in found.items()
+        }
         parts.append((rows, seen))
         outcomes.append(outcome)
     if not is_causal_lm(model):
@@ -254,7 +256,7 @@ def observe(
 @partial(jax.jit, static_argnames=("graphdef", "causal_lm"))
 def _observed(
     graphdef: Any, state: Any, inputs: dict[str, jax.Array], key: jax.Array, causal_lm: bool
-) -> tuple[dict[int, tuple[dict[str, jax.Array], jax.Array]], Any]:
+) -> tuple[dict[int, list[tuple[dict[str, jax.Array], jax.Array]]], Any]:
     model: Any = nnx.merge(graphdef, state)
     layers = {
         number: module
@@ -267,7 +269,7 @@ def _observed(
             return model.hidden_states(**inputs)[0]
         return jnp.asarray(model(**inputs))
 
-    def scalar(probes: dict[int, jax.Array]) -> tuple[jax.Array, Any]:
+    def scalar(probes: dict[int, list[jax.Array]]) -> tuple[jax.Array, Any]:
         probed = {id(layers[number]): probe for number, probe in probes.items()}
         with recording() as records, probing(probed):
             states = outputs()
@@ -285,9 +287,13 @@ def _observed(
     with recording() as records:
         jax.eval_shape(outputs)
     shapes = {n: records[id(layer)] for n, layer in layers.items() if id(layer) in records}
-    probes = {n: jnp.zeros_like(read["q" if "q" in read else "x"]) for n, read in shapes.items()}
+    probes = {
+        number: [jnp.zeros_like(read["q" if "q" in read else "x"]) for read in calls]
+        for number, calls in shapes.items()
+    }
     gradients, (read, outcome) = jax.grad(scalar, has_aux=True)(probes)
-    return {number: (read[number], gradients[number]) for number in probes}, outcome
+    found = {number: [*zip(read[number], gradients[number], strict=True)] for number in probes}
+    return found, outcome
 
 
 def _likelihood(
@@ -309,8 +315,10 @@ def _likelihood(
     return -linear_cross_entropy(hidden, kernel, labels, weight)[0]
 
 
-def cost(layer: nnx.Module, candidate: nnx.Module, seen: Observation, inputs: Inputs) -> float:
-    """What a candidate in a layer's place costs on the rows of an observation, summed over tokens.
+def cost(
+    layer: nnx.Module, candidate: nnx.Module, calls: Sequence[Observation], inputs: Inputs
+) -> float:
+    """What a candidate in a layer's place costs on rows that were observed, summed over tokens.
 
     Half the squared change of the log-likelihood of causal language models; the squared change of
     the final states of others is twice that.
@@ -318,9 +326,10 @@ def cost(layer: nnx.Module, candidate: nnx.Module, seen: Observation, inputs: In
     if isinstance(layer, Attention):
         assert isinstance(candidate, SparseAttention)
         masks = {"key_mask": _key_mask(inputs), "segment_ids": inputs.get("segment_ids")}
-        return float(_attention_cost(*nnx.split(candidate), *seen, masks, layer.window))
+        own = nnx.split(candidate)
+        return sum(float(_attention_cost(*own, *seen, masks, layer.window)) for seen in calls)
     dense, sparse = nnx.split(layer), nnx.split(candidate)
-    return float(_ffn_cost(*dense, *sparse, seen.inputs["x"], seen.gradient))
+    return sum(float(_ffn_cost(*dense, *sparse, seen.inputs["x"], seen.gradient)) for seen in calls)
 
 
 def _key_mask(inputs: Inputs) -> jax.Array | None:

@@ -79,7 +79,8 @@ def record_activations(
 
     Yields:
         Path of the module and `{name: [T, ...]}`, in the model's order: queries `q` `[T, N, H]`,
-        keys `k` `[T, K, H]` of attention, inputs `x` `[T, D]` of an FFN.
+        keys `k` `[T, K, H]` of attention, inputs `x` `[T, D]` of an FFN; of all calls where the
+        model calls a module several times.
     """
     inputs = inputs_of(batch)
     mask = inputs.get("attention_mask", jnp.ones_like(inputs["input_ids"]))
@@ -89,7 +90,8 @@ def record_activations(
     graphdef, state = nnx.split(model)
     paths = [path for path, _ in nnx.iter_modules(model)]
     every = tuple(n for n, path in enumerate(paths) if layers is None or path in layers)
-    shapes = jax.eval_shape(partial(_recorded, graphdef, numbers=every), state, inputs, tokens)
+    recorded = partial(_recorded, graphdef, most=most)
+    shapes = jax.eval_shape(partial(recorded, numbers=every), state, inputs, tokens)
     sizes = {
         number: sum(a.size * a.dtype.itemsize for a in arrays.values())
         for number, arrays in shapes.items()
@@ -102,7 +104,7 @@ def record_activations(
             number = next(iter(sizes))
             size += sizes.pop(number)
             taken.append(number)
-        found = _recorded(graphdef, state, inputs, tokens, numbers=tuple(taken))
+        found = recorded(state, inputs, tokens, numbers=tuple(taken))
         for number in taken:
             yield paths[number], found.pop(number)
 
@@ -112,7 +114,7 @@ def inputs_of(batch: Mapping[str, jax.Array | np.ndarray]) -> dict[str, jax.Arra
     return {name: jnp.asarray(batch[name]) for name in INPUTS if batch.get(name) is not None}
 
 
-@partial(jax.jit, static_argnames=("graphdef", "numbers"))
+@partial(jax.jit, static_argnames=("graphdef", "numbers", "most"))
 def _recorded(
     graphdef: nnx.GraphDef[nnx.Module],
     state: nnx.State,
@@ -120,20 +122,29 @@ def _recorded(
     tokens: Int[Array, "T"],
     *,
     numbers: tuple[int, ...],
+    most: int | None,
 ) -> dict[int, dict[str, jax.Array]]:
     """What some modules record at `tokens`, by their number in the order of `nnx.iter_modules`."""
     model: Any = nnx.merge(graphdef, state)
     with recording() as records:
         model(**inputs)
     return {
-        number: {
-            name: x.reshape(-1, *x.shape[2:])[tokens]
-            for name, x in records.get(id(module), {}).items()
-            if name in FITTED
-        }
+        number: _of_all_calls(records.get(id(module), []), tokens, most)
         for number, (_, module) in enumerate(nnx.iter_modules(model))
         if number in numbers
     }
+
+
+def _of_all_calls(
+    calls: list[dict[str, jax.Array]], tokens: Int[Array, "T"], most: int | None
+) -> dict[str, jax.Array]:
+    """What a module records at `tokens` in all its calls, `most` rows evenly spread over them."""
+    rows = {
+        name: jnp.concatenate([call[name].reshape(-1, *x.shape[2:])[tokens] for call in calls])
+        for name, x in (calls[0] if calls else {}).items()
+        if name in FITTED
+    }
+    return {name: x if most is None else spread(x, most) for name, x in rows.items()}
 
 
 def fit_sparse_attention(

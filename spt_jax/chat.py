@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,10 +21,14 @@ from tokenizers import Tokenizer
 
 from spt_jax.models.gguf import find_gguf, read_gguf
 from spt_jax.models.gguf_tokenizer import tokenizer_config
+from spt_jax.models.hub import ADDITIONAL_TEMPLATES, read_json
 from spt_jax.models.tokenizer import CONFIG_FILE, special_tokens, tokenizer_fields
 from spt_jax.training.text import Document, unlimited
 
 Message = Mapping[str, Any]  # of "role", "content" and what else the template reads
+
+#: Name of a template that transformers takes by itself for conversations with tools.
+_FOR_TOOLS = "tool_use"
 
 _PLAIN = """\
 {{- bos_token -}}
@@ -33,6 +38,8 @@ _PLAIN = """\
 {%- endfor -%}
 {{- 'Assistant:' if add_generation_prompt -}}
 """
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,9 +77,12 @@ class ChatTemplate:
     ) -> ChatTemplate:
         """The template of a Hugging Face model directory, or of a GGUF file.
 
-        It is `chat_template.jinja`, or else `chat_template` in `tokenizer_config.json`, of several
-        the one named "default". Special tokens are those of `tokenizer_config.json`, or of
-        `special_tokens_map.json`, see `load_tokenizer`. A GGUF file has both in its metadata.
+        It is `chat_template.jinja`, or else `chat_template` in `tokenizer_config.json`, or else in
+        `chat_template.json`; of several the one named "default". Others, such as those of
+        `additional_chat_templates/`, are not read, which the log says, as a warning where
+        transformers would take one for conversations with tools. Special tokens are those of
+        `tokenizer_config.json`, or of `special_tokens_map.json`, see `load_tokenizer`. A GGUF file
+        has both in its metadata.
 
         Args:
             directory: the model; with a GGUF file where it has no `tokenizer_config.json`, or such
@@ -80,29 +90,36 @@ class ChatTemplate:
             now: see the attribute.
 
         Raises:
-            ValueError: there is no template, or it or `tokenizer_config.json` is not well-formed.
+            ValueError: there is no template, or it or a JSON file is not well-formed.
         """
         directory = Path(directory)
-        path = directory / CONFIG_FILE
-        if (file := find_gguf(directory, instead_of=path.name)) is not None:
+        if (file := find_gguf(directory, instead_of=CONFIG_FILE)) is not None:
             config = tokenizer_config(read_gguf(file))
         else:
             config = tokenizer_fields(directory)
-        alone = directory / "chat_template.jinja"
-        source = alone.read_text("utf-8") if alone.exists() else config.get("chat_template")
-        if isinstance(source, list):
-            named = {template["name"]: template["template"] for template in source}
-            if "default" not in named:
-                raise ValueError(
-                    f'{path} has several chat templates, but none named "default": '
-                    f"{', '.join(named)}; make a ChatTemplate of the one that you want"
-                )
-            source = named["default"]
+        named = _named_templates(directory, config)
+        others = sorted(named.keys() - {"default"})
+        if others and "default" not in named:
+            raise ValueError(
+                f'{directory} has several chat templates, but none named "default": '
+                f"{', '.join(others)}; make a ChatTemplate of the one that you want"
+            )
+        source = named.get("default")
         if not isinstance(source, str):
             raise ValueError(
                 f"{directory} has no chat template (chat_template.jinja, or chat_template in "
-                "tokenizer_config.json or a GGUF file's metadata): it holds a base model; choose a "
-                "template, for example ChatTemplate.plain(eos_token=...)"
+                "tokenizer_config.json, chat_template.json or a GGUF file's metadata): it holds a "
+                "base model; choose a template, for example ChatTemplate.plain(eos_token=...)"
+            )
+        if others:
+            _log.log(
+                logging.WARNING if _FOR_TOOLS in others else logging.INFO,
+                "%s: of its chat templates %s are not read%s; make a ChatTemplate of one to use it",
+                directory,
+                ", ".join(others),
+                f" (transformers takes {_FOR_TOOLS} where there are tools)"
+                if _FOR_TOOLS in others
+                else "",
             )
         return cls(source, special_tokens(config), now)
 
@@ -244,6 +261,26 @@ def _document(text: str, spans: Sequence[tuple[int, int]], tokenizer: Tokenizer)
     for start, stop in spans:
         predicted |= (ends > start) & (ends <= stop)
     return Document(np.array(encoding.ids, np.int32), predicted)
+
+
+def _named_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Chat templates of a directory by their names; one alone is "default".
+
+    Args:
+        directory: the model, or a GGUF file.
+        config: the fields of its `tokenizer_config.json`.
+    """
+    alone, older = directory / "chat_template.jinja", directory / "chat_template.json"
+    found = alone.read_text("utf-8") if alone.is_file() else config.get("chat_template")
+    if found is None and older.is_file():
+        found = read_json(older).get("chat_template")
+    if isinstance(found, list):
+        found = {template["name"]: template["template"] for template in found}
+    named = dict(found) if isinstance(found, Mapping) else {"default": found}
+    for path in (directory / ADDITIONAL_TEMPLATES).glob("*.jinja"):
+        if named.get(path.stem) is None:
+            named[path.stem] = path.read_text("utf-8")
+    return {name: template for name, template in named.items() if template is not None}
 
 
 class _GenerationBlocks(jinja2.ext.Extension):

@@ -77,8 +77,8 @@ def sparse_choices(model: nnx.Module, batch: Mapping[str, jax.Array | np.ndarray
         The choices.
 
     Raises:
-        ValueError: the model has neither sparse attention nor a routed FFN, or a token id or type
-            is outside its tables.
+        ValueError: the model has neither sparse attention nor a routed FFN, calls such a layer
+            not once, or a token id or type is outside its tables.
 
     Example:
         >>> choices = sparse_choices(model, batch)  # doctest: +SKIP
@@ -102,10 +102,27 @@ def _choices(
     for path, module in nnx.iter_modules(model):
         name = ".".join(map(str, path))
         if isinstance(module, Attention) and module.sparse is not None:
-            attention[name] = _attention_choices(module.sparse, **records[id(module)], **inputs)
+            attention[name] = _attention_choices(
+                module.sparse, **_only_call(name, records.get(id(module), [])), **inputs
+            )
         elif isinstance(module, RoutedFFN):
-            ffn[name] = _ffn_choices(module, **records[id(module)])
+            ffn[name] = _ffn_choices(module, **_only_call(name, records.get(id(module), [])))
     return attention, ffn
+
+
+def _only_call(name: str, calls: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """What a layer recorded in its one call."""
+    if not calls:
+        raise ValueError(
+            f"{name} chose nothing: the model does not call it, or calls a copy, as nnx.remat, "
+            "nnx.jit and nnx.scan make; call the layer itself"
+        )
+    if len(calls) > 1:
+        raise ValueError(
+            f"the model calls {name} {len(calls)} times and so has as many choices of it; inspect "
+            "a model that calls copies of the layer (nnx.clone), each once"
+        )
+    return calls[0]
 
 
 def _attention_choices(

@@ -85,9 +85,10 @@ def load_adapter[Model: Encoder | Decoder](
 
     Reads LoRA on linear maps and embeddings, scaled by alpha / r or as rsLoRA, with ranks and
     alphas by pattern, and modules that were saved whole, such as heads: their weights are replaced
-    and become trainable. A head's weights under LoRA are frozen, as in PEFT. Left out are tables
-    that PEFT's `save_embedding_layers` stored as they are in the model and, by a backbone, what
-    belongs to heads, which a warning lists. SPT modules beside them are installed; they may also
+    and become trainable. A head's weights under LoRA are frozen, as in PEFT, and so are tables that
+    lie under LoRA factors; `save_adapter` writes them back. Left out are tables that PEFT's
+    `save_embedding_layers` stored as they are in the model and, by a backbone, what belongs to
+    heads, which a warning lists. SPT modules beside them are installed; they may also
     lie alone, or in a directory of `save_pretrained`.
 
     Args:

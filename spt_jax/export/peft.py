@@ -22,7 +22,7 @@ from spt_jax.export.files import (
     write_json,
     write_safetensors,
 )
-from spt_jax.layers import Embedding, HeadParam, Linear, LoRA
+from spt_jax.layers import Embedding, HeadParam, Linear, LoRA, TableParam
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.encoder import Encoder
 from spt_jax.models.hub import read_json
@@ -47,8 +47,9 @@ _HEAD_OF_TWO = "classifier"
 #: Ends of the names of modules that PEFT saves whole by itself where the task is classification.
 _SAVED_BY_TASK = ("classifier", "score")
 _OUTPUT = "lm_head"
-#: Paths of the tables that PEFT may store untrained.
-_TABLES = ("embedding.", "head.kernel")
+#: Paths of the tables that PEFT may store untrained, and what it names them under LoRA factors.
+_TABLES = ("embedding.", "embeddings.word.", "head.kernel")
+_BASE = ".base_layer.weight"
 
 #: Fields of adapter_config.json that are read here.
 _READ = {
@@ -84,7 +85,7 @@ _NEUTRAL = {
     "task_type",
 }
 #: Initialisations that leave the base weights as they are.
-_PLAIN_INITIALISATIONS = ("gaussian", "eva", "orthogonal")
+_PLAIN_INITIALISATIONS = ("gaussian", "eva", "mica", "orthogonal")
 #: Our name of a task -> PEFT's.
 _TASKS: dict[Task, str] = {
     "backbone": "FEATURE_EXTRACTION",
@@ -225,6 +226,10 @@ def _tensors(model: Encoder | Decoder, adapted: Mapping[str, Linear | Embedding]
     for name, slot in _saved_whole(model).items():
         array = to_host(slot.variable[...])
         tensors[_PREFIX + name] = array.T if slot.transpose else array
+    for name, slot in tensor_slots(model).items():
+        if isinstance(slot.variable, TableParam):
+            array = to_host(slot.variable[...])
+            tensors[f"{_PREFIX}{_module(name)}{_BASE}"] = array.T if slot.transpose else array
     return [Tensor.of(name, array) for name, array in tensors.items()]
 
 
@@ -246,7 +251,7 @@ class PEFTAdapter(NamedTuple):
 
     factors: dict[str, _Factors]  # by path of the module
     weights: dict[str, np.ndarray]  # saved whole and trainable, by transformers' name of the tensor
-    tables: dict[str, np.ndarray]  # base weights of adapted embeddings, likewise
+    tables: dict[str, np.ndarray]  # tables under LoRA that are not the model's own, likewise
 
     def install(self, model: Encoder | Decoder) -> None:
         """Put it into `model`, in place."""
@@ -263,10 +268,8 @@ class PEFTAdapter(NamedTuple):
             array = array.T if slot.transpose else array
             value = jax.device_put(array.astype(old.dtype), old.sharding)
             path, _, attribute = slot.path.rpartition(".")
-            if name in self.weights:
-                setattr(module_at(model, path), attribute, HeadParam(value))
-            else:
-                slot.variable.set_value(value)
+            kind = HeadParam if name in self.weights else TableParam
+            setattr(module_at(model, path), attribute, kind(value))
 
 
 def read_peft(model: Encoder | Decoder, directory: Path) -> PEFTAdapter:
@@ -352,7 +355,7 @@ def _fit(
                 raise ValueError(f"the model has no module {match[1]}")
             pairs.setdefault(match[1], {})[match[2]] = array.astype(np.float32)
             continue
-        base = stored.removesuffix(".base_layer.weight")
+        base = stored.removesuffix(_BASE)
         own = names.get(_plain(model, base if base != stored else _module(stored)))
         name = f"{own}.{stored.rpartition('.')[2]}"
         if name not in slots:
@@ -447,12 +450,20 @@ def _leave_out_tables(
 
     Raises:
         ValueError: the model's output matrix is tied to its embedding, and the adapter would make
-            them differ.
+            them differ; or it changes another weight that has LoRA factors.
     """
     tables = [name for name, slot in slots.items() if slot.path.startswith(_TABLES)]
     own = [
         name for name in found.weights if name in tables and _is(slots[name], found.weights[name])
     ]
+    for name, array in list(found.tables.items()):
+        if _is(slots[name], array):
+            del found.tables[name]
+        elif name not in tables:
+            raise ValueError(
+                f"{name} differs from the model's, under LoRA factors, which is not supported; "
+                "merge the adapter with peft's merge_and_unload, and load that"
+            )
     if not _is_tied(model):
         for name in own:
             if not any(f".{_module(name)}".endswith(f".{ending}") for ending in modules_to_save):

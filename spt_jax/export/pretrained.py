@@ -35,7 +35,7 @@ from spt_jax.models.decoder import Decoder
 from spt_jax.models.encoder import Encoder
 from spt_jax.models.gguf import find_gguf, read_gguf
 from spt_jax.models.gguf_tokenizer import read_tokenizer, tokenizer_config
-from spt_jax.models.hub import find_files
+from spt_jax.models.hub import ADDITIONAL_TEMPLATES, find_files
 from spt_jax.models.pretrained import Task, checked_dtype
 from spt_jax.models.slots import Slot, module_at, tensor_slots
 from spt_jax.processes import to_host
@@ -51,6 +51,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
 )
 
@@ -145,6 +146,13 @@ def _tokenizer_files(source: str | os.PathLike[str]) -> dict[str, bytes]:
     found = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
     if not any(path.stem in ("tokenizer", "vocab") for path in found):
         raise ValueError(f"{directory} has no tokenizer: none of {', '.join(TOKENIZER_FILES[:-1])}")
+    if templates := sorted(p.name for p in (directory / ADDITIONAL_TEMPLATES).glob("*.jinja")):
+        _log.warning(
+            "%s: the chat templates %s are not copied; copy the folder %s yourself",
+            directory,
+            ", ".join(templates),
+            ADDITIONAL_TEMPLATES,
+        )
     return {path.name: path.read_bytes() for path in found}
 
 

@@ -21,6 +21,7 @@ from spt_jax.layers.variables import (
     HeadParam,
     LoRAParam,
     RouterParam,
+    TableParam,
 )
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "RoutedFFN",
     "RouterParam",
     "SparseAttention",
+    "TableParam",
     "choice",
     "dense_attention",
     "dense_dot",

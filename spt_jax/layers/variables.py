@@ -19,6 +19,10 @@ class HeadParam(nnx.Param):
     """Weight of a task head, trained whatever the method."""
 
 
+class TableParam(nnx.Param):
+    """An embedding or output matrix under LoRA that came with an adapter; saved with it, frozen."""
+
+
 class CalibrationStat(nnx.Variable):
     """A constant measured on the calibration batch; saved with the adapter, never trained."""
 

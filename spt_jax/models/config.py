@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -61,6 +62,12 @@ _SEARCH = (
     "min_new_tokens",
     "stop_strings",
 )
+#: Files of sentence-transformers: its modules in order, options of the first by several names, and
+#: prompts; and the options that change what it computes.
+_SENTENCE_MODULES = "modules.json"
+_SENTENCE_OPTIONS = "sentence_*_config.json"
+_SENTENCE_PROMPTS = "config_sentence_transformers.json"
+_SENTENCE_FIELDS = ("default_prompt_name", "do_lower_case", "max_seq_length")
 NOT_QUANTIZED = (
     "which is not supported; give the original checkpoint, one that transformers' dequantize() and "
     "save_pretrained wrote, or a GGUF file"
@@ -124,6 +131,47 @@ def unread_generation_options(source: Path) -> dict[str, Any]:
         for name in names
         if (value := given.get(name)) and (value is True or value != 1)
     }
+
+
+def unread_sentence_steps(source: Path) -> list[str]:
+    """What sentence-transformers computes before and after the model, and this library does not.
+
+    Args:
+        source: the directory, or a GGUF file, which has none.
+
+    Returns:
+        Options as name=value, then the kinds of the modules that follow the model. Files that are
+        none of sentence-transformers' count as absent.
+    """
+    options = _read_if_json(source / _SENTENCE_PROMPTS, dict)
+    for path in sorted(source.glob(_SENTENCE_OPTIONS)):
+        options |= _read_if_json(path, dict)
+    steps = [f"{name}={options[name]}" for name in _SENTENCE_FIELDS if options.get(name)]
+    for module in _read_if_json(source / _SENTENCE_MODULES, list):
+        kind = str(module.get("type", "")) if isinstance(module, dict) else ""
+        if kind.startswith("sentence_transformers.") and not kind.endswith(".Transformer"):
+            steps.append(kind.rpartition(".")[2])
+    return steps
+
+
+def unread_code(source: Path) -> str | None:
+    """The class of code beside `config.json` that it names as the model's; no code is run.
+
+    Args:
+        source: the directory, or a GGUF file, which has none.
+    """
+    named = _read_if_json(source / "config.json", dict).get("auto_map")
+    classes = named.items() if isinstance(named, Mapping) else ()
+    return next((str(found) for auto, found in classes if auto.startswith("AutoModel")), None)
+
+
+def _read_if_json[Kind: (dict, list)](path: Path, kind: type[Kind]) -> Kind:
+    """A file's JSON, empty where there is none of that kind."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return kind()
+    return found if isinstance(found, kind) else kind()
 
 
 def _generation_config(source: Path) -> dict[str, Any]:

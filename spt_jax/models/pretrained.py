@@ -21,7 +21,9 @@ from spt_jax.models.config import (
     NOT_QUANTIZED,
     ModelConfig,
     read_config,
+    unread_code,
     unread_generation_options,
+    unread_sentence_steps,
 )
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.decoder_config import DecoderConfig
@@ -88,7 +90,9 @@ def load_pretrained(
     Tensors are read one at a time straight into `param_dtype` and `sharding`, so the weights are
     held once. Those of a GGUF file are dequantized on the way, by the package `gguf`
     (`pip install 'spt-jax[gguf]'`). Of `generation_config.json` the tokens that end a text are
-    read; a warning lists its other options, and an adapter that lies beside the weights.
+    read; a warning lists its other options, and names an adapter or model code that lies beside the
+    weights. The log (level INFO) says what sentence-transformers would apply besides, such as
+    pooling, and that SPT modules lie beside.
 
     Args:
         source: a directory with `config.json` and `*.safetensors`; a GGUF file of LLaMA, Qwen2 or
@@ -162,7 +166,10 @@ def load_pretrained(
 
 
 def _tell_what_is_not_read(directory: Path, task: Task) -> None:
-    """Warn of files beside the weights that change what transformers computes."""
+    """Warn of files beside the weights that change what transformers computes; log what others add.
+
+    Those of sentence-transformers matter to hidden states alone.
+    """
     if (directory / "adapter_config.json").is_file():
         _log.warning(
             "%s holds an adapter too, which transformers would add; spt_jax.load_adapter does",
@@ -174,6 +181,24 @@ def _tell_what_is_not_read(directory: Path, task: Task) -> None:
             "top_k, top_p and stop yourself",
             directory,
             ", ".join(f"{name}={value!r}" for name, value in options.items()),
+        )
+    if code := unread_code(directory):
+        _log.warning(
+            "%s: config.json names code of its own for the model, %s, which is not run: what is "
+            "computed is what transformers computes without trust_remote_code",
+            directory,
+            code,
+        )
+    if task == "backbone" and (steps := unread_sentence_steps(directory)):
+        _log.info(
+            "%s: hidden states are without what sentence-transformers applies besides: %s",
+            directory,
+            ", ".join(steps),
+        )
+    if (directory / "spt_config.json").is_file():
+        _log.info(
+            "%s holds SPT modules too; the model is dense until spt_jax.load_adapter adds them",
+            directory,
         )
 
 

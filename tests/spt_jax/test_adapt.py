@@ -15,7 +15,13 @@ from spt_jax import (
     SPTConfig,
     TrainConfig,
 )
-from spt_jax.calibration import _fit_absent, balanced_kmeans, fit_routing
+from spt_jax.calibration import (
+    _fit_absent,
+    balanced_kmeans,
+    fit_routing,
+    fit_sparse_attention,
+    record_activations,
+)
 from spt_jax.layers import (
     ADAPTER,
     Attention,
@@ -397,6 +403,56 @@ def test_an_ffn_that_two_places_share_is_replaced_in_both():
     spt_jax.adapt(model, FFN_ALONE, calibration_batch=toy_batch())
     assert isinstance(model.layer, RoutedFFN)
     assert model.again[0] is model.layer
+
+
+def twice(layer, x):
+    """A shared layer: first on ten times its input, then on the input itself."""
+    return layer(10 * x)[0] + layer(x)[0]
+
+
+def valid_rows(x, batch):
+    return x[np.asarray(batch["attention_mask"]) > 0]
+
+
+def test_an_ffn_that_is_called_twice_is_fitted_to_both_calls():
+    model, batch = Custom(ffn, twice), toy_batch()
+    x = valid_rows(model.embedding(batch["input_ids"]), batch)
+    expected = fit_routing(jnp.concatenate([10 * x, x]), model.layer, RoutedFFNConfig())
+    last = fit_routing(x, model.layer, RoutedFFNConfig())
+    spt_jax.adapt(model, FFN_ALONE, calibration_batch=batch)
+    found = model.layer.router_kernel[...]
+    np.testing.assert_array_equal(model.layer.permutation[...], expected.permutation)
+    np.testing.assert_allclose(found, expected.router_kernel, rtol=1e-3, atol=1e-4)
+    assert np.abs(found - last.router_kernel).max() > 0.01
+
+
+def test_attention_that_is_called_twice_has_codebooks_for_both_calls():
+    model, batch = Custom(lambda rngs: Attention(WIDTH, HEADS, rngs=rngs), twice), toy_batch()
+    x = valid_rows(model.embedding(batch["input_ids"]), batch)
+    inputs = jnp.concatenate([10 * x, x])
+    q, k = (
+        project(inputs).reshape(-1, HEADS, WIDTH // HEADS)
+        for project in (model.layer.q_proj, model.layer.k_proj)
+    )
+    config, key = SPTConfig(lora=None, attention=SPARSE, ffn=None), jax.random.key(0)
+    expected = fit_sparse_attention(q, k, config=SPARSE, causal=False, key=key)
+    spt_jax.adapt(model, config, calibration_batch=batch)
+    found = model.layer.sparse
+    for one, other in zip(*(jax.tree.leaves(nnx.state(m)) for m in (found, expected)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    codewords = found.key_codebooks[...][..., 0] + found.key_center[...][..., None]
+    for call in np.split(np.asarray(k), 2):
+        assert (codewords.min(-1) <= call.min(0) + 1e-4).all()
+        assert (codewords.max(-1) >= call.max(0) - 1e-4).all()
+
+
+@pytest.mark.parametrize(("most", "of_each"), [(10, 5), (None, 8)])
+def test_recorded_tokens_are_spread_over_all_calls(most, of_each):
+    model = Custom(ffn, lambda layer, x: layer(x)[0] + layer(x + 1000)[0])
+    batch = {"input_ids": np.arange(12).reshape(2, 6)}
+    batch["attention_mask"] = (np.arange(6) < 4).astype(np.int32)[None].repeat(2, 0)
+    x = record_activations(model, batch, most=most)["layer",]["x"]
+    np.testing.assert_array_equal(np.asarray(x).mean(1) > 500, [False] * of_each + [True] * of_each)
 
 
 def test_a_model_that_is_a_layer_itself_is_refused():

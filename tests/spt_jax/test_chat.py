@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +199,61 @@ def test_loads_from_a_model_directory(tmp_path):
     sources = [{"name": "tool_use", "template": "b"}, {"name": "default", "template": "c"}]
     assert ChatTemplate.load(write(tmp_path, {"chat_template": sources})).render([]) == "c"
     assert ChatTemplate.load(write(tmp_path, template="d")).render([]) == "d"
+
+
+def test_the_older_file_of_a_template_comes_last(tmp_path):
+    older = tmp_path / "chat_template.json"
+    older.write_text(json.dumps({"chat_template": "{{ bos_token }}json"}))
+    assert ChatTemplate.load(write(tmp_path, {"bos_token": "<s>"})).render([]) == "<s>json"
+    assert ChatTemplate.load(write(tmp_path, {"chat_template": "config"})).render([]) == "config"
+    assert ChatTemplate.load(write(tmp_path, template="jinja")).render([]) == "jinja"
+
+
+def test_an_older_file_with_several_templates_or_none(tmp_path):
+    older = tmp_path / "chat_template.json"
+    older.write_text(json.dumps({"chat_template": {"default": "a", "rag": "b"}}))
+    assert ChatTemplate.load(tmp_path).render([]) == "a"
+    older.write_text(json.dumps({}))
+    with pytest.raises(ValueError, match=r"no chat template \(.*chat_template\.json or a GGUF"):
+        ChatTemplate.load(tmp_path)
+    older.write_text("[]")
+    with pytest.raises(ValueError, match=r"chat_template\.json holds a JSON list, not an object"):
+        ChatTemplate.load(tmp_path)
+
+
+def add_template(directory, name, source):
+    folder = directory / "additional_chat_templates"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.jinja").write_text(source)
+    return directory
+
+
+@pytest.mark.parametrize("file", [True, False])
+def test_templates_that_are_not_read_are_told(tmp_path, caplog, file):
+    caplog.set_level(logging.INFO, "spt_jax")
+
+    def loaded(*names):
+        if file:
+            for name in names:
+                add_template(tmp_path, name, "b")
+            return ChatTemplate.load(write(tmp_path, template="a"))
+        sources = [{"name": name, "template": "b"} for name in names]
+        sources.append({"name": "default", "template": "a"})
+        return ChatTemplate.load(write(tmp_path, {"chat_template": sources}))
+
+    assert loaded().render([]) == "a"
+    assert not caplog.messages
+    assert loaded("rag").render([]) == "a"
+    assert loaded("rag", "tool_use").render([]) == "a"
+    assert [record.levelno for record in caplog.records] == [logging.INFO, logging.WARNING]
+    for line, said in zip(caplog.messages, ("rag are not read;", "rag, tool_use are"), strict=True):
+        assert said in line
+    assert "transformers takes tool_use where there are tools" in caplog.messages[1]
+
+
+def test_templates_beside_none_that_is_read(tmp_path):
+    with pytest.raises(ValueError, match='none named "default": tool_use; make a ChatTemplate of'):
+        ChatTemplate.load(add_template(tmp_path, "tool_use", "b"))
 
 
 def test_special_tokens_of_the_map_beside(tmp_path):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -169,7 +170,10 @@ def test_sparse_models_come_back(tmp_path, caplog):
         "sparse attention of 1 layer and routed FFN of 1 layer are not part of a Hugging Face "
         "model: transformers computes these layers densely" in caplog.text
     )
-    merged = _load(name, tmp_path / "merged")
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "spt_jax"):
+        merged = _load(name, tmp_path / "merged")
+    assert "SPT modules too; the model is dense until spt_jax.load_adapter adds" in caplog.text
     spt_jax.load_adapter(merged, tmp_path / "merged")
     _assert_same(merged, _run(model))
     kinds = {type(v) for _, v in nnx.to_flat_state(nnx.state(merged))}
@@ -260,6 +264,20 @@ def test_shards_dtype_and_tokenizer(name, tmp_path):
         expected = tensor_slots(model)[name].variable[...].astype(jnp.bfloat16)
         np.testing.assert_array_equal(slot.variable[...], expected)
     assert spt_jax.load_tokenizer(out).encode("natural words").ids
+
+
+def test_files_of_chat_templates_are_copied_or_told(tmp_path, caplog):
+    source, out = tmp_path / "source", tmp_path / "out"
+    (source / "additional_chat_templates").mkdir(parents=True)
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    for name in ("tokenizer.json", "chat_template.jinja", "chat_template.json"):
+        (source / name).write_text(name)
+    spt_jax.save_pretrained(_load("bert"), out, tokenizer=source)
+    for name in ("tokenizer.json", "chat_template.jinja", "chat_template.json"):
+        assert (out / name).read_text() == name
+    (line,) = caplog.messages
+    assert "chat templates tool_use.jinja are not copied; copy the folder additional_chat_t" in line
+    spt_jax.save_pretrained(_load("bert"), out, tokenizer=source, overwrite=True)
 
 
 @pytest.mark.parametrize("name", ["lora", "rslora", "embedding", "bert_classify"])
@@ -445,7 +463,10 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
         ({"trainable_token_indices": [3]}, r"trainable_token_indices=\[3\] is not supported"),
         ({"target_parameters": ["experts.w"]}, "target_parameters=.* is not supported"),
         ({"layer_replication": [[0, 2]]}, "layer_replication=.* is not supported"),
-        ({"init_lora_weights": "pissa_niter_4"}, "it changes the base weights; convert"),
+        *(
+            ({"init_lora_weights": init}, f"'{init}' is not .* changes the base weights; convert")
+            for init in ("pissa", "pissa_niter_4", "olora", "OLoRA", "loftq", "corda", "lora_ga")
+        ),
         ({"ensure_weight_tying": True}, "ensure_weight_tying=True is not supported"),
         ({"a_later_kind": {"x": 1}}, "a_later_kind=.* is not supported"),
         ({"r": 5}, r"lora_A.weight has shape \(4, 48\), expected \(5, 48\)"),
@@ -457,6 +478,13 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 )
 def test_refused_configurations(change, message, tmp_path):
     _assert_refused(_edited(tmp_path, "lora", config=lambda raw: raw.update(change)), message)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "mica", "orthogonal"])
+def test_initialisations_that_leave_the_base_weights(init, tmp_path):
+    adapter = _edited(tmp_path, "lora", config=lambda raw: raw.update(init_lora_weights=init))
+    model = spt_jax.load_adapter(_load("llama"), adapter)
+    _assert_equal(model, spt_jax.load_adapter(_load("llama"), ADAPTERS / "lora"))
 
 
 @pytest.mark.parametrize(
@@ -488,6 +516,10 @@ def test_refused_configurations(change, message, tmp_path):
         (
             lambda t: t.update({f"{Q0}.weight": np.zeros((32, 32), np.float32)}),
             "q_proj has LoRA factors and is saved whole too",
+        ),
+        (
+            lambda t: t.update({f"{Q0}.base_layer.weight": np.zeros((32, 32), np.float32)}),
+            "q_proj.weight differs from the model's, under LoRA factors, which is not supported",
         ),
     ],
 )
@@ -657,6 +689,86 @@ def test_tables_that_would_untie_are_refused(tables, named, tmp_path):
     adapter = _adapter_with(tmp_path / "adapter", TIED, tensors)
     message = f"added: {named} differs from the model's, whose output matrix is tied to its"
     _assert_refused(adapter, message, name=TIED)
+
+
+def _assert_comes_back(name, adapter, tmp_path, tables):
+    """Loaded, saved and loaded again an adapter is the same, and holds the tables."""
+    model = spt_jax.load_adapter(_load(name), adapter)
+    spt_jax.save_adapter(model, tmp_path / "again")
+    written = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    for key, table in tables.items():
+        np.testing.assert_array_equal(written[key], table)
+    again = spt_jax.load_adapter(_load(name), tmp_path / "again")
+    _assert_equal(again, model)
+    np.testing.assert_array_equal(_run(again), _run(model))
+    return model
+
+
+def test_new_tables_of_an_untied_model_come_back(tmp_path):
+    head = load_file(GOLDEN / "llama" / "model.safetensors")["lm_head.weight"]
+    tables = {_INPUT: _table("llama", 0.5), _OUTPUT: head - np.float32(0.25)}
+    adapter = _adapter_with(tmp_path / "adapter", "llama", tables)
+    model = _assert_comes_back("llama", adapter, tmp_path, tables)
+    np.testing.assert_array_equal(model.embedding.embedding[...], tables[_INPUT])
+    np.testing.assert_array_equal(model.head.kernel[...], tables[_OUTPUT].T)
+
+
+def _with_factors(directory, name, module, change):
+    """An adapter with LoRA factors of the embedding, and the table under them."""
+    spt_jax.save_adapter(_with_lora(name, targets=("embeddings",)), directory)
+    path = directory / "adapter_model.safetensors"
+    stored = load_file(GOLDEN / name / "model.safetensors")[f"{module}.weight"]
+    scaled = stored * np.float32(1 + change)  # a norm after it would take a shift out
+    table = {f"base_model.model.{module}.base_layer.weight": scaled}
+    save_file(load_file(path) | table, path)
+    return table
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("llama", "model.embed_tokens"),
+        (TIED, "model.embed_tokens"),
+        ("bert", "bert.embeddings.word_embeddings"),
+    ],
+)
+def test_new_tables_under_factors_come_back(name, module, tmp_path):
+    table = _with_factors(tmp_path / "adapter", name, module, 0.5)
+    model = _assert_comes_back(name, tmp_path / "adapter", tmp_path, table)
+    assert np.abs(_run(model) - _run(_with_lora(name, targets=("embeddings",)))).max() > 0.01
+    trained = nnx.state(model, spt_jax.layers.ADAPTER)
+    assert not any(path[-1] == "embedding" for path, _ in nnx.to_flat_state(trained))
+
+
+def test_a_new_output_matrix_under_factors_comes_back(tmp_path):
+    base = "base_model.model.lm_head"
+    rng = np.random.default_rng(0)
+    tensors = {
+        f"{base}.lora_A.weight": rng.normal(size=(3, 32)).astype(np.float32),
+        f"{base}.lora_B.weight": rng.normal(size=(97, 3)).astype(np.float32),
+        f"{base}.base_layer.weight": rng.normal(size=(97, 32)).astype(np.float32),
+    }
+    adapter = _adapter_with(tmp_path / "adapter", "llama", tensors)
+    _assert_comes_back("llama", adapter, tmp_path, tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("llama", "model.embed_tokens"), ("bert", "bert.embeddings.word_embeddings")],
+)
+@pytest.mark.parametrize("factors", [True, False])
+def test_own_tables_are_not_the_adapter_s(name, module, factors, tmp_path):
+    if factors:
+        table = _with_factors(tmp_path / "adapter", name, module, 0.0)
+        plain = _with_lora(name, targets=("embeddings",))
+    else:
+        table = load_file(GOLDEN / name / "model.safetensors")[f"{module}.weight"]
+        tensors = {f"base_model.model.{module}.weight": table}
+        _adapter_with(tmp_path / "adapter", name, tensors)
+        plain = _with_lora(name)
+    spt_jax.save_adapter(plain, tmp_path / "plain")
+    model = _assert_comes_back(name, tmp_path / "adapter", tmp_path, {})
+    _assert_equal(model, spt_jax.load_adapter(_load(name), tmp_path / "plain"))
 
 
 @pytest.mark.parametrize("saved", [None, ["lm_head"]])

@@ -93,6 +93,29 @@ def test_a_packed_row_stays_within_its_segments():
         assert (np.asarray(layer.kept).sum(-1) == 8).all()
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda layer, x: layer(layer(x, None, None)[0], None, None), r"calls {} 2 times"),
+        (lambda layer, x: (x, {}), r"{} chose nothing: the model does not call it"),
+    ],
+)
+@pytest.mark.parametrize(("part", "layer"), [("attention", "ffn"), ("ffn", "attention")])
+def test_layers_that_are_not_called_once_are_named(call, message, part, layer):
+    model = ToyModel(rngs=nnx.Rngs(0), layers=1)
+    config = SPTConfig(lora=None, attention=SPARSE, ffn=RoutedFFNConfig())
+    spt_jax.adapt(model, replace(config, **{layer: None}), calibration_batch=toy_batch())
+
+    class Other(ToyModel):
+        def __call__(self, input_ids, attention_mask=None):
+            return call(self.layers[0], self.embedding(input_ids))[0]
+
+    other = Other(rngs=nnx.Rngs(0), layers=1)
+    other.layers[0] = model.layers[0]
+    with pytest.raises(ValueError, match=message.format(rf"layers\.0\.{part}")):
+        spt_jax.sparse_choices(other, toy_batch())
+
+
 def test_a_dense_model_has_no_choices():
     with pytest.raises(ValueError, match="adapt it first"):
         spt_jax.sparse_choices(ToyModel(rngs=nnx.Rngs(0)), toy_batch())

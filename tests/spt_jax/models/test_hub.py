@@ -106,8 +106,9 @@ def test_no_pickle_and_no_code_is_downloaded(hub, tokenizer):
         "README.md",
     ]
     patterns = {name: options[name] for name in ("allow_patterns", "ignore_patterns")}
-    kept = list(filter_repo_objects(wanted + weights + refused, **patterns))
-    assert kept == (wanted if tokenizer else wanted + weights)
+    templates = ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"]
+    kept = list(filter_repo_objects(wanted + weights + templates + refused, **patterns))
+    assert kept == wanted + (templates if tokenizer else weights)
 
 
 def raised(kind: type[Exception]) -> Exception:

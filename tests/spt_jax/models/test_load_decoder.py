@@ -162,6 +162,22 @@ def test_what_lies_beside_and_is_not_read_is_told(tmp_path, caplog):
     assert "do_sample=True, temperature=0.6, repetition_penalty=1.1 from generation" in generation
 
 
+@pytest.mark.parametrize(
+    ("classes", "told"),
+    [
+        ({"AutoConfig": "configuration.Config", "AutoModel": "modeling.Model"}, "modeling.Model"),
+        ({"AutoTokenizer": ["tokenization.Tokenizer", None]}, None),
+        ("modeling.Model", None),
+    ],
+)
+def test_code_of_a_model_s_own_is_told(classes, told, tmp_path, caplog):
+    source = edited(tmp_path / "model", "llama", config=lambda raw: raw.update(auto_map=classes))
+    load_pretrained(source, task="causal-lm")
+    lines = [f"code of its own for the model, {told}, which is not run"] if told else []
+    assert len(caplog.messages) == len(lines)
+    assert all(line in caplog.text for line in lines)
+
+
 def test_an_adapter_alone_is_told(tmp_path):
     with pytest.raises(ValueError, match="holds an adapter; load its base model, and then spt_jax"):
         load_pretrained(beside(tmp_path, adapter_config={"peft_type": "LORA"}))

@@ -139,6 +139,42 @@ def test_absent_head_is_initialised_and_logged(tmp_path, caplog, family):
     assert_same_weights(one.layers, other.layers)
 
 
+@pytest.mark.parametrize("options", [{}, {"task": "sequence-classification"}])
+def test_what_sentence_transformers_would_add_is_told_of_hidden_states(options, caplog):
+    with caplog.at_level(logging.INFO, "spt_jax"):
+        load_pretrained("minilm", **options)
+    said = "hidden states are without what sentence-transformers applies besides: "
+    told = [line.partition(said)[2] for line in caplog.messages if said in line]
+    assert told == ([] if options else ["max_seq_length=256, Pooling, Normalize"])
+    assert all(record.levelno == logging.INFO for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (
+            {
+                "sentence_roberta_config.json": {"max_seq_length": None, "do_lower_case": True},
+                "config_sentence_transformers.json": {"default_prompt_name": "query"},
+                "modules.json": [{"type": "sentence_transformers.models.Dense"}, {}, 3],
+            },
+            ["default_prompt_name=query, do_lower_case=True, Dense"],
+        ),
+        ({"modules.json": {"type": "sentence_transformers.models.Dense"}}, []),
+        ({"modules.json": [{"type": "other.Dense"}], "sentence_bert_config.json": [1]}, []),
+    ],
+)
+def test_files_of_sentence_transformers_and_others(files, told, tmp_path, caplog):
+    source = edited(tmp_path / "model", tensors=without("classifier", "bert.pooler"))
+    for name, content in files.items():
+        (source / name).write_text(json.dumps(content))
+    with caplog.at_level(logging.INFO, "spt_jax"):
+        load_pretrained(source)
+    assert [line.rpartition(": ")[2] for line in caplog.messages] == told
+    (source / "modules.json").write_text("{")
+    load_pretrained(source)
+
+
 def test_pooler_is_loaded_beside_a_fresh_classifier(tmp_path):
     source = edited(tmp_path / "model", tensors=without("classifier"))
     model = load_pretrained(source, task="sequence-classification")

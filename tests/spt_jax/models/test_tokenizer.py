@@ -32,7 +32,10 @@ def test_padding_and_truncation_are_left_to_the_caller():
     assert load_tokenizer("minilm").truncation is None
 
 
-def test_no_tokenizer(tmp_path):
+@pytest.mark.parametrize("other", [None, "tokenizer.model", "vocab.txt"])
+def test_no_tokenizer(tmp_path, other):
+    if other is not None:
+        (tmp_path / other).write_text("")
     with pytest.raises(ValueError, match=f"{tmp_path} has no tokenizer.json; save one"):
         load_tokenizer(tmp_path)
 
