@@ -92,12 +92,16 @@ class Options:
     """Tokens of an optimizer step: so many rows as they make, at least one."""
     eval_tokens: int = 8192
     """Tokens that are held out, at least one row."""
-    calibration_tokens: int = 2048
-    """Tokens that SPT is calibrated on, at least one row."""
+    calibration_tokens: int = 4096
+    """Tokens that SPT is calibrated on, at least two rows."""
+    serve: Literal["dense", "sparse", "none"] = "dense"
+    """Whose budget spt keeps to, see experiments.glue; none has the parts below in every layer."""
+    budgets: str = ""
+    """Budgets that spt is tried with beside, separated by commas, each as a method of its own."""
     density: float = spt_jax.SparseAttentionConfig.density
     """Share of the keys that a query of spt attends to."""
-    ffn: Literal["routed", "dense"] = "dense"
-    """Whether spt routes the FFN."""
+    ffn: Literal["routed", "dense"] = "routed"
+    """Whether spt may route the FFN."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype, and that of frozen weights."""
     seed: int = 0
@@ -114,13 +118,24 @@ class Options:
                 raise ValueError(
                     f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}"
                 )
-        self.method_options().spt_config("spt")
+        self.variants()
         self.row_lengths()
         self.rates()
 
-    def method_options(self) -> MethodOptions:
-        """What the methods add to the model."""
-        return MethodOptions(density=self.density, ffn=self.ffn)
+    def variants(self) -> dict[str, spt_jax.SPTConfig]:
+        """What the methods, and spt with other budgets, add to the model."""
+        options = MethodOptions(density=self.density, ffn=self.ffn, serve=self.serve)
+        methods = cli.known_names(self.methods, METHODS, what="method")
+        configs = {name: options.spt_config(name) for name in methods}
+        found = {name: config for name, config in configs.items() if config is not None}
+        for word in cli.distinct_names(self.budgets) if self.budgets else ():
+            try:
+                tried = replace(options, loss_budget=float(word)).spt_config("spt")
+            except ValueError:
+                raise ValueError(f"--budgets takes numbers from 0 on, got {word!r}") from None
+            assert tried is not None
+            found[f"spt, budget {word}"] = tried
+        return found
 
     def row_lengths(self) -> list[int]:
         """Tokens of a row."""
@@ -220,6 +235,7 @@ class Training:
         batches: gives them, endless.
         judges: give the metrics of each form, dense first.
         calibrated_s: time that adapting took.
+        chosen: what it made sparse.
     """
 
     parts: Any
@@ -228,15 +244,16 @@ class Training:
     batches: Callable[[], Iterator[Any]]
     judges: dict[Form, Callable[[Any], dict[str, float]]]
     calibrated_s: float
+    chosen: str
 
 
-def prepared(method: Method, train: Examples, evaluation: Examples, options: Options) -> Training:
+def prepared(
+    config: spt_jax.SPTConfig, train: Examples, evaluation: Examples, options: Options
+) -> Training:
     """The model with a method's adapter, and its training step."""
     model = load(options.model, options)
     begun = time.perf_counter()
-    config = options.method_options().spt_config(method)
-    assert config is not None
-    few = np.arange(min(len(train), max(1, options.calibration_tokens // train.length)))
+    few = np.arange(min(len(train), max(2, options.calibration_tokens // train.length)))
     calibration = train.take(few).columns
     rngs = nnx.Rngs(options.seed)
     model = spt_jax.adapt(model, config, calibration_batch=calibration, rngs=rngs)
@@ -275,7 +292,15 @@ def prepared(method: Method, train: Examples, evaluation: Examples, options: Opt
             for form in forms
         },
         calibrated_s=calibrated_s,
+        chosen=chosen_of(model),
     )
+
+
+def chosen_of(model: Decoder) -> str:
+    """What of a model is sparse."""
+    report: spt_jax.AdaptationReport = getattr(model, "adaptation")  # noqa: B009
+    sparse = [f"{n} x {name}" for name, n in report.counts().items() if not name.endswith("dense")]
+    return "; ".join(sparse) or "nothing: it trains as lora does"
 
 
 def compiled_step(training: Training) -> tuple[jax.stages.Compiled, float]:
@@ -366,10 +391,10 @@ def run(options: Options) -> Iterator[Row]:
         )
     if any(window is not None for window in config.windows):
         raise ValueError("the model attends in windows, which SPT's attention does not know")
-    methods = cli.known_names(options.methods, METHODS, what="method")
+    methods = options.variants()
     for length in lengths:
         train, evaluation = split(ids, held_out, length, options)
-        ready = [_tried(prepared, method, train, evaluation, options) for method in methods]
+        ready = [_tried(prepared, spt, train, evaluation, options) for spt in methods.values()]
         # All are compiled before any trains: compilation would slow its steps.
         programs = [*in_threads(_compiled, ready)]
         for method, (training, found) in zip(methods, programs, strict=True):
@@ -377,7 +402,7 @@ def run(options: Options) -> Iterator[Row]:
             if isinstance(training, str) or isinstance(found, str):
                 yield row | {"failure": found}
                 continue
-            row["calibrated_s"] = training.calibrated_s
+            row |= {"calibrated_s": training.calibrated_s, "chosen": training.chosen}
             compiled, row["compiled_s"] = found
             row["peak_bytes"] = compiled_peak_bytes(compiled)
             for rate in options.rates():
@@ -407,7 +432,16 @@ def _compiled(training: Training | str) -> tuple[jax.stages.Compiled, float] | s
 def table_of(best: Sequence[Row], seconds: float) -> Table:
     """Of every method its best run."""
     table = Table(title=f"{seconds:g} s of training, mean loss of a token")
-    headers = ("length", "method", "rate", "steps", "step ms", "calibrated s", "compiled s")
+    headers = (
+        "length",
+        "method",
+        "sparse layers",
+        "rate",
+        "steps",
+        "step ms",
+        "calibrated s",
+        "compiled s",
+    )
     judged = ("before", "dense", "sparse", "s to LoRA's", "without calibration", "peak MB")
     for header in (*headers, *judged):
         table.add_column(header, justify="left" if header == "method" else "right")
@@ -419,6 +453,7 @@ def table_of(best: Sequence[Row], seconds: float) -> Table:
         table.add_row(
             str(row["length"]),
             row["method"],
+            row["chosen"],
             f"{row['learning_rate']:g}",
             str(row["steps"]),
             *(cell(row, name, ".1f") for name in ("step_ms", "calibrated_s", "compiled_s")),

@@ -227,9 +227,10 @@ class Observation(NamedTuple):
     gradient: jax.Array
 
 
-def observe(
-    model: nnx.Module, inputs: Inputs, key: jax.Array
-) -> tuple[list[tuple[dict[str, jax.Array], dict[Path, list[Observation]]]], Judge]:
+Observed = tuple[Inputs, dict[Path, list[Observation]]]  # on some rows, of each layer, by call
+
+
+def observe(model: nnx.Module, inputs: Inputs, key: jax.Array) -> tuple[list[Observed], Judge]:
     """Observations of all attention layers and FFNs of a dense model, by part of the rows.
 
     Returns:
@@ -278,7 +279,8 @@ def _observed(
             hidden, weight = states[:, :-1], _predicted(inputs)
             kernel = model.output_kernel().astype(hidden.dtype)
             labels = inputs["input_ids"][:, 1:]
-            outcome = linear_cross_entropy(jax.lax.stop_gradient(hidden), kernel, labels, weight)
+            still = jax.lax.stop_gradient(hidden)
+            outcome = linear_cross_entropy(still, kernel, labels, weight)
             return _likelihood(hidden, kernel, weight, key), (read, outcome)
         directions = jax.random.normal(key, states.shape, jnp.float32)
         total = (_counted(states, inputs) * states * directions).sum()
@@ -392,15 +394,15 @@ def choose(options: Mapping[Path, Sequence[Option]], limit: float) -> dict[Path,
         for option, step in _hull(found)
     ]
     chosen: dict[Path, Option] = {}
-    left, full = limit, set[Path]()
+    spent, full = 0.0, set[Path]()
     for _, _, path, option, added in sorted(steps, key=lambda s: (-s[0], s[1])):
         if path in full:
             continue
-        if added > left:
+        if spent + added > limit * (1 + 1e-9):
             full.add(path)
             continue
         chosen[path] = option
-        left -= added
+        spent += added
     return chosen
 
 

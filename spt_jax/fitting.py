@@ -291,7 +291,7 @@ class Fitting:
         self,
         wanted: Mapping[Path, list[float]],
         fitted: Mapping[str, jax.Array],
-        parts: Sequence[tuple[Mapping[str, jax.Array], dict[Path, list[budget.Observation]]]],
+        parts: Sequence[budget.Observed],
         judge: budget.Judge,
         saved: Mapping[Path, Mapping[float, float]],
         *,
