@@ -298,7 +298,7 @@ def build_model(method: Method, source: str | Path, options: Options, data: Exam
     if config is None:
         return model
     order = np.random.default_rng(options.seed).permutation(len(data))
-    calibration = data.take(order[: max(1, CALIBRATION_TOKENS // data.length)])
+    calibration = data.take(order[: max(2, CALIBRATION_TOKENS // data.length)])
     out = options.out / method
     return adapted(model, config, calibration, out, rngs=rngs, resume=options.resume)
 
@@ -352,7 +352,7 @@ def dense_note(options: Options) -> str | None:
 
     def is_lora(method: Method) -> bool:
         spt = options.spt_config(method)
-        if spt is None or spt.ffn is not None or spt.attention is None:
+        if spt is None or spt.has_budget or spt.ffn is not None or spt.attention is None:
             return False
         return spt.attention.granularity_at(options.row_length) == "dense"
 

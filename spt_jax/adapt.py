@@ -12,7 +12,6 @@ import numpy as np
 from flax import nnx
 
 from spt_jax.adaptation import AdaptationReport
-from spt_jax.budget import held_out
 from spt_jax.calibration import Path, inputs_of
 from spt_jax.config import LoRAConfig, SPTConfig
 from spt_jax.fitting import Fit, Fitting, install
@@ -60,8 +59,8 @@ def adapt[Model: nnx.Module](
         calibration_batch: `input_ids` int `[B, S]` and, optionally, `attention_mask`,
             `token_type_ids` and `segment_ids`; some thousand tokens of the task at hand, in
             sequences as long as it has: codebooks fitted to short ones know no later positions, and
-            time is measured at this length. Needed for the sparse parts only, with a budget at
-            least two rows.
+            time is measured at this length. Needed for the sparse parts only. A budget is measured
+            on a quarter of the rows, to which nothing is fitted; a single row serves for both.
         rngs: seeds LoRA factors, k-means and random routers; None stands for `nnx.Rngs(0)`.
         choices: what to choose in place of measuring: an earlier run's `model.adaptation`.
         use_cache: whether fits, choices and times of an earlier run are taken from disk.
@@ -202,8 +201,6 @@ def _check(
         raise ValueError(f"calibration_batch needs input_ids; it has {sorted(batch)}")
     token_array(batch["input_ids"], "input_ids of calibration_batch")
     check_batch(modules[()], batch, "calibration_batch")
-    if config.has_budget:
-        held_out(inputs_of(batch))  # which refuses a single row
     if config.ffn is not None:
         if isinstance(modules[()], FeedForward):
             raise ValueError("the model is a FeedForward itself; give the module that holds it")

@@ -125,7 +125,7 @@ class Fitting:
         report = AdaptationReport(layers=layers)
         if not budget.is_causal_lm(self.model) or all(share == 1 for share in shares.values()):
             return fits, report
-        rows = budget.held_out(self.inputs)[1] if len(self.inputs["input_ids"]) > 1 else self.inputs
+        rows = budget.held_out(self.inputs)[1]
         judge = budget.judge_of(self.model, rows)
         sparse = judge.of(self._applied(fits))
         return fits, dataclasses.replace(report, dense=judge.dense, sparse=sparse)
@@ -145,12 +145,17 @@ class Fitting:
         limit = self.config.budget(causal_lm=budget.is_causal_lm(self.model))
         assert limit is not None
         fitted, held = budget.held_out(self.inputs)
-        shape = (len(self.inputs["input_ids"]), self.length)
-        shares = {path: self._shares(path) for path in self.layers}
-        with _progress("adapting: timing", len(shares)) as advance:
-            seconds = budget.timed(
-                self.layers, shares, self.config, shape, advance, use_cache=use_cache
+        if len(self.inputs["input_ids"]) < 2:
+            _log.warning(
+                "the calibration batch is a single row, so that the budget is measured on what "
+                "parts are fitted to; give more rows to hold it on other text"
             )
+        shape = (len(self.inputs["input_ids"]), self.length)
+        shares = {path: found for path in self.layers if (found := self._shares(path))}
+        timed = dict(self.layers) if shares else {}
+        shares = {path: shares.get(path, []) for path in timed}
+        with _progress("adapting: timing", len(timed)) as advance:
+            seconds = budget.timed(timed, shares, self.config, shape, advance, use_cache=use_cache)
         saved = {
             path: {s: seconds[path][1.0] - seconds[path][s] for s in found}
             for path, found in shares.items()
@@ -162,7 +167,7 @@ class Fitting:
         paying = {path: found for path, found in paying.items() if found}
         dense = Option(1.0, 0.0, 0.0)
         if not paying:
-            lines = [self._line(path, dense, None, seconds[path]) for path in self.layers]
+            lines = [self._line(path, dense, None, seconds.get(path)) for path in self.layers]
             return {}, AdaptationReport(layers=tuple(lines), budget=limit, saved=0.0)
         parts, judge = budget.observe(self.model, held, jax.random.key(0))
         options = {path: tuple[Option, ...]() for path in paying}

@@ -33,7 +33,11 @@ CACHE = "JAX_COMPILATION_CACHE_DIR"
 #: A directory of this process', for what it and those that it starts compile; theirs is given.
 _own_cache = None if CACHE in os.environ else tempfile.mkdtemp(prefix="compiled-")
 if _own_cache is not None:  # before anything imports JAX, which reads these
-    os.environ |= {CACHE: _own_cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    os.environ |= {
+        CACHE: _own_cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "SPT_JAX_CACHE_DIR": os.path.join(_own_cache, "spt_jax"),
+    }
 
 from tests.reliability import report  # noqa: E402
 
@@ -44,9 +48,11 @@ _hook = jaxtyping.install_import_hook(
         "experiments",
         "pallas_kernels",
         "spt_jax.adapt",
+        "spt_jax.budget",
         "spt_jax.calibration",
         "spt_jax.chat",
         "spt_jax.export",
+        "spt_jax.fitting",
         "spt_jax.generation",
         "spt_jax.inspection",
         "spt_jax.layers",

@@ -374,8 +374,16 @@ def test_bad_budgets_are_named(value):
 def test_other_bad_arguments_are_named():
     with pytest.raises(ValueError, match="serve must be dense, sparse or None, got 'dance'"):
         SPTConfig(serve="dance")
-    with pytest.raises(ValueError, match="calibration_batch of at least two rows"):
-        spt_jax.adapt(llama(), config(0.1), calibration_batch=llama_batch(rows=1))
+
+
+@pytest.mark.usefixtures("paying")
+def test_a_single_row_is_told(caplog):
+    model, batch = llama(), llama_batch(rows=1)
+    with caplog.at_level(logging.WARNING):
+        spt_jax.adapt(model, config(0.2), calibration_batch=batch)
+    assert "a single row" in caplog.text
+    assert model.adaptation.saved > 0
+    assert model.adaptation.added <= 0.2
 
 
 def test_a_model_that_was_made_much_worse_is_told(caplog):
