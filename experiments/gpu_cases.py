@@ -301,7 +301,7 @@ def _bert_step() -> Program:
             config, num_labels=2, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
         )
         ids = jax.random.randint(jax.random.key(0), (2, 64), 0, config.vocab_size)
-        spt = SPTConfig(attention=SparseAttentionConfig(granularity="token"))
+        spt = SPTConfig(serve=None, attention=SparseAttentionConfig(granularity="token"))
         model = spt_jax.adapt(model, spt, calibration_batch={"input_ids": ids})
         parts = partition(model, "adapter")
         state, step = start(

@@ -186,7 +186,7 @@ def _training(setting: Setting) -> list[Job]:
             "--warmup-steps",
             "10",
         ]
-    words += ["--learning-rates", "1e-3"]
+    words += ["--learning-rates", "1e-3", "--ffn", "dense"]  # to fit FFNs would take the time
     return [Job("training", "experiments.time_to_quality", words, "time_to_quality.csv")]
 
 

@@ -201,7 +201,7 @@ class MethodOptions(Recipe):
             active_blocks=self.active_blocks,
             absent_rank=self.absent_rank,
         )
-        both = spt_jax.SPTConfig(lora=lora, attention=attention, ffn=ffn)
+        both = spt_jax.SPTConfig(lora=lora, attention=attention, ffn=ffn, serve=None)
         spt = both if self.ffn == "routed" else replace(both, ffn=None)
         match method:
             case "spt":

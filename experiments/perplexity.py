@@ -107,7 +107,7 @@ def measure_perplexities(
         return model
 
     def adapted(**parts: Any) -> Decoder:
-        config = SPTConfig(**{"lora": None, "attention": None, "ffn": None} | parts)
+        config = SPTConfig(serve=None, **{"lora": None, "attention": None, "ffn": None} | parts)
         batch = {"input_ids": calibration}
         return spt_jax.adapt(dense(), config, calibration_batch=batch, rngs=nnx.Rngs(seed))
 

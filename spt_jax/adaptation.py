@@ -35,7 +35,8 @@ class LayerAdaptation:
         active: share of the keys that a query keeps, or of the FFN's blocks that a token computes;
             1 where the layer stays dense.
         added: what the layer alone adds, estimated from the error of its output: nats a token, or
-            the relative change of the final hidden states; None where it was not measured.
+            the relative change of the final hidden states; None where it was not measured: without
+            a budget, and where sparse attention of all layers together keeps to it.
         operations: share of the dense layer's matrix products that is left, selection and router
             left out.
         saved: share of the dense layer's time, forward and backward, that is saved; None where it

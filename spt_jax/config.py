@@ -271,17 +271,17 @@ class SPTConfig:
         ffn: routed FFN; None leaves it dense.
         serve: the form in which the trained model will be used, which stands for a budget. "dense":
             the adapter goes onto the dense model, and the sparse form is for training alone;
-            "sparse": it is kept, so that its loss counts.
-        loss_budget: what the sparse form may lose when a model is adapted; in place of that of
-            `serve`. Of causal language models nats a token, of others the relative change of the
-            final hidden states. `adapt` then chooses, layer by layer, what saves time within it.
-            Without either, every layer gets the parts as they are configured.
+            "sparse": it is kept, so that its loss counts. None: without a `loss_budget` every layer
+            gets the parts exactly as they are configured, whatever that costs.
+        loss_budget: what the sparse form may lose when a model is adapted, in place of the budget
+            of `serve`. Of causal language models nats a token, of others the relative change of the
+            final hidden states. `adapt` chooses, layer by layer, what saves time within it.
     """
 
     lora: LoRAConfig | None = field(default_factory=LoRAConfig)
     attention: SparseAttentionConfig | None = field(default_factory=SparseAttentionConfig)
     ffn: RoutedFFNConfig | None = field(default_factory=RoutedFFNConfig)
-    serve: Form | None = None
+    serve: Form | None = "dense"
     loss_budget: float | None = None
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -169,32 +170,23 @@ class Fitting:
         if not paying:
             lines = [self._line(path, dense, None, seconds.get(path)) for path in self.layers]
             return {}, AdaptationReport(layers=tuple(lines), budget=limit, saved=0.0)
-        parts, judge = budget.observe(self.model, held, jax.random.key(0))
-        options = {path: tuple[Option, ...]() for path in paying}
+        chosen: dict[Path, Option] = {}
         fits: dict[Path, dict[float, Fit]] = {path: {} for path in paying}
-        chosen, sparse = dict[Path, Option](), judge.dense
-
-        def applied(chosen: Mapping[Path, Option]) -> nnx.Module:
-            return self._applied({path: fits[path][o.active] for path, o in chosen.items()})
-
-        # Roughly for all first: to fit an FFN as well as can be takes long.
-        rough = self._options(paying, fitted, parts, judge, saved, rough=True)[0]
-        for reach in REACHES:
-            wanted = {
-                path: [option.active]
-                for path, option in budget.choose(rough, reach * limit**judge.exponent).items()
-                if option.active not in fits[path]
+        if all(isinstance(self.layers[path], Attention) for path in paying):
+            # Keys are selected in no time to speak of: all layers at once may keep to the budget.
+            fits = dict(self._fits(fitted, paying))
+            judge = budget.judge_of(self.model, held)
+            chosen = {
+                path: Option(share, math.nan, saved[path][share])
+                for path, (share,) in paying.items()
             }
-            if not wanted:
-                continue
-            more, made = self._options(wanted, fitted, parts, judge, saved, rough=False)
-            for path in wanted:
-                options[path] += more[path]
-                fits[path] |= made[path]
-            chosen, sparse = budget.within(options, limit, judge, applied)
-            near = max(sparse - judge.dense, 0.0) >= budget.NEAR * limit
-            if near or not budget.takes_all(options, chosen):
-                break
+            sparse = judge.of(
+                self._applied({path: fits[path][o.active] for path, o in chosen.items()})
+            )
+            if sparse - judge.dense > limit:
+                chosen = {}
+        if not chosen:
+            chosen, sparse, judge = self._searched(paying, saved, fitted, held, limit, fits)
         total = sum(times[1.0] for times in seconds.values())
         report = AdaptationReport(
             layers=tuple(
@@ -207,7 +199,44 @@ class Fitting:
             sparse=sparse,
             saved=sum(option.seconds for option in chosen.values()) / total if total else 0.0,
         )
-        return {path: fits[path][option.active] for path, option in chosen.items()}, report
+        return _fits_of(fits, chosen), report
+
+    def _searched(
+        self,
+        paying: Mapping[Path, list[float]],
+        saved: Mapping[Path, Mapping[float, float]],
+        fitted: Mapping[str, jax.Array],
+        held: Mapping[str, jax.Array],
+        limit: float,
+        fits: dict[Path, dict[float, Fit]],
+    ) -> tuple[dict[Path, Option], float, budget.Judge]:
+        """What is chosen among candidates by their costs, and its loss; `fits` gets what is made."""
+        parts, judge = budget.observe(self.model, held, jax.random.key(0))
+        options = {path: tuple[Option, ...]() for path in paying}
+        chosen, sparse = dict[Path, Option](), judge.dense
+
+        def applied(chosen: Mapping[Path, Option]) -> nnx.Module:
+            return self._applied(_fits_of(fits, chosen))
+
+        # Roughly for all first: to fit an FFN as well as can be takes long.
+        rough = self._options(paying, fitted, parts, judge, saved, rough=True)[0]
+        for reach in REACHES:
+            wanted = {
+                path: [option.active]
+                for path, option in budget.choose(rough, reach * limit**judge.exponent).items()
+                if all(option.active != known.active for known in options[path])
+            }
+            if not wanted:
+                continue
+            more, made = self._options(wanted, fitted, parts, judge, saved, rough=False)
+            for path in wanted:
+                options[path] += more[path]
+                fits[path] |= made[path]
+            chosen, sparse = budget.within(options, limit, judge, applied)
+            near = max(sparse - judge.dense, 0.0) >= budget.NEAR * limit
+            if near or not budget.takes_all(options, chosen):
+                break
+        return chosen, sparse, judge
 
     def _shares(self, path: Path) -> list[float]:
         """What of a layer may be active, beside all of it."""
@@ -346,7 +375,8 @@ class Fitting:
             config = of_share(self.config.ffn, share)
             maps = 2 * config.num_blocks * config.effective_absent_rank
             left += maps / (factors * layer.up.out_features)
-        added = None if judge is None else option.cost ** (1 / judge.exponent)
+        measured = judge is not None and not math.isnan(option.cost)
+        added = option.cost ** (1 / judge.exponent) if judge and measured else None
         saved = None if seconds is None else 1 - seconds[share] / seconds[1.0]
         return LayerAdaptation(
             path=_dotted(path),
@@ -423,6 +453,13 @@ class Fitting:
                 fits[paths[name]] = routing, config
         report = AdaptationReport.from_json(content["report"])
         return fits, dataclasses.replace(report, reused=True)
+
+
+def _fits_of(
+    fits: Mapping[Path, Mapping[float, Fit]], chosen: Mapping[Path, Option]
+) -> dict[Path, Fit]:
+    """The fits of options."""
+    return {path: fits[path][option.active] for path, option in chosen.items()}
 
 
 _CODEBOOKS = ("query_codebooks", "key_codebooks", "key_center")

@@ -70,7 +70,7 @@ def test_moving_averages_follow_the_activations():
     attention = spt_jax.SparseAttentionConfig(
         codeword_width=2, num_codewords=8, granularity="token"
     )
-    config = spt_jax.SPTConfig(lora=None, attention=attention, ffn=None)
+    config = spt_jax.SPTConfig(serve=None, lora=None, attention=attention, ffn=None)
     spt_jax.adapt(model, config, calibration_batch=before)
     averages = MovingAverages(model, layer_tokens(model, before))
     tokens = layer_tokens(model, after)

@@ -217,7 +217,8 @@ def test_a_stopped_table_goes_on(inputs, monkeypatch, capsys, tmp_path):
 
 @pytest.mark.slow
 def test_every_method_trains(inputs, tmp_path):
-    run(*inputs, "--tasks", "mrpc", "--num-blocks", 2, "--active-blocks", 1, "--out", tmp_path)
+    blocks = ["--num-blocks", 2, "--active-blocks", 1, "--serve", "none"]
+    run(*inputs, "--tasks", "mrpc", *blocks, "--out", tmp_path)
     figures = json.loads((tmp_path / "metrics.json").read_text())["figures"]
     assert figures.keys() == DESCRIPTIONS.keys()
     numbers = {method: row["trainable_parameters"] for method, row in figures.items()}

@@ -250,7 +250,10 @@ def test_batches_change_no_answer(data, random_model):
 def test_an_adapter_is_used(data, always_b, monkeypatch, tmp_path):
     model = spt_jax.load_pretrained(always_b, task="causal-lm")
     config = spt_jax.SPTConfig(
-        lora=spt_jax.LoRAConfig(rank=1, alpha=1, targets=("ffn",)), attention=None, ffn=None
+        serve=None,
+        lora=spt_jax.LoRAConfig(rank=1, alpha=1, targets=("ffn",)),
+        attention=None,
+        ffn=None,
     )
     spt_jax.adapt(model, config)
     spt_jax.save_adapter(model, tmp_path / "adapter")

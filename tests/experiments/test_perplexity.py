@@ -70,7 +70,9 @@ def test_every_part_has_its_figure():
     assert len(set(figures.values())) == 5  # token is strict
     assert perplexity_table(found).row_count == 5
 
-    token = SPTConfig(lora=None, ffn=None, attention=SparseAttentionConfig(granularity="token"))
+    token = SPTConfig(
+        serve=None, lora=None, ffn=None, attention=SparseAttentionConfig(granularity="token")
+    )
     model = spt_jax.load_pretrained(SOURCE, task="causal-lm")
     spt_jax.adapt(model, token, calibration_batch={"input_ids": rows(1)}, rngs=nnx.Rngs(0))
     assert perplexity(model, rows(2)) == pytest.approx(

@@ -40,6 +40,8 @@ def test_what_is_held_out_is_not_trained_on():
         (["--methods", "full"], "unknown method 'full' in --methods; choose from spt, lora"),
         (["--lengths", "64,x"], "--lengths takes numbers above 1, got '64,x'"),
         (["--seconds", "0"], "--seconds must be above 0, got 0"),
+        (["--budgets", "0.1,much"], "--budgets takes numbers from 0 on, got 'much'"),
+        (["--budgets=-1"], "--budgets takes numbers from 0 on, got '-1'"),
         (["--learning-rates", "1e-3,0"], "--learning-rates takes numbers above 0, got '1e-3,0'"),
     ],
 )
@@ -57,7 +59,7 @@ def test_the_best_rate_counts_and_the_way_to_lora_is_measured():
         curve = [(10.0 * i, loss) for i, loss in enumerate(losses)]
         return {
             "length": 8, "method": method, "learning_rate": rate, "curve": curve,
-            "loss_dense": losses[-1], "calibrated_s": calibrated_s,
+            "loss_dense": losses[-1], "calibrated_s": calibrated_s, "chosen": "",
         }  # fmt: skip
 
     rows = [
@@ -79,12 +81,15 @@ def test_a_run_learns_and_says_what_it_took(small_decoder, monkeypatch, tmp_path
     text.write_text("the cat sat on the mat and the dog sat on the log. " * 60)
     words = ["time_to_quality", "--model", str(small_decoder), "--text-file", str(text)]
     words += ["--methods", "lora,spt-routed-ffn", "--lengths", "32", "--seconds", "0.6"]
+    words += ["--budgets", "0"]
     words += ["--learning-rates", "1e-2", "--step-tokens", "64", "--eval-tokens", "64"]
     words += ["--evaluations", "2", "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", words)
     cli.run(time_to_quality.main)
     figures = json.loads((tmp_path / "out" / "metrics.json").read_text())["figures"]
-    assert list(figures) == ["s32_lora", "s32_spt-routed-ffn"]
+    assert list(figures) == ["s32_lora", "s32_spt-routed-ffn", "s32_spt, budget 0"]
+    assert figures["s32_spt, budget 0"]["chosen"] == "nothing: it trains as lora does"
+    assert figures["s32_spt-routed-ffn"]["chosen"] == "1 x ffn, 0.5 of the blocks"
     for found in figures.values():
         assert found["loss_dense"] < found["loss_before"] == found["curve"][0][1]
         assert len(found["curve"]) == 3

@@ -729,7 +729,7 @@ def adapted(**options: Any) -> Act:
     def act(_: Path) -> None:
         model = spt_jax.load_pretrained(GOLDEN / "bert")
         batch = options.pop("batch", {"input_ids": np.ones((4, 16), np.int32)})
-        config = options.pop("config", None) or spt_jax.SPTConfig(**options)
+        config = options.pop("config", None) or spt_jax.SPTConfig(serve=None, **options)
         spt_jax.adapt(model, config, calibration_batch=batch)
 
     return act

@@ -24,7 +24,15 @@ from tests.processes import free_address
 from tests.spt_jax.models.builders import write_readable_checkpoint
 
 STEPS, EVERY = 48, 6
-TIMES = ("step_ms", "tokens_per_s", "padded_tokens_per_s", "compile_s", "wall_s", "resumed_from")
+TIMES = (
+    "step_ms",
+    "adapt_s",
+    "tokens_per_s",
+    "padded_tokens_per_s",
+    "compile_s",
+    "wall_s",
+    "resumed_from",
+)
 PEAKS = ("peak_bytes", "compiled_peak_bytes")
 PATIENCE_S = 300  # for anything that a process is to do
 
@@ -49,6 +57,7 @@ class Run:
             "task": "rte",
             "data-dir": self.data,
             "method": "spt",
+            "serve": "none",
             "steps": STEPS,
             "eval-every": EVERY,
             "batch-size": 8,

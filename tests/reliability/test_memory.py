@@ -67,7 +67,7 @@ def run(steps: int, out: Path, log) -> None:
         GOLDEN / "bert", task="sequence-classification", num_labels=3, rngs=nnx.Rngs(0)
     )
     data = examples(200)
-    config = SPTConfig(lora=spt_jax.LoRAConfig(rank=4))
+    config = SPTConfig(serve=None, lora=spt_jax.LoRAConfig(rank=4))
     spt_jax.adapt(model, config, calibration_batch=data.take(slice(32)).columns, rngs=nnx.Rngs(0))
     training = TrainConfig(
         steps=steps,

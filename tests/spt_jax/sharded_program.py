@@ -44,6 +44,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 HEADS, LENGTH, EXAMPLES, STEPS = 8, 24, 64, 20
 SIZES = {"width": 32, "heads": HEADS, "hidden": 128, "layers": 1, "vocabulary": 61}
 SPT = spt_jax.SPTConfig(
+    serve=None,
     lora=spt_jax.LoRAConfig(rank=4, dropout=0.1),
     attention=spt_jax.SparseAttentionConfig(
         density=0.25, min_keys=4, num_codewords=8, granularity="token"

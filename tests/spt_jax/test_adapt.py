@@ -51,6 +51,7 @@ def test_keeping_everything_is_the_dense_model(gated):
     batch = toy_batch()
     dense = ToyModel(rngs=nnx.Rngs(0), gated=gated)(**batch)
     config = SPTConfig(
+        serve=None,
         attention=SparseAttentionConfig(density=1.0),
         ffn=RoutedFFNConfig(num_blocks=4, active_blocks=4),
     )
@@ -69,7 +70,7 @@ def test_lora_alone_changes_nothing_before_training(targets):
 
 def test_the_permutation_is_one_and_regroups_the_same_units():
     dense = ToyModel(rngs=nnx.Rngs(0), gated=True)
-    model = _adapted(SPTConfig(attention=None), gated=True)
+    model = _adapted(SPTConfig(serve=None, attention=None), gated=True)
     for before, after in zip(dense.layers, model.layers, strict=True):
         order = after.ffn.permutation[...]
         assert sorted(order.tolist()) == list(range(HIDDEN))
@@ -94,7 +95,7 @@ def _parts(model):
 
 @pytest.mark.parametrize("left_out", ["lora", "attention", "ffn"])
 def test_each_part_is_optional(left_out):
-    config = SPTConfig(**({"attention": SPARSE} | {left_out: None}))
+    config = SPTConfig(serve=None, **({"attention": SPARSE} | {left_out: None}))
     model = _adapted(config)
     assert _parts(model) == {n: n != left_out for n in ("lora", "attention", "ffn")}
     assert np.isfinite(model(**toy_batch())).all()
@@ -103,7 +104,9 @@ def test_each_part_is_optional(left_out):
 @pytest.mark.parametrize("codebook_loss_weight", [0.0, 0.01])
 def test_only_lora_routers_head_and_codebooks_with_a_loss_train(codebook_loss_weight):
     sparse = replace(SPARSE, codebook_loss_weight=codebook_loss_weight)
-    model = _adapted(SPTConfig(attention=sparse, ffn=RoutedFFNConfig(load_balance_weight=0.01)))
+    model = _adapted(
+        SPTConfig(serve=None, attention=sparse, ffn=RoutedFFNConfig(load_balance_weight=0.01))
+    )
     batch = toy_batch(seed=5)
     label = jnp.arange(len(batch["input_ids"])) % 2
     graph, params, frozen = nnx.split(model, ADAPTER, ...)
@@ -145,9 +148,21 @@ IDS = np.ones((4, 8), np.int32)
     ("config", "batch", "message"),
     [
         (LoRAConfig(), {}, r"config is of the type LoRAConfig; give SPTConfig\(lora="),
-        (SPTConfig(), IDS, "calibration_batch is of the type ndarray; give a mapping of arrays"),
-        (SPTConfig(), {"input_ids": [[1, 2], [3]]}, "is no array of token ids; pad and truncate"),
-        (SPTConfig(), {"input_ids": IDS / 2}, "calibration_batch holds float.*, not token ids"),
+        (
+            SPTConfig(serve=None),
+            IDS,
+            "calibration_batch is of the type ndarray; give a mapping of arrays",
+        ),
+        (
+            SPTConfig(serve=None),
+            {"input_ids": [[1, 2], [3]]},
+            "is no array of token ids; pad and truncate",
+        ),
+        (
+            SPTConfig(serve=None),
+            {"input_ids": IDS / 2},
+            "calibration_batch holds float.*, not token ids",
+        ),
     ],
 )
 def test_arguments_of_another_kind_are_named(config, batch, message):
@@ -166,7 +181,7 @@ def test_arguments_of_another_kind_are_named(config, batch, message):
 def test_64_bit_types_switched_on_change_nothing(sparse, calibration):
     routed = RoutedFFNConfig(calibration=calibration, load_balance_weight=0.01)
     sparse = replace(sparse, codebook_loss_weight=0.01)
-    config = SPTConfig(lora=LoRAConfig(rank=2), attention=sparse, ffn=routed)
+    config = SPTConfig(serve=None, lora=LoRAConfig(rank=2), attention=sparse, ffn=routed)
     columns = {name: np.asarray(x, np.int64) for name, x in toy_batch().items()}
 
     def found():
@@ -190,7 +205,7 @@ def test_64_bit_types_switched_on_change_nothing(sparse, calibration):
 
 
 def test_same_seed_same_model():
-    config = SPTConfig(attention=SPARSE)
+    config = SPTConfig(serve=None, attention=SPARSE)
     first, second = (nnx.state(_adapted(config)) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
@@ -200,6 +215,7 @@ def test_same_seed_same_model():
 @pytest.mark.parametrize("causal", [False, True])
 def test_forward_and_gradients_are_finite(rule, granularity, causal):
     config = SPTConfig(
+        serve=None,
         attention=SparseAttentionConfig(
             min_keys=16,
             num_codewords=8,
@@ -208,7 +224,7 @@ def test_forward_and_gradients_are_finite(rule, granularity, causal):
             block_q=16,
             key_group=8,
             codebook_loss_weight=0.01,
-        )
+        ),
     )
     model = _adapted(config, causal=causal)
     batch = toy_batch(seed=3)
@@ -226,7 +242,7 @@ def test_forward_and_gradients_are_finite(rule, granularity, causal):
 
 
 def test_dropout_needs_a_key_and_follows_it():
-    config = SPTConfig(lora=LoRAConfig(dropout=0.5), attention=SPARSE)
+    config = SPTConfig(serve=None, lora=LoRAConfig(dropout=0.5), attention=SPARSE)
     model = _adapted(config)
     for _, module in nnx.iter_modules(model):
         if type(module).__name__ == "LoRA":
@@ -304,6 +320,7 @@ def test_linear_maps_of_left_out_blocks_are_found_where_there_are_some():
 
 def test_random_routing_is_another_start_of_the_same_function():
     config = SPTConfig(
+        serve=None,
         lora=None,
         attention=None,
         ffn=RoutedFFNConfig(num_blocks=4, active_blocks=4, calibration="random"),
@@ -339,12 +356,20 @@ def test_mistakes_are_named_and_leave_the_model_alone():
     before = jax.tree.map(np.asarray, nnx.state(model))
     few = {"input_ids": batch["input_ids"][:1, :4]}
     for config, calibration, message in [
-        (SPTConfig(), None, "give calibration_batch"),
-        (SPTConfig(), {"tokens": batch["input_ids"]}, "needs input_ids; it has .'tokens'."),
-        (SPTConfig(), few, "4 tokens, fewer than num_codewords=16"),
-        (SPTConfig(ffn=RoutedFFNConfig(num_blocks=5)), batch, "64 hidden units .* num_blocks=5"),
+        (SPTConfig(serve=None), None, "give calibration_batch"),
         (
-            SPTConfig(attention=SparseAttentionConfig(codeword_width=3)),
+            SPTConfig(serve=None),
+            {"tokens": batch["input_ids"]},
+            "needs input_ids; it has .'tokens'.",
+        ),
+        (SPTConfig(serve=None), few, "4 tokens, fewer than num_codewords=16"),
+        (
+            SPTConfig(serve=None, ffn=RoutedFFNConfig(num_blocks=5)),
+            batch,
+            "64 hidden units .* num_blocks=5",
+        ),
+        (
+            SPTConfig(serve=None, attention=SparseAttentionConfig(codeword_width=3)),
             batch,
             f"codeword_width=3 does not divide the head width {WIDTH // HEADS}",
         ),
@@ -352,11 +377,13 @@ def test_mistakes_are_named_and_leave_the_model_alone():
         with pytest.raises(ValueError, match=message):
             spt_jax.adapt(model, config, calibration_batch=calibration)
         jax.tree.map(np.testing.assert_array_equal, before, nnx.state(model))
-    spt_jax.adapt(model, SPTConfig(), calibration_batch=batch)
+    spt_jax.adapt(model, SPTConfig(serve=None), calibration_batch=batch)
     with pytest.raises(ValueError, match="adapted already"):
-        spt_jax.adapt(model, SPTConfig(), calibration_batch=batch)
+        spt_jax.adapt(model, SPTConfig(serve=None), calibration_batch=batch)
     with pytest.raises(ValueError, match="Linear has neither Attention nor FeedForward"):
-        spt_jax.adapt(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), SPTConfig(), calibration_batch=batch)
+        spt_jax.adapt(
+            nnx.Linear(2, 2, rngs=nnx.Rngs(0)), SPTConfig(serve=None), calibration_batch=batch
+        )
 
 
 class Custom(nnx.Module):
@@ -375,10 +402,10 @@ def ffn(rngs):
     return FeedForward(WIDTH, HIDDEN, rngs=rngs)
 
 
-FFN_ALONE = SPTConfig(lora=None, attention=None)
+FFN_ALONE = SPTConfig(serve=None, lora=None, attention=None)
 
 
-@pytest.mark.parametrize("config", [SPTConfig(), SPTConfig(attention=None, ffn=None)])
+@pytest.mark.parametrize("config", [SPTConfig(serve=None), SPTConfig(attention=None, ffn=None)])
 def test_stacked_layers_are_refused_by_name(config):
     stack = nnx.split_rngs(splits=3)(nnx.vmap(ffn, in_axes=(0,), out_axes=0))
     scan = nnx.scan(lambda x, layer: layer(x)[0], in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
@@ -434,7 +461,7 @@ def test_attention_that_is_called_twice_has_codebooks_for_both_calls():
         project(inputs).reshape(-1, HEADS, WIDTH // HEADS)
         for project in (model.layer.q_proj, model.layer.k_proj)
     )
-    config, key = SPTConfig(lora=None, attention=SPARSE, ffn=None), jax.random.key(0)
+    config, key = SPTConfig(serve=None, lora=None, attention=SPARSE, ffn=None), jax.random.key(0)
     expected = fit_sparse_attention(q, k, config=SPARSE, causal=False, key=key)
     spt_jax.adapt(model, config, calibration_batch=batch)
     found = model.layer.sparse
@@ -510,9 +537,11 @@ def test_ids_outside_the_tables_are_named(name, kind):
     model = spt_jax.load_pretrained(GOLDEN / "bert")
     batch = {"input_ids": np.full((2, 6), 5), name: np.full((2, 6), 97 if "id " in kind else 2)}
     with pytest.raises(ValueError, match=f"calibration_batch: token {kind} is outside the model's"):
-        spt_jax.adapt(model, SPTConfig(), calibration_batch=batch)
+        spt_jax.adapt(model, SPTConfig(serve=None), calibration_batch=batch)
     good = {"input_ids": np.arange(3, 67).reshape(4, 16)}
-    spt_jax.adapt(model, SPTConfig(lora=None, ffn=None, attention=SPARSE), calibration_batch=good)
+    spt_jax.adapt(
+        model, SPTConfig(serve=None, lora=None, ffn=None, attention=SPARSE), calibration_batch=good
+    )
     with pytest.raises(ValueError, match=f"batch: token {kind} is outside the model's"):
         spt_jax.sparse_choices(model, batch)
 
@@ -521,5 +550,7 @@ def test_a_negative_id_is_named_whatever_the_model():
     batch = {**toy_batch(), "input_ids": -np.ones_like(toy_batch()["input_ids"])}
     with pytest.raises(ValueError, match="calibration_batch: token id -1 is outside"):
         spt_jax.adapt(
-            ToyModel(rngs=nnx.Rngs(0)), SPTConfig(attention=SPARSE), calibration_batch=batch
+            ToyModel(rngs=nnx.Rngs(0)),
+            SPTConfig(serve=None, attention=SPARSE),
+            calibration_batch=batch,
         )

@@ -308,7 +308,7 @@ def test_a_disk_that_takes_nothing_costs_nothing_but_time(tmp_path, monkeypatch,
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path / "file"))
     with caplog.at_level(logging.WARNING):
-        model = spt_jax.adapt(llama(), SPTConfig(), calibration_batch=llama_batch())
+        model = spt_jax.adapt(llama(), SPTConfig(serve=None), calibration_batch=llama_batch())
     assert "is not kept for a next time" in caplog.text
     assert model.layers[0].ffn.config.active_blocks == 2
 
@@ -354,7 +354,10 @@ def test_choices_of_another_model_are_refused():
         )  # fmt: skip
     with pytest.raises(ValueError, match="choices are for a configuration with a budget"):
         spt_jax.adapt(
-            llama(), SPTConfig(), calibration_batch=batch, choices=AdaptationReport(layers=())
+            llama(),
+            SPTConfig(serve=None),
+            calibration_batch=batch,
+            choices=AdaptationReport(layers=()),
         )
 
 
@@ -389,7 +392,9 @@ def test_a_single_row_is_told(caplog):
 def test_a_model_that_was_made_much_worse_is_told(caplog):
     model, batch = llama(), llama_batch()
     with caplog.at_level(logging.WARNING):
-        spt_jax.adapt(model, SPTConfig(attention=None, ffn=ROUTED), calibration_batch=batch)
+        spt_jax.adapt(
+            model, SPTConfig(serve=None, attention=None, ffn=ROUTED), calibration_batch=batch
+        )
     added = model.adaptation.added
     assert model.adaptation.is_costly == (added > 0.1)
     assert ("serve this adapter dense" in caplog.text) == (added > 0.1)

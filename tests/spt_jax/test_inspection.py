@@ -24,7 +24,10 @@ def _adapted(config, *, causal=False):
 @pytest.mark.parametrize("granularity", ["token", "tile"])
 def test_attention_over_the_kept_keys_is_what_the_layer_computes(granularity, causal):
     sparse = replace(SPARSE, granularity=granularity, block_q=16, key_group=8)
-    model, batch = _adapted(SPTConfig(attention=sparse, ffn=None), causal=causal), toy_batch()
+    model, batch = (
+        _adapted(SPTConfig(serve=None, attention=sparse, ffn=None), causal=causal),
+        toy_batch(),
+    )
     mask = batch["attention_mask"] > 0
     choices = spt_jax.sparse_choices(model, batch)
     assert list(choices.attention) == ["layers.0.attention", "layers.1.attention"]
@@ -53,7 +56,10 @@ def test_attention_over_the_kept_keys_is_what_the_layer_computes(granularity, ca
 
 def test_the_active_blocks_are_what_the_ffn_computes():
     config = RoutedFFNConfig(num_blocks=4, active_blocks=1, absent_rank=0)
-    model, batch = _adapted(SPTConfig(lora=None, attention=None, ffn=config)), toy_batch()
+    model, batch = (
+        _adapted(SPTConfig(serve=None, lora=None, attention=None, ffn=config)),
+        toy_batch(),
+    )
     choices = spt_jax.sparse_choices(model, batch)
     assert list(choices.ffn) == ["layers.0.ffn", "layers.1.ffn"]
     assert choices.attention == {}
@@ -74,7 +80,7 @@ def test_the_active_blocks_are_what_the_ffn_computes():
 
 
 def test_a_short_sequence_keeps_all_it_may_see():
-    model = _adapted(SPTConfig(attention=replace(SPARSE, min_keys=64)), causal=True)
+    model = _adapted(SPTConfig(serve=None, attention=replace(SPARSE, min_keys=64)), causal=True)
     batch = toy_batch()
     layer = spt_jax.sparse_choices(model, batch).attention["layers.1.attention"]
     seen = np.tri(48, dtype=bool) & np.asarray(batch["attention_mask"] > 0)[:, None, None]
@@ -85,7 +91,9 @@ def test_a_packed_row_stays_within_its_segments():
     model = spt_jax.load_pretrained("minilm")
     ids = np.random.default_rng(0).integers(1000, 2000, (4, 64)).astype(np.int32)
     batch = {"input_ids": ids, "segment_ids": np.repeat([[0, 1]], 32, 1).repeat(4, 0)}
-    config = SPTConfig(attention=SparseAttentionConfig(min_keys=8, granularity="token"), ffn=None)
+    config = SPTConfig(
+        serve=None, attention=SparseAttentionConfig(min_keys=8, granularity="token"), ffn=None
+    )
     spt_jax.adapt(model, config, calibration_batch=batch)
     for layer in spt_jax.sparse_choices(model, batch).attention.values():
         for array in (layer.kept, layer.weights):
@@ -103,7 +111,7 @@ def test_a_packed_row_stays_within_its_segments():
 @pytest.mark.parametrize(("part", "layer"), [("attention", "ffn"), ("ffn", "attention")])
 def test_layers_that_are_not_called_once_are_named(call, message, part, layer):
     model = ToyModel(rngs=nnx.Rngs(0), layers=1)
-    config = SPTConfig(lora=None, attention=SPARSE, ffn=RoutedFFNConfig())
+    config = SPTConfig(serve=None, lora=None, attention=SPARSE, ffn=RoutedFFNConfig())
     spt_jax.adapt(model, replace(config, **{layer: None}), calibration_batch=toy_batch())
 
     class Other(ToyModel):

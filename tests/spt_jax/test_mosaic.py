@@ -43,6 +43,7 @@ def adapted():
         "attention_mask": (jnp.arange(LENGTH) < lengths[:, None]).astype(jnp.int32),
     }
     spt = SPTConfig(
+        serve=None,
         lora=LoRAConfig(rank=4),
         attention=SparseAttentionConfig(min_keys=16, num_codewords=8, granularity="tile"),
         ffn=RoutedFFNConfig(num_blocks=4, active_blocks=2),

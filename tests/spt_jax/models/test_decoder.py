@@ -45,7 +45,7 @@ def small(name, attention="dense") -> Decoder:
     model.layers = nnx.List(model.layers[:1])
     if attention == "dense":
         return model
-    config = SPTConfig(lora=LoRAConfig(rank=2), attention=SPARSE[attention], ffn=None)
+    config = SPTConfig(serve=None, lora=LoRAConfig(rank=2), attention=SPARSE[attention], ffn=None)
     return spt_jax.adapt(model, config, calibration_batch={"input_ids": tokens((4, 32))})
 
 
@@ -120,7 +120,7 @@ def test_evaluation_is_strictly_causal():
     """No logit that a model is judged by depends on a later token; by tile some do."""
     config = SparseAttentionConfig(min_keys=8, granularity="tile", block_q=16, key_group=4)
     model = load_pretrained(GOLDEN / "llama", task="causal-lm")
-    spt = SPTConfig(lora=LoRAConfig(rank=2), attention=config, ffn=None)
+    spt = SPTConfig(serve=None, lora=LoRAConfig(rank=2), attention=config, ffn=None)
     spt_jax.adapt(model, spt, calibration_batch={"input_ids": tokens((4, 32))})
     ids = tokens((4, 32), seed=1)
     changed = ids.at[:, -1].set((ids[:, -1] + 40) % 97)
@@ -314,7 +314,9 @@ def test_dropout_follows_its_key():
 
 def test_the_output_matrix_is_the_word_embedding_without_its_factors():
     model, ids = load_pretrained(GOLDEN / "qwen2", task="causal-lm"), tokens(SHAPE)
-    config = SPTConfig(lora=LoRAConfig(rank=2, targets=("embeddings",)), attention=None, ffn=None)
+    config = SPTConfig(
+        serve=None, lora=LoRAConfig(rank=2, targets=("embeddings",)), attention=None, ffn=None
+    )
     spt_jax.adapt(model, config)
     model.layers = nnx.List([])
     before, _ = model.hidden_states(ids)

@@ -246,7 +246,7 @@ def test_early_stopping_and_the_best_parameters(tmp_path):
 @pytest.mark.parametrize("judged", ["dense", "sparse"])
 def test_both_forms_are_evaluated_and_one_is_judged(tmp_path, judged):
     model, batch = ToyModel(rngs=nnx.Rngs(0)), toy_batch(64)
-    routed = SPTConfig(lora=LoRAConfig(rank=2), attention=None, ffn=RoutedFFNConfig())
+    routed = SPTConfig(serve=None, lora=LoRAConfig(rank=2), attention=None, ffn=RoutedFFNConfig())
     model = spt_jax.adapt(model, routed, calibration_batch=batch)
     data = Examples(
         {k: np.asarray(v) for k, v in batch.items()} | {"label": np.arange(64) % 2}, "toy"
