@@ -180,9 +180,7 @@ class Fitting:
                 path: Option(share, math.nan, saved[path][share])
                 for path, (share,) in paying.items()
             }
-            sparse = judge.of(
-                self._applied({path: fits[path][o.active] for path, o in chosen.items()})
-            )
+            sparse = judge.of(self._applied(_fits_of(fits, chosen)))
             if sparse - judge.dense > limit:
                 chosen = {}
         if not chosen:
@@ -210,7 +208,7 @@ class Fitting:
         limit: float,
         fits: dict[Path, dict[float, Fit]],
     ) -> tuple[dict[Path, Option], float, budget.Judge]:
-        """What is chosen among candidates by their costs, and its loss; `fits` gets what is made."""
+        """What is chosen among candidates by their costs, and its loss; fits go into `fits`."""
         parts, judge = budget.observe(self.model, held, jax.random.key(0))
         options = {path: tuple[Option, ...]() for path in paying}
         chosen, sparse = dict[Path, Option](), judge.dense
