@@ -101,12 +101,12 @@ def _choices(
     attention, ffn = {}, {}
     for path, module in nnx.iter_modules(model):
         name = ".".join(map(str, path))
+        calls = records.get(id(module), [])
         if isinstance(module, Attention) and module.sparse is not None:
-            attention[name] = _attention_choices(
-                module.sparse, **_only_call(name, records.get(id(module), [])), **inputs
-            )
+            read = _only_call(name, calls)
+            attention[name] = _attention_choices(module.sparse, **read, **inputs)
         elif isinstance(module, RoutedFFN):
-            ffn[name] = _ffn_choices(module, **_only_call(name, records.get(id(module), [])))
+            ffn[name] = _ffn_choices(module, **_only_call(name, calls))
     return attention, ffn
 
 

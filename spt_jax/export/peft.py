@@ -223,13 +223,14 @@ def _tensors(model: Encoder | Decoder, adapted: Mapping[str, Linear | Embedding]
         factors = a[order.rows], b[:, order.columns]
         for suffix, factor in zip(suffixes, factors, strict=True):
             tensors[f"{_PREFIX}{name}.{suffix}"] = factor.T
-    for name, slot in _saved_whole(model).items():
+    tables = {
+        _module(name) + _BASE: slot
+        for name, slot in tensor_slots(model).items()
+        if isinstance(slot.variable, TableParam)
+    }
+    for name, slot in (_saved_whole(model) | tables).items():
         array = to_host(slot.variable[...])
         tensors[_PREFIX + name] = array.T if slot.transpose else array
-    for name, slot in tensor_slots(model).items():
-        if isinstance(slot.variable, TableParam):
-            array = to_host(slot.variable[...])
-            tensors[f"{_PREFIX}{_module(name)}{_BASE}"] = array.T if slot.transpose else array
     return [Tensor.of(name, array) for name, array in tensors.items()]
 
 
