@@ -96,14 +96,14 @@ def load(options: Options) -> nnx.Module:
 
 def measure(options: Options) -> tuple[list[Row], list[spt_jax.AdaptationReport]]:
     """A row for each budget, and its report."""
-    evaluation = options.eval_file
+    dense, evaluation = load(options), options.eval_file
     texts = Texts(
         token_ids(options.model, options.text_file),
         None if evaluation is None else token_ids(options.model, evaluation),
     )
     calibration, held_out = two_sets(texts, options.length, options.rows)
     inputs = {"input_ids": jax.numpy.asarray(held_out)}
-    judge = budget.judge_of(load(options), inputs)
+    judge = budget.judge_of(dense, inputs)
     rows, reports = [], []
     quiet = not sys.stderr.isatty()
     for limit in tqdm(options.limits(), desc="budgets", disable=quiet):

@@ -19,6 +19,7 @@ from rich.table import Table
 import spt_jax
 from experiments import cli
 from pallas_kernels import best_implementation, why_not_mosaic, why_not_triton
+from spt_jax.adaptation import ADAPTATION_FILE
 from spt_jax.config import Form, LearningRateMultipliers
 from spt_jax.forms import FORMS
 from spt_jax.models import DecoderConfig
@@ -27,7 +28,6 @@ from spt_jax.models.hub import CONFIG_FILES, find_files
 from spt_jax.processes import is_first, several, start_processes
 from spt_jax.sharding import make_mesh, parse_mesh
 from spt_jax.training import (
-    ADAPTATION_FILE,
     Examples,
     TrainResult,
     environment,

@@ -13,6 +13,9 @@ from typing import Any, Literal
 
 from spt_jax.models.hub import read_json
 
+ADAPTATION_FILE = "adaptation.json"
+"""A report's file, beside the checkpoints of a run and in the directory of an adapter."""
+
 Part = Literal["attention", "ffn"]
 Measure = Literal["loss", "relative change"]
 
@@ -99,6 +102,10 @@ class AdaptationReport:
         """Whether the sparse form is so much worse that the adapter should be served dense."""
         return self.added is not None and self.added > MOST_ADDED[self.measure]
 
+    @property
+    def _parts(self) -> set[Part]:
+        return {layer.part for layer in self.layers}
+
     def counts(self) -> dict[str, int]:
         """Layers by part and choice, such as `{"attention, dense": 30, "ffn, dense": 28, ...}`."""
         found: dict[str, int] = {}
@@ -117,7 +124,9 @@ class AdaptationReport:
             bound = "" if self.budget is None else f" of a budget of {self.budget:g}"
             parts.append(f"sparse form {self.added:+.3f} {unit}{bound}")
         if self.saved is not None:
-            parts.append(f"{self.saved:.0%} of attention's and FFNs' time saved")
+            names = {"attention": "attention's", "ffn": "the FFNs'"}
+            whose = " and ".join(n for part, n in names.items() if part in self._parts)
+            parts.append(f"{self.saved:.0%} of {whose} time saved")
         parts.append(f"{self.seconds:.1f} s" + (", from the cache" if self.reused else ""))
         return "; ".join(parts)
 

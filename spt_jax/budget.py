@@ -17,7 +17,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,7 +30,14 @@ from jaxtyping import Array, Float
 
 from spt_jax import cache
 from spt_jax.adaptation import Measure
-from spt_jax.calibration import Path, Routing, fit_sparse_attention, random_routing
+from spt_jax.calibration import (
+    Path,
+    Routing,
+    fit_sparse_attention,
+    grouped,
+    random_routing,
+    row_parts,
+)
 from spt_jax.config import RoutedFFNConfig, SPTConfig
 from spt_jax.layers import (
     Attention,
@@ -50,8 +57,12 @@ from spt_jax.training.losses import linear_cross_entropy
 
 #: Tokens on which costs are measured, at most, but for one sequence.
 MEASURED_TOKENS = 4096
-#: Tokens of one backward pass, but for one sequence.
+#: Tokens of one backward pass, and memory of what is observed of them in all layers, of which such
+#: a pass takes some three times as much; but for one sequence.
 CHUNK_TOKENS = 2048
+CHUNK_BYTES = 700 << 20
+#: Memory that observations of layers may take together, but for one layer.
+OBSERVED_BYTES = 2 << 30
 #: Tokens on which a layer is timed, on CPUs and on other devices.
 TIMED_TOKENS = {"cpu": 2048}
 TIMED_TOKENS_ELSEWHERE = 16384
@@ -196,18 +207,6 @@ def _row_loss(
     )
 
 
-def chunks(inputs: Inputs) -> list[dict[str, jax.Array]]:
-    """Rows in parts of equal size, of so many tokens that a backward pass of a layer is cheap."""
-    rows, length = inputs["input_ids"].shape
-    number = next(
-        n for n in range(min(rows, max(1, CHUNK_TOKENS // length)), 0, -1) if rows % n == 0
-    )
-    return [
-        {name: array[i : i + number] for name, array in inputs.items()}
-        for i in range(0, rows, number)
-    ]
-
-
 class Observation(NamedTuple):
     """What a layer reads in a call, and the gradient of the random scalar at its output.
 
@@ -223,8 +222,65 @@ class Observation(NamedTuple):
 Observed = tuple[Inputs, dict[Path, list[Observation]]]  # on some rows, of each layer, by call
 
 
-def observe(model: nnx.Module, inputs: Inputs, key: jax.Array) -> tuple[list[Observed], Judge]:
-    """Observations of all attention layers and FFNs of a dense model, by part of the rows.
+class Observer:
+    """Observations of layers of a dense model, of so many at once as take little memory.
+
+    Attributes:
+        judge: what a budget bounds, on the rows observed.
+    """
+
+    def __init__(
+        self, model: nnx.Module, inputs: Inputs, layers: Collection[Path], key: jax.Array
+    ) -> None:
+        """Observe the first of `layers` on `inputs`; `key` draws the random scalar."""
+        sizes = {path: n for path, n in observed_bytes(model, inputs).items() if path in layers}
+        self._groups = list(grouped(sizes, OBSERVED_BYTES))
+        self._observe = partial(observe, model, inputs, key)
+        self._group = self._groups[0] if self._groups else []
+        self._parts, self.judge = self._observe(self._group)
+
+    def of(self, path: Path) -> list[tuple[Inputs, list[Observation]]]:
+        """A layer's observations, with the rows that they are of; best asked for in order."""
+        if path not in self._group:
+            self._parts = []  # before others take memory
+            self._group = next(group for group in self._groups if path in group)
+            self._parts, _ = self._observe(self._group)
+        return [(rows, seen[path]) for rows, seen in self._parts]
+
+
+def observed_bytes(model: nnx.Module, inputs: Inputs) -> dict[Path, int]:
+    """Memory of the observations of each attention layer and FFN that a model calls."""
+    graphdef, state = nnx.split(model)
+
+    def read(state: Any, inputs: dict[str, jax.Array]) -> dict[int, Any]:
+        own: Any = nnx.merge(graphdef, state)
+        with recording() as records:
+            own(**inputs)
+        modules = enumerate(nnx.iter_modules(own))
+        return {n: records[id(module)] for n, (_, module) in modules if id(module) in records}
+
+    paths = [path for path, _ in nnx.iter_modules(model)]
+    shapes = jax.eval_shape(read, state, dict(inputs))
+    return {
+        paths[number]: sum(
+            array.size * array.dtype.itemsize * (2 if name in ("q", "x") else 1)
+            for call in calls
+            for name, array in call.items()
+        )
+        for number, calls in shapes.items()
+    }
+
+
+def observe(
+    model: nnx.Module, inputs: Inputs, key: jax.Array, layers: Collection[Path]
+) -> tuple[list[Observed], Judge]:
+    """Observations of attention layers and FFNs of a dense model, by part of the rows.
+
+    Args:
+        model: not changed.
+        inputs: its arguments.
+        key: draws the random scalar.
+        layers: paths of those that are observed.
 
     Returns:
         Parts of `inputs`, each with observations by the layer's path, one a call; and what a budget
@@ -232,11 +288,14 @@ def observe(model: nnx.Module, inputs: Inputs, key: jax.Array) -> tuple[list[Obs
     """
     graphdef, state = nnx.split(model)
     paths = [path for path, _ in nnx.iter_modules(model)]
+    wanted = tuple(number for number, path in enumerate(paths) if path in layers)
+    token_bytes = sum(observed_bytes(model, inputs).values()) / inputs["input_ids"].size
     parts: list[Observed] = []
     outcomes = []
-    for number, rows in enumerate(chunks(inputs)):
+    most = min(CHUNK_TOKENS, CHUNK_BYTES / max(token_bytes, 1.0))
+    for number, rows in enumerate(row_parts(inputs, most)):
         own = jax.random.fold_in(key, number)
-        found, outcome = _observed(graphdef, state, rows, own, is_causal_lm(model))
+        found, outcome = _observed(graphdef, state, rows, own, wanted, is_causal_lm(model))
         seen = {
             paths[layer]: [Observation(*call) for call in calls] for layer, calls in found.items()
         }
@@ -248,15 +307,20 @@ def observe(model: nnx.Module, inputs: Inputs, key: jax.Array) -> tuple[list[Obs
     return parts, _loss_judge(float(total / max(weight, 1)), inputs)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "causal_lm"))
+@partial(jax.jit, static_argnames=("graphdef", "wanted", "causal_lm"))
 def _observed(
-    graphdef: Any, state: Any, inputs: dict[str, jax.Array], key: jax.Array, causal_lm: bool
+    graphdef: Any,
+    state: Any,
+    inputs: dict[str, jax.Array],
+    key: jax.Array,
+    wanted: tuple[int, ...],
+    causal_lm: bool,
 ) -> tuple[dict[int, list[tuple[dict[str, jax.Array], jax.Array]]], Any]:
     model: Any = nnx.merge(graphdef, state)
     layers = {
         number: module
         for number, (_, module) in enumerate(nnx.iter_modules(model))
-        if isinstance(module, Attention | FeedForward)
+        if number in wanted
     }
 
     def outputs() -> jax.Array:
@@ -446,7 +510,7 @@ def within(
         actual = max(measured - judge.dense, 0.0) ** judge.exponent
         estimate = sum(option.cost for option in chosen.values())
         if actual <= limit:
-            if _saving(chosen) >= _saving(best[0]):
+            if saving(chosen) >= saving(best[0]):
                 best = chosen, measured
             if actual >= NEAR * limit or takes_all(options, chosen):
                 break
@@ -458,10 +522,11 @@ def within(
 
 def takes_all(options: Mapping[Path, Sequence[Option]], chosen: Mapping[Path, Option]) -> bool:
     """Whether nothing that saves more is left among the options."""
-    return _saving(chosen) >= _saving(choose(options, math.inf))
+    return saving(chosen) >= saving(choose(options, math.inf))
 
 
-def _saving(chosen: Mapping[Path, Option]) -> float:
+def saving(chosen: Mapping[Path, Option]) -> float:
+    """Seconds that options save together."""
     return sum(option.seconds for option in chosen.values())
 
 

@@ -26,6 +26,8 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids", "segment_ids")
 FITTED = ("q", "k", "x")
 #: Tokens of the calibration batch, evenly spread, that codebooks, blocks and routers are fitted to.
 CALIBRATION_TOKENS = 4096
+#: Tokens of a pass through the model that records, but for one sequence.
+PASS_TOKENS = 8192
 #: Memory that recorded activations of layers may take together, but for one layer.
 RECORDED_BYTES = 1 << 30
 KMEANS_STEPS = 20
@@ -87,26 +89,53 @@ def record_activations(
     tokens = np.flatnonzero(np.asarray(mask))
     if most is not None:
         tokens = spread(tokens, most)
+    parts = row_parts(inputs, PASS_TOKENS)
+    size = parts[0]["input_ids"].size
+    of_parts = [tokens[tokens // size == n] % size for n in range(len(parts))]
+    longest = max(map(len, of_parts))
+    padded = [np.pad(own, (0, longest - len(own))) for own in of_parts]
     graphdef, state = nnx.split(model)
     paths = [path for path, _ in nnx.iter_modules(model)]
     every = tuple(n for n, path in enumerate(paths) if layers is None or path in layers)
-    recorded = partial(_recorded, graphdef, most=most)
-    shapes = jax.eval_shape(partial(recorded, numbers=every), state, inputs, tokens)
+    recorded = partial(_recorded, graphdef, state)
+    shapes = jax.eval_shape(partial(recorded, numbers=every), parts[0], padded[0])
     sizes = {
-        number: sum(a.size * a.dtype.itemsize for a in arrays.values())
-        for number, arrays in shapes.items()
-        if arrays
+        number: len(parts) * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(calls))
+        for number, calls in shapes.items()
+        if calls
     }
-    while sizes:
-        taken: list[int] = []
-        size = 0
-        while sizes and (not taken or size + next(iter(sizes.values())) <= RECORDED_BYTES):
-            number = next(iter(sizes))
-            size += sizes.pop(number)
-            taken.append(number)
-        found = recorded(state, inputs, tokens, numbers=tuple(taken))
+    for taken in grouped(sizes, RECORDED_BYTES):
+        found = [
+            recorded(part, own, numbers=tuple(taken))
+            for part, own in zip(parts, padded, strict=True)
+        ]
         for number in taken:
-            yield paths[number], found.pop(number)
+            yield paths[number], _joined([f.pop(number) for f in found], of_parts, most)
+
+
+def row_parts(inputs: Mapping[str, jax.Array], tokens: float) -> list[dict[str, jax.Array]]:
+    """Rows in parts of equal size, of at most so many tokens, but for one row."""
+    rows, length = inputs["input_ids"].shape
+    most = min(rows, max(1, int(tokens) // length))
+    number = next(n for n in range(most, 0, -1) if rows % n == 0)
+    return [
+        {name: array[i : i + number] for name, array in inputs.items()}
+        for i in range(0, rows, number)
+    ]
+
+
+def grouped[Key](sizes: Mapping[Key, int], most: int) -> Iterator[list[Key]]:
+    """Keys in turn, in groups of at most `most` in size together, but for one alone."""
+    group: list[Key] = []
+    size = 0
+    for key, own in sizes.items():
+        if group and size + own > most:
+            yield group
+            group, size = [], 0
+        group.append(key)
+        size += own
+    if group:
+        yield group
 
 
 def inputs_of(batch: Mapping[str, jax.Array | np.ndarray]) -> dict[str, jax.Array]:
@@ -114,7 +143,7 @@ def inputs_of(batch: Mapping[str, jax.Array | np.ndarray]) -> dict[str, jax.Arra
     return {name: jnp.asarray(batch[name]) for name in INPUTS if batch.get(name) is not None}
 
 
-@partial(jax.jit, static_argnames=("graphdef", "numbers", "most"))
+@partial(jax.jit, static_argnames=("graphdef", "numbers"))
 def _recorded(
     graphdef: nnx.GraphDef[nnx.Module],
     state: nnx.State,
@@ -122,27 +151,38 @@ def _recorded(
     tokens: Int[Array, "T"],
     *,
     numbers: tuple[int, ...],
-    most: int | None,
-) -> dict[int, dict[str, jax.Array]]:
-    """What some modules record at `tokens`, by their number in the order of `nnx.iter_modules`."""
+) -> dict[int, list[dict[str, jax.Array]]]:
+    """What some modules record at `tokens`, by their number in `nnx.iter_modules`, by call."""
     model: Any = nnx.merge(graphdef, state)
     with recording() as records:
         model(**inputs)
     return {
-        number: _of_all_calls(records.get(id(module), []), tokens, most)
+        number: [
+            {
+                name: x.reshape(-1, *x.shape[2:])[tokens]
+                for name, x in call.items()
+                if name in FITTED
+            }
+            for call in records.get(id(module), [])
+        ]
         for number, (_, module) in enumerate(nnx.iter_modules(model))
         if number in numbers
     }
 
 
-def _of_all_calls(
-    calls: list[dict[str, jax.Array]], tokens: Int[Array, "T"], most: int | None
+def _joined(
+    parts: list[list[dict[str, jax.Array]]], tokens: list[np.ndarray], most: int | None
 ) -> dict[str, jax.Array]:
-    """What a module records at `tokens` in all its calls, `most` rows evenly spread over them."""
+    """What parts of the rows have of a module, call after call; `most` rows, evenly spread."""
     rows = {
-        name: jnp.concatenate([call[name].reshape(-1, *x.shape[2:])[tokens] for call in calls])
-        for name, x in (calls[0] if calls else {}).items()
-        if name in FITTED
+        name: jnp.concatenate(
+            [
+                part[call][name][: len(own)]
+                for call in range(len(parts[0]))
+                for part, own in zip(parts, tokens, strict=True)
+            ]
+        )
+        for name in parts[0][0]
     }
     return {name: x if most is None else spread(x, most) for name, x in rows.items()}
 

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -209,7 +209,8 @@ class Fitting:
         fits: dict[Path, dict[float, Fit]],
     ) -> tuple[dict[Path, Option], float, budget.Judge]:
         """What is chosen among candidates by their costs, and its loss; fits go into `fits`."""
-        parts, judge = budget.observe(self.model, held, jax.random.key(0))
+        observer = budget.Observer(self.model, held, paying, jax.random.key(0))
+        judge = observer.judge
         options = {path: tuple[Option, ...]() for path in paying}
         chosen, sparse = dict[Path, Option](), judge.dense
 
@@ -217,7 +218,7 @@ class Fitting:
             return self._applied(_fits_of(fits, chosen))
 
         # Roughly for all first: to fit an FFN as well as can be takes long.
-        rough = self._options(paying, fitted, parts, judge, saved, rough=True)[0]
+        rough = self._options(paying, fitted, observer, saved, rough=True)[0]
         for reach in REACHES:
             wanted = {
                 path: [option.active]
@@ -226,11 +227,13 @@ class Fitting:
             }
             if not wanted:
                 continue
-            more, made = self._options(wanted, fitted, parts, judge, saved, rough=False)
+            more, made = self._options(wanted, fitted, observer, saved, rough=False)
             for path in wanted:
                 options[path] += more[path]
                 fits[path] |= made[path]
-            chosen, sparse = budget.within(options, limit, judge, applied)
+            found, loss = budget.within(options, limit, judge, applied)
+            if budget.saving(found) >= budget.saving(chosen):  # more options may end with less
+                chosen, sparse = found, loss
             near = max(sparse - judge.dense, 0.0) >= budget.NEAR * limit
             if near or not budget.takes_all(options, chosen):
                 break
@@ -323,8 +326,7 @@ class Fitting:
         self,
         wanted: Mapping[Path, list[float]],
         fitted: Mapping[str, jax.Array],
-        parts: Sequence[budget.Observed],
-        judge: budget.Judge,
+        observer: budget.Observer,
         saved: Mapping[Path, Mapping[float, float]],
         *,
         rough: bool,
@@ -340,10 +342,10 @@ class Fitting:
                     Option(
                         share,
                         sum(
-                            budget.cost(layer, candidate, observed[path], rows)
-                            for rows, observed in parts
+                            budget.cost(layer, candidate, calls, rows)
+                            for rows, calls in observer.of(path)
                         )
-                        / judge.unit,
+                        / observer.judge.unit,
                         saved[path][share],
                     )
                     for share, candidate in ((s, _module(layer, fit)) for s, fit in found.items())

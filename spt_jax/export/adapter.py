@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flax import nnx
 
+from spt_jax.adaptation import ADAPTATION_FILE, AdaptationReport
 from spt_jax.export import modules, peft
 from spt_jax.export.dense import check_model
 from spt_jax.export.files import check_replaceable, new_directory
@@ -16,7 +17,13 @@ from spt_jax.models.decoder import Decoder
 from spt_jax.models.encoder import Encoder
 from spt_jax.models.hub import find_files
 
-_FILES = (peft.CONFIG_FILE, peft.WEIGHTS_FILE, modules.CONFIG_FILE, modules.MODULES_FILE)
+_FILES = (
+    peft.CONFIG_FILE,
+    peft.WEIGHTS_FILE,
+    modules.CONFIG_FILE,
+    modules.MODULES_FILE,
+    ADAPTATION_FILE,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +39,8 @@ def save_adapter(
 
     LoRA factors and the head go into PEFT's `adapter_config.json` and `adapter_model.safetensors`,
     which `peft` loads onto the original model; sparse attention and routed FFNs into
-    `spt_config.json` and `spt_modules.safetensors`, which `load_adapter` reads too. A model without
+    `spt_config.json` and `spt_modules.safetensors`, which `load_adapter` reads too, with what was
+    chosen and measured (`model.adaptation`) in `adaptation.json`. A model without
     LoRA has only the latter two, and the log says so. The directory appears whole or not at all.
 
     Args:
@@ -131,7 +139,11 @@ def load_adapter[Model: Encoder | Decoder](
             f"{directory} has neither {peft.CONFIG_FILE} nor {modules.CONFIG_FILE}; give the "
             "directory of a saved adapter"
         )
+    record, report = directory / ADAPTATION_FILE, AdaptationReport(layers=())
+    if record.is_file():
+        report = AdaptationReport.load(record)
     # nothing was changed so far, and nothing fails from here on
     for part in parts:  # LoRA first: routed FFNs regroup its rows and columns with the weights
         part.install(model)
+    setattr(model, "adaptation", report)  # noqa: B010  as adapt does
     return model

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from spt_jax.adaptation import ADAPTATION_FILE, AdaptationReport
 from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
 from spt_jax.export.files import (
     Tensor,
@@ -61,7 +62,7 @@ def describe(model: nnx.Module) -> str:
 
 
 def write_modules(model: nnx.Module, directory: Path, *, with_head: bool) -> None:
-    """Write the sparse modules of `model`, and its task head where no other file has it."""
+    """Write sparse modules, the report on them, and the task head where no other file has it."""
     config: dict[str, Any] = {"format_version": FORMAT_VERSION, _ATTENTION: {}, _FFN: {}}
     variables: dict[str, nnx.Variable] = {}
     for path, module in sparse_modules(model).items():
@@ -75,6 +76,9 @@ def write_modules(model: nnx.Module, directory: Path, *, with_head: bool) -> Non
     tensors = [Tensor.of(name, to_host(v[...])) for name, v in variables.items()]
     write_safetensors(directory / MODULES_FILE, tensors)
     write_json(directory / CONFIG_FILE, config)
+    report = getattr(model, "adaptation", None)
+    if isinstance(report, AdaptationReport) and report.layers:
+        report.save(directory / ADAPTATION_FILE)
 
 
 class SparseModules(NamedTuple):

@@ -8,7 +8,6 @@ from spt_jax.training.checkpoint import (
 )
 from spt_jax.training.data import Examples, check_labels, eval_batches, tokenize, train_batches
 from spt_jax.training.loop import (
-    ADAPTATION_FILE,
     Interrupted,
     NonFiniteLoss,
     TrainResult,
@@ -39,7 +38,6 @@ from spt_jax.training.text import (
 )
 
 __all__ = [
-    "ADAPTATION_FILE",
     "CheckpointError",
     "Checkpoints",
     "Document",

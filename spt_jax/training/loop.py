@@ -29,7 +29,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
-from spt_jax.adaptation import AdaptationReport
+from spt_jax.adaptation import ADAPTATION_FILE, AdaptationReport
 from spt_jax.config import Form, TrainConfig
 from spt_jax.forms import FORMS, has_sparse_parts
 from spt_jax.layers import Attention, FeedForward, RoutedFFN
@@ -60,8 +60,6 @@ from spt_jax.training.step import (
     write_back,
 )
 
-#: What `adapt` chose for the model of a run, beside its checkpoints.
-ADAPTATION_FILE = "adaptation.json"
 _REMEMBERED = 200  # steps over which train_loss, step_ms and tokens/s are taken
 _LOWER_IS_BETTER = ("eval_loss", "perplexity")
 #: On resume; no result depends on the first three, and more steps or epochs extend a run.

@@ -474,12 +474,17 @@ def test_attention_that_is_called_twice_has_codebooks_for_both_calls():
 
 
 @pytest.mark.parametrize(("most", "of_each"), [(10, 5), (None, 8)])
-def test_recorded_tokens_are_spread_over_all_calls(most, of_each):
+def test_recorded_tokens_are_spread_over_all_calls(most, of_each, monkeypatch):
     model = Custom(ffn, lambda layer, x: layer(x)[0] + layer(x + 1000)[0])
     batch = {"input_ids": np.arange(12).reshape(2, 6)}
     batch["attention_mask"] = (np.arange(6) < 4).astype(np.int32)[None].repeat(2, 0)
-    x = record_activations(model, batch, most=most)["layer",]["x"]
-    np.testing.assert_array_equal(np.asarray(x).mean(1) > 500, [False] * of_each + [True] * of_each)
+    ((path, arrays),) = record_activations(model, batch, most=most)
+    assert path == ("layer",)
+    x = np.asarray(arrays["x"])
+    np.testing.assert_array_equal(x.mean(1) > 500, [False] * of_each + [True] * of_each)
+    monkeypatch.setattr("spt_jax.calibration.PASS_TOKENS", 6)  # a row at a time
+    ((_, again),) = record_activations(model, batch, most=most)
+    np.testing.assert_array_equal(again["x"], x)
 
 
 def test_a_model_that_is_a_layer_itself_is_refused():

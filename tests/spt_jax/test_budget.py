@@ -21,7 +21,7 @@ from spt_jax import (
     cache,
 )
 from spt_jax.budget import Judge, Option, choose, within
-from spt_jax.layers import RoutedFFN, SparseAttention
+from spt_jax.layers import Attention, FeedForward, RoutedFFN, SparseAttention
 from spt_jax.models import Decoder
 from spt_jax.models.config import parse_config
 from tests.spt_jax.toy import ToyModel, toy_batch
@@ -68,6 +68,15 @@ def llama(seed=0, scale=6.0):
 def llama_batch(rows=8, length=64, seed=1):
     ids = np.random.default_rng(seed).integers(0, 61, (rows, length)).astype(np.int32)
     return {"input_ids": ids}
+
+
+def own_text(model, rows=8, length=64):
+    """Rows that a model draws itself, so that whatever changes it makes them less likely."""
+    starts = llama_batch(rows, 1)["input_ids"]
+    ids = spt_jax.generate(
+        model, starts, max_new_tokens=length - 1, temperature=1.0, eos_token_ids=()
+    )
+    return {"input_ids": np.concatenate([starts, np.array(ids, np.int32)], 1)}
 
 
 def config(loss_budget, **parts):
@@ -151,7 +160,7 @@ def test_the_estimate_of_a_small_change_is_that_of_the_model():
     path = ("layers", 0, "ffn")
     costs = []
     for number in range(200):
-        ((rows, seen),), _ = budget.observe(model, batch, jax.random.key(number))
+        ((rows, seen),), _ = budget.observe(model, batch, jax.random.key(number), [path])
         costs.append(budget.cost(ffn, changed, seen[path], rows))
     before = model(**batch)
     other = nnx.clone(model)
@@ -163,19 +172,44 @@ def test_the_estimate_of_a_small_change_is_that_of_the_model():
 
 def test_the_estimate_of_a_language_model_is_near_its_divergence():
     model, batch = llama(scale=2.0), {"input_ids": jnp.asarray(llama_batch(16)["input_ids"])}
+    path = "layers", 2, "ffn"
     ffn = model.layers[2].ffn
     changed = nnx.clone(ffn)
     changed.down.kernel[...] = changed.down.kernel[...] * 1.05
     costs = []
     for number in range(30):
-        ((rows, seen),), judge = budget.observe(model, batch, jax.random.key(number))
-        costs.append(budget.cost(ffn, changed, seen["layers", 2, "ffn"], rows))
+        ((rows, seen),), judge = budget.observe(model, batch, jax.random.key(number), [path])
+        costs.append(budget.cost(ffn, changed, seen[path], rows))
     assert judge.dense == pytest.approx(budget.judge_of(model, batch).dense)
     other = nnx.clone(model)
     other.layers[2].ffn = changed
     logs = [jax.nn.log_softmax(m(batch["input_ids"])[:, :-1]) for m in (model, other)]
     divergence = float((jnp.exp(logs[0]) * (logs[0] - logs[1])).sum())
     np.testing.assert_allclose(np.mean(costs), divergence, rtol=0.2)
+
+
+def test_observations_by_group_are_those_of_all_at_once(monkeypatch):
+    model, batch = llama(), {"input_ids": jnp.asarray(llama_batch(8)["input_ids"])}
+    layers = [p for p, m in nnx.iter_modules(model) if isinstance(m, Attention | FeedForward)]
+    sizes = budget.observed_bytes(model, batch)
+    assert list(sizes) == layers
+    ((_, every),), judge = budget.observe(model, batch, jax.random.key(0), layers)
+    for path, calls in every.items():
+        assert sizes[path] == sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(calls))
+    monkeypatch.setattr(budget, "OBSERVED_BYTES", 2 * max(sizes.values()))
+    observer = budget.Observer(model, batch, layers[1:], jax.random.key(0))
+    assert observer.judge.dense == pytest.approx(judge.dense)
+    for path in layers[1:]:
+        ((rows, calls),) = observer.of(path)
+        assert len(rows["input_ids"]) == 8
+        assert len(observer._parts[0][1]) < len(layers) - 1
+        for one, other in zip(jax.tree.leaves(calls), jax.tree.leaves(every[path]), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    # of large models a backward pass takes fewer rows
+    monkeypatch.setattr(budget, "CHUNK_BYTES", sum(sizes.values()) / 4)
+    parts, other = budget.observe(model, batch, jax.random.key(0), layers)
+    assert [len(rows["input_ids"]) for rows, _ in parts] == [2, 2, 2, 2]
+    assert other.dense == pytest.approx(judge.dense)
 
 
 # --- adapting ---------------------------------------------------------------------------------
@@ -225,10 +259,10 @@ def test_layers_of_several_sizes_are_kept_by_files(tmp_path):
     def sizes(model):
         return {p: m.config for p, m in nnx.iter_modules(model) if isinstance(m, RoutedFFN)}
 
-    ids = llama_batch(seed=7)["input_ids"]
-    for limit in (0.05, 0.2, 0.5, 1.0):
+    ids, batch = llama_batch(seed=7)["input_ids"], own_text(llama())
+    for limit in (0.01, 0.015, 0.02, 0.025, 0.03):
         model = llama()
-        spt_jax.adapt(model, config(limit, attention=None), calibration_batch=llama_batch())
+        spt_jax.adapt(model, config(limit, attention=None), calibration_batch=batch)
         if len({c.active_blocks for c in sizes(model).values()}) > 1:
             break
     else:
@@ -236,6 +270,8 @@ def test_layers_of_several_sizes_are_kept_by_files(tmp_path):
     spt_jax.save_adapter(model, tmp_path / "adapter")
     again = spt_jax.load_adapter(llama(), tmp_path / "adapter")
     assert sizes(again) == sizes(model)
+    assert again.adaptation == model.adaptation
+    assert again.adaptation.sparse == model.adaptation.sparse
     np.testing.assert_array_equal(again(ids), model(ids))
     choices = spt_jax.sparse_choices(model, {"input_ids": ids[:2]})
     for path, module in sizes(model).items():
@@ -390,7 +426,8 @@ def test_a_single_row_is_told(caplog):
 
 
 def test_a_model_that_was_made_much_worse_is_told(caplog):
-    model, batch = llama(), llama_batch()
+    model = llama(scale=12.0)
+    batch = own_text(model)
     with caplog.at_level(logging.WARNING):
         spt_jax.adapt(
             model, SPTConfig(serve=None, attention=None, ffn=ROUTED), calibration_batch=batch

@@ -15,7 +15,13 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import spt_jax
-from spt_jax import LoRAConfig, RoutedFFNConfig, SparseAttentionConfig, SPTConfig
+from spt_jax import (
+    AdaptationReport,
+    LoRAConfig,
+    RoutedFFNConfig,
+    SparseAttentionConfig,
+    SPTConfig,
+)
 from spt_jax.export import files
 from spt_jax.layers import (
     CalibrationStat,
@@ -383,7 +389,10 @@ def test_sparse_modules_alone(tmp_path, caplog):
     assert "has no LoRA factors, so there is nothing for PEFT" in caplog.text
     found = {path.name for path in (tmp_path / "adapter").iterdir()}
     assert found == {"spt_config.json", "spt_modules.safetensors"}
-    _assert_equal(spt_jax.load_adapter(_load("bert"), tmp_path / "adapter"), model)
+    again = spt_jax.load_adapter(_load("bert"), tmp_path / "adapter")
+    assert again.adaptation == AdaptationReport(layers=())
+    del again.adaptation
+    _assert_equal(again, model)
 
 
 def test_sixteen_bit_adapter_and_other_heads(tmp_path):
