@@ -27,7 +27,7 @@ FITTED = ("q", "k", "x")
 #: Tokens of the calibration batch, evenly spread, that codebooks, blocks and routers are fitted to.
 CALIBRATION_TOKENS = 4096
 #: Tokens of a pass through the model that records, but for one sequence.
-PASS_TOKENS = 8192
+PASS_TOKENS = 4096
 #: Memory that recorded activations of layers may take together, but for one layer.
 RECORDED_BYTES = 1 << 30
 KMEANS_STEPS = 20

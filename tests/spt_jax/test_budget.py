@@ -19,6 +19,7 @@ from spt_jax import (
     SPTConfig,
     budget,
     cache,
+    calibration,
 )
 from spt_jax.budget import Judge, Option, choose, within
 from spt_jax.layers import Attention, FeedForward, RoutedFFN, SparseAttention
@@ -277,8 +278,8 @@ def test_layers_of_several_sizes_are_kept_by_files(tmp_path):
     for path, module in sizes(model).items():
         name = ".".join(map(str, path))
         assert (choices.ffn[name].active.sum(-1) == module.active_blocks).all()
-    (tokens,) = spt_jax.generate(model, [ids[0, :5]], max_new_tokens=4)
-    assert tokens.shape == (4,)
+    (tokens,) = spt_jax.generate(model, ids[:1, :5], max_new_tokens=4, eos_token_ids=())
+    assert len(tokens) == 4
     spt_jax.save_pretrained(model, tmp_path / "merged")
     dense = spt_jax.load_pretrained(tmp_path / "merged", task="causal-lm")
     spt_jax.set_form(model, "dense")
@@ -447,3 +448,54 @@ def test_the_same_model_is_compiled_once_whatever_its_report_says():
     ]
     assert reports[0] == reports[1]
     assert hash(reports[0]) == hash(reports[1])
+
+
+@pytest.mark.usefixtures("compiled_anew")
+def test_eight_billion_parameters_need_little_memory_beside_the_weights():
+    """Compiled for a LLaMA-3-8B that is described, of few layers, and counted on to all 32."""
+    described = LLAMA | {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 8192,
+    }
+    key, length = jax.eval_shape(lambda: jax.random.key(0)), 512
+
+    # q and x twice, with their gradients, and k and v
+    token_bytes = 32 * 4 * (2 * 4096 + 2 * 1024 + 2 * 4096)
+    chunk = int(min(budget.CHUNK_TOKENS, budget.CHUNK_BYTES / token_bytes))
+
+    def ids(tokens):
+        return {"input_ids": jax.ShapeDtypeStruct((max(1, tokens // length), length), jnp.int32)}
+
+    def needed(layers):
+        raw = described | {"num_hidden_layers": layers}
+        model = nnx.eval_shape(lambda: Decoder(parse_config(raw), rngs=nnx.Rngs(0)))
+        graphdef, state = nnx.split(model)
+        found = [
+            number
+            for number, (_, module) in enumerate(nnx.iter_modules(model))
+            if isinstance(module, Attention | FeedForward)
+        ]
+        tokens = jax.ShapeDtypeStruct((calibration.PASS_TOKENS // 8,), jnp.int32)
+        recorded = calibration._recorded.lower(
+            graphdef, state, ids(calibration.PASS_TOKENS), tokens, numbers=tuple(found[-2:])
+        )
+        seen = budget._observed.lower(graphdef, state, ids(chunk), key, tuple(found), True)
+        sizes = [lowered.compile().memory_analysis() for lowered in (recorded, seen)]
+        return np.array([size.temp_size_in_bytes + size.output_size_in_bytes for size in sizes])
+
+    few, more = needed(2), needed(4)
+    recorded, observed = more + (more - few) / 2 * (32 - 4)
+    assert 1e9 < recorded + calibration.RECORDED_BYTES < 8e9
+    assert 1e9 < observed + budget.OBSERVED_BYTES < 8e9
+
+    arrays = [
+        jax.ShapeDtypeStruct(shape, jnp.float32)
+        for shape in ((4096, 4096), (4096, 4096), (4096, 4), (4, 4096))
+    ]
+    fit = calibration._fit_absent.lower(*arrays, rank=32).compile().memory_analysis()
+    hidden, outputs = 4096 * 14336 * 4, 4096 * 4 * 4096 * 4  # [T, F] and [T, G, D]
+    assert fit.temp_size_in_bytes + fit.argument_size_in_bytes + 3 * hidden + outputs < 5e9
