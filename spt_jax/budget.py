@@ -376,12 +376,16 @@ def _likelihood(
 
 
 def cost(
-    layer: nnx.Module, candidate: nnx.Module, calls: Sequence[Observation], inputs: Inputs
+    layer: nnx.Module,
+    candidate: nnx.Module,
+    calls: Sequence[Observation],
+    inputs: Inputs,
+    every: int = 1,
 ) -> float:
     """What a candidate in a layer's place costs on rows that were observed, summed over tokens.
 
     Half the squared change of the log-likelihood of causal language models; the squared change of
-    the final states of others is twice that.
+    the final states of others is twice that. Of an FFN one in `every` tokens stands for all.
     """
     if isinstance(layer, Attention):
         assert isinstance(candidate, SparseAttention)
@@ -389,7 +393,12 @@ def cost(
         own = nnx.split(candidate)
         return sum(float(_attention_cost(*own, *seen, masks, layer.window)) for seen in calls)
     dense, sparse = nnx.split(layer), nnx.split(candidate)
-    return sum(float(_ffn_cost(*dense, *sparse, seen.inputs["x"], seen.gradient)) for seen in calls)
+    total = 0.0
+    for seen in calls:
+        x, gradient = seen.inputs["x"][:, ::every], seen.gradient[:, ::every]
+        share = x.shape[1] / seen.gradient.shape[1]
+        total += float(_ffn_cost(*dense, *sparse, x, gradient)) / share
+    return total
 
 
 def _key_mask(inputs: Inputs) -> jax.Array | None:

@@ -39,12 +39,14 @@ Fit = SparseAttention | tuple[Routing, RoutedFFNConfig]
 
 #: Shares of an FFN's blocks that a budget chooses from, where they are whole blocks.
 FFN_SHARES = (3 / 4, 1 / 2, 1 / 4)
-#: Tokens that rough fits take.
+#: Tokens that rough fits take, and of those that are measured the one in so many that serves for
+#: their costs.
 ROUGH_TOKENS = 1024
+ROUGH_EVERY = 4
 #: Times the budget, up to which rough costs may add up of what is fitted well.
 REACHES = (1.5, 4.0, 16.0)
 #: In keys of cached fits: to be raised when what is fitted, or how, changes.
-FIT_VERSION = 1
+FIT_VERSION = 2
 
 _log = logging.getLogger(__name__)
 
@@ -334,6 +336,7 @@ class Fitting:
         """Costs of candidates; their fits too, but for rough ones."""
         options: dict[Path, tuple[Option, ...]] = {}
         fits: dict[Path, dict[float, Fit]] = {}
+        every = ROUGH_EVERY if rough else 1
         name = f"adapting: {'measuring' if rough else 'fitting'}"
         with _progress(name, len(wanted)) as advance:
             for path, found in self._fits(fitted, wanted, rough=rough):
@@ -342,7 +345,7 @@ class Fitting:
                     Option(
                         share,
                         sum(
-                            budget.cost(layer, candidate, calls, rows)
+                            budget.cost(layer, candidate, calls, rows, every)
                             for rows, calls in observer.of(path)
                         )
                         / observer.judge.unit,
