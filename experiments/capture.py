@@ -40,7 +40,6 @@ from rich.table import Table
 from tqdm import tqdm
 
 import spt_jax
-from experiments import cli
 from experiments.attention_capture import (
     Capture,
     LayerActivations,
@@ -66,6 +65,7 @@ from experiments.routing_error import (
     mean_error,
     measure_layer,
 )
+from spt_jax import cli
 from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
 from spt_jax.layers import SparseAttention
 from spt_jax.models import DecoderConfig

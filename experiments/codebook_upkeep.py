@@ -35,7 +35,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import spt_jax
-from experiments import cli, glue
+from experiments import glue
 from experiments.attention_capture import (
     LayerActivations,
     Rule,
@@ -47,6 +47,7 @@ from experiments.glue_tasks import GlueTask
 from experiments.methods import Recipe, write_metrics
 from experiments.reports import here_and_now, how, page, save_figure
 from pallas_kernels import pq_encode
+from spt_jax import cli
 from spt_jax.calibration import fit_sparse_attention
 from spt_jax.layers import Attention, SparseAttention
 from spt_jax.training import Examples, write_text_atomic

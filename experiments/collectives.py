@@ -21,8 +21,9 @@ from typing import Literal, NamedTuple
 import jax
 from rich.table import Table
 
-from experiments import cli, profile
+from experiments import profile
 from experiments.reports import here_and_now, how, page
+from spt_jax import cli
 from spt_jax.sharding import make_mesh, parse_mesh
 from spt_jax.training import write_text_atomic
 

@@ -26,12 +26,12 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
-from experiments import cli
 from experiments.comparisons import REHEARSAL, GPUSizes, attention_parts
 from experiments.kernels import step_function
 from experiments.methods import write_metrics
 from experiments.reports import write_csv
 from pallas_kernels import mosaic
+from spt_jax import cli
 
 KERNELS = ("forward", "dq", "dkv")
 #: Column, metric of Nsight Compute, and its unit as `ncu --print-units base` gives it.

@@ -22,7 +22,7 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 import spt_jax
-from experiments import acceptability, cli
+from experiments import acceptability
 from experiments.glue_tasks import TASKS, GlueTask, Split, read_split
 from experiments.methods import (
     Method,
@@ -34,6 +34,7 @@ from experiments.methods import (
     speed_note,
     write_metrics,
 )
+from spt_jax import cli
 from spt_jax.models.config import ModelConfig, read_config
 from spt_jax.models.encoder_config import EncoderConfig
 from spt_jax.models.hub import CONFIG_FILES, find_files

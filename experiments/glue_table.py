@@ -32,11 +32,12 @@ from rich.console import Console
 from rich.table import Table
 
 import spt_jax
-from experiments import cli, glue
+from experiments import glue
 from experiments.glue import Data, Inputs, load_data, named_task, read_model_config, train_method
 from experiments.glue_tasks import TASKS
 from experiments.methods import DESCRIPTIONS, Method, Recipe, parse_methods, write_metrics
 from experiments.reports import bullets, how, machine, page, versions
+from spt_jax import cli
 from spt_jax.config import SparseAttentionConfig
 from spt_jax.training import (
     Interrupted,

@@ -46,7 +46,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 from rich.table import Table
 from tqdm import tqdm
 
-from experiments import cli
+from spt_jax import cli
 
 if TYPE_CHECKING:
     from experiments.gpu_cases import Case

@@ -35,11 +35,11 @@ from typing import Any, Literal
 import jax
 from rich.table import Table
 
-from experiments import cli
 from experiments.gpu_phases import PHASES, Job, LeftOut, Phase, Setting
 from experiments.methods import write_metrics
 from experiments.reports import bullets, here_and_now, how, page, write_csv
 from pallas_kernels import why_not_mosaic, why_not_triton
+from spt_jax import cli
 from spt_jax.training import environment, write_json_atomic
 from spt_jax.training.metrics import write_text_atomic
 

@@ -45,11 +45,12 @@ from rich.table import Table
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from experiments import cli, comparisons
+from experiments import comparisons
 from experiments.comparisons import Comparison, Method
 from experiments.gpu_targets import kernel_launches
 from experiments.reports import save_figure, write_csv
 from pallas_kernels import autotune, why_not_triton
+from spt_jax import cli
 from spt_jax.training import environment, write_json_atomic
 from spt_jax.training.loop import device_peak_bytes
 

@@ -17,8 +17,8 @@ from flax import nnx
 from rich.table import Table
 
 import spt_jax
-from experiments import cli
 from pallas_kernels import best_implementation, why_not_mosaic, why_not_triton
+from spt_jax import cli
 from spt_jax.adaptation import ADAPTATION_FILE
 from spt_jax.config import Form, LearningRateMultipliers
 from spt_jax.forms import FORMS

@@ -32,8 +32,8 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import spt_jax
-from experiments import cli
 from experiments.methods import write_metrics
+from spt_jax import cli
 from spt_jax.config import Form
 from spt_jax.models.decoder import Decoder
 

@@ -42,7 +42,6 @@ import optax
 from rich.table import Table
 from tqdm import tqdm
 
-from experiments import cli
 from experiments.blocks import (
     BlockConfig,
     BlockMethod,
@@ -59,6 +58,7 @@ from experiments.gpu_targets import GPUS, described_device, trace_for
 from experiments.kernels import FAILURES, OUT_OF_MEMORY, failure_of, in_threads
 from experiments.methods import write_metrics
 from experiments.reports import save_figure, write_csv
+from spt_jax import cli
 from spt_jax.config import MeshConfig, RoutedFFNConfig, SparseAttentionConfig
 from spt_jax.sharding import Devices, make_mesh, parse_mesh
 from spt_jax.training.loop import compiled_peak_bytes, device_peak_bytes

@@ -26,7 +26,6 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from experiments import cli
 from experiments.kernels import failure_of, in_threads
 from experiments.methods import write_metrics
 from experiments.reports import write_csv
@@ -44,6 +43,7 @@ from pallas_kernels import (
     why_not_triton,
 )
 from pallas_kernels.triton import interpreting as triton_interpreting
+from spt_jax import cli
 
 Granularity = Literal["token", "tile"]
 Kernels = Literal["mosaic", "triton"]

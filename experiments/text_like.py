@@ -27,7 +27,6 @@ from jaxtyping import Array, Float
 from rich.table import Table
 
 import spt_jax
-from experiments import cli
 from experiments.attention_capture import LayerActivations, attention_mass, record_layers
 from pallas_kernels import (
     TileSelection,
@@ -36,6 +35,7 @@ from pallas_kernels import (
     score_unit,
     scoring_codewords,
 )
+from spt_jax import cli
 from spt_jax.layers.quantizer import evenly_spaced
 from spt_jax.training import read_text
 

@@ -34,7 +34,6 @@ from rich.table import Table
 from tqdm import tqdm
 
 import spt_jax
-from experiments import cli
 from experiments.corpora import cpython_documentation
 from experiments.kernels import FAILURES, failure_of, in_threads
 from experiments.methods import (
@@ -45,6 +44,7 @@ from experiments.methods import (
     write_metrics,
 )
 from experiments.reports import save_figure, write_csv
+from spt_jax import cli
 from spt_jax.config import Form
 from spt_jax.forms import has_sparse_parts
 from spt_jax.models import Decoder

@@ -28,7 +28,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 import spt_jax
-from experiments import cli, small_llama
+from experiments import small_llama
 from experiments.corpora import cpython_documentation, cut
 from experiments.methods import (
     Method,
@@ -43,6 +43,7 @@ from experiments.methods import (
     speed_note,
     write_metrics,
 )
+from spt_jax import cli
 from spt_jax.chat import ChatTemplate, encode_messages
 from spt_jax.models import Decoder, DecoderConfig
 from spt_jax.models.config import parse_config

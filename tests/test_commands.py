@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments import cli, profile, small_llama
+from experiments import profile, small_llama
 from experiments.blocks import opt_config
 from experiments.corpora import cpython_documentation
 from experiments.glue_tasks import TASKS
 from experiments.peers import runner
+from spt_jax import cli
 from tests.experiments.test_mmlu import make_questions, write_csv
 from tests.experiments.test_wikitext import TINY
 from tests.experiments.tfds_directory import random_rows, write_task

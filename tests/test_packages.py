@@ -55,12 +55,12 @@ def test_a_checkout_runs_its_own(package, tmp_path):
     """Whatever else is installed under that name."""
     other = tmp_path / "site" / "experiments"
     other.mkdir(parents=True)
-    (other / "cli.py").write_text("raise SystemExit('another')")
+    (other / "reports.py").write_text("raise SystemExit('another')")
     if package:
         (other / "__init__.py").write_text("raise SystemExit('another')")
-    program = "from importlib.util import find_spec; print(find_spec('experiments.cli').origin)"
+    program = "from importlib.util import find_spec; print(find_spec('experiments.reports').origin)"
     found = run("-c", program, cwd=ROOT, path=other.parent)
-    assert found == [str(ROOT / "experiments" / "cli.py")]
+    assert found == [str(ROOT / "experiments" / "reports.py")]
 
 
 def test_without_a_user_s_folder_the_installed_one_runs(installed, tmp_path):

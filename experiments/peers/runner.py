@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from experiments import cli, peers, profile
+from experiments import peers, profile
 from experiments.kernels import failure_of
 from experiments.methods import write_metrics
 from experiments.profile import (
@@ -26,6 +26,7 @@ from experiments.profile import (
     exit_on_failures,
 )
 from experiments.reports import write_csv
+from spt_jax import cli
 from spt_jax.training import environment
 
 #: What a peer is made of, by the names of pip.

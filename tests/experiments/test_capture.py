@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import capture, cli
+from experiments import capture
 from experiments.attention_capture import Rule
+from spt_jax import cli
 from tests.spt_jax.models.builders import write_readable_checkpoint
 
 SIZES = ["--length", "64", "--rows", "2", "--ffn-length", "32", "--ffn-rows", "4"]

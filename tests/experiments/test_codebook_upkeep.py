@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import spt_jax
-from experiments import cli, codebook_upkeep
+from experiments import codebook_upkeep
 from experiments.codebook_upkeep import (
     UPKEEPS,
     MovingAverages,
@@ -20,6 +20,7 @@ from experiments.codebook_upkeep import (
     longest_rows,
 )
 from pallas_kernels import pq_encode
+from spt_jax import cli
 from spt_jax.training import Examples
 from tests.spt_jax.models.builders import write_readable_checkpoint
 from tests.spt_jax.toy import ToyModel

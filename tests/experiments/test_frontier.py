@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from experiments import cli, frontier
-from spt_jax import AdaptationReport, budget
+from experiments import frontier
+from spt_jax import AdaptationReport, budget, cli
 
 
 def run(monkeypatch, *arguments: object) -> None:

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from experiments import cli, glue
+from experiments import glue
 from experiments.glue_tasks import TASKS
+from spt_jax import cli
 from tests.experiments.tfds_directory import random_rows, write_task
 from tests.processes import UNOPTIMIZED
 from tests.spt_jax.models.builders import edited, write_checkpoint, write_readable_checkpoint

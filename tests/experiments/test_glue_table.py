@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments import cli, glue, glue_table
+from experiments import glue, glue_table
 from experiments.glue_table import Cell, Options, Score, summarize
 from experiments.glue_tasks import TASKS
 from experiments.methods import DESCRIPTIONS
+from spt_jax import cli
 from spt_jax.training import TrainResult, evaluation_metrics, loop
 from tests.experiments.tfds_directory import random_rows, write_task
 from tests.spt_jax.models.builders import write_readable_checkpoint

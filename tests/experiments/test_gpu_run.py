@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments import cli, gpu_phases, gpu_run
+from experiments import gpu_phases, gpu_run
 from experiments.corpora import cpython_documentation
 from experiments.gpu_phases import PHASES, Column, Job, LeftOut, Phase, Setting
 from experiments.gpu_run import REHEARSAL, Options
+from spt_jax import cli
 from spt_jax.models import hub
 from spt_jax.training import environment
 

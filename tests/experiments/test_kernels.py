@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from experiments import cli, comparisons, kernels
+from experiments import comparisons, kernels
 from experiments.blocks import BlockStep, attention_operations, llama_config, opt_config
 from experiments.kernels import step_function
+from spt_jax import cli
 from spt_jax.models.decoder import Decoder
 from tests.jaxprs import needed
 from tests.pallas_kernels import mosaic

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from experiments import cli
 from experiments.methods import (
     MethodOptions,
     device_line,
@@ -19,6 +18,7 @@ from experiments.methods import (
     write_metrics,
 )
 from pallas_kernels import devices, triton
+from spt_jax import cli
 from spt_jax.training import TrainResult
 
 

@@ -16,7 +16,8 @@ from flax import nnx
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 
 import spt_jax
-from experiments import cli, mmlu
+from experiments import mmlu
+from spt_jax import cli
 from spt_jax.models.config import parse_config
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.slots import tensor_slots

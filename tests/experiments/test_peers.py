@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 import spt_jax
-from experiments import cli, peers, profile
+from experiments import peers, profile
 from experiments.blocks import (
     BlockStep,
     bert_config,
@@ -26,6 +26,7 @@ from experiments.blocks import (
 from experiments.peers import runner
 from experiments.peers.runner import Options, workloads
 from experiments.profile import Measurement
+from spt_jax import cli
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.encoder import Encoder
 from tests.tolerance import assert_close

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import cli, profile
+from experiments import profile
 from experiments.blocks import (
     BlockStep,
     ModelStep,
@@ -34,6 +34,7 @@ from experiments.profile import (
     training_step,
     workloads,
 )
+from spt_jax import cli
 from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
 from spt_jax.layers import RoutedFFN
 

@@ -9,8 +9,9 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from experiments import cli, smoke
+from experiments import smoke
 from pallas_kernels import sparse_attention
+from spt_jax import cli
 
 
 @pytest.mark.parametrize("op", smoke.CHECKS)

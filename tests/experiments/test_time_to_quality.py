@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import cli, time_to_quality
+from experiments import time_to_quality
 from experiments.time_to_quality import Options, best_rows, rows_of, split
+from spt_jax import cli
 
 
 def test_every_token_but_the_first_is_a_label_once():

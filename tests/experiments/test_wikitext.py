@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import spt_jax
-from experiments import cli, small_llama, wikitext
+from experiments import small_llama, wikitext
 from experiments.corpora import cpython_documentation, cut
+from spt_jax import cli
 from spt_jax.training import Document, evaluate, next_token
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import spt_jax
-from experiments import cli, glue, mmlu, wikitext
+from experiments import glue, mmlu, wikitext
 from experiments.glue_tasks import TASKS, GlueTask
 from pallas_kernels import (
     RoutedFFNWeights,
@@ -34,6 +34,7 @@ from pallas_kernels import (
     scoring_codewords,
     sparse_attention,
 )
+from spt_jax import cli
 from spt_jax.training import Examples, encode_documents, pack, read_jsonl, read_text, tokenize
 from spt_jax.training.data import check_labels
 from tests.experiments.tfds_directory import random_rows, write_task

@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 
-from experiments import cli, glue
+from experiments import glue
 from experiments.glue_tasks import TASKS
+from spt_jax import cli
 from tests.experiments.tfds_directory import random_rows, write_task
 from tests.processes import free_address
 from tests.spt_jax.models.builders import write_readable_checkpoint

@@ -1,4 +1,4 @@
-"""Command-line conduct shared by the experiments."""
+"""Command-line conduct shared by all programs."""
 
 from __future__ import annotations
 
