@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 
 import spt_jax
 from experiments import small_llama
-from experiments.corpora import cpython_documentation, cut
+from experiments.corpora import cpython_documentation
 from experiments.methods import (
     Method,
     MethodOptions,
@@ -52,6 +52,7 @@ from spt_jax.training import (
     Document,
     Examples,
     TrainResult,
+    cut_texts,
     encode_documents,
     evaluate,
     next_token,
@@ -211,7 +212,7 @@ def _read_file(path: Path) -> Sequence[Record]:
 def _cut(records: Sequence[Record], share: float) -> tuple[Sequence[Record], Sequence[Record]]:
     texts = [record for record in records if isinstance(record, str)]
     if len(texts) == len(records):
-        return cut(texts, share)
+        return cut_texts(texts, share)
     number = round(share * len(records))
     return records[:number], records[number:]
 

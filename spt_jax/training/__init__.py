@@ -16,7 +16,12 @@ from spt_jax.training.loop import (
     form_of,
     train,
 )
-from spt_jax.training.losses import cross_entropy, linear_cross_entropy, mean_squared_error
+from spt_jax.training.losses import (
+    binary_cross_entropy,
+    cross_entropy,
+    linear_cross_entropy,
+    mean_squared_error,
+)
 from spt_jax.training.metrics import (
     environment,
     evaluation_metrics,
@@ -29,6 +34,7 @@ from spt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from spt_jax.training.step import TrainState, eval_step, partition, start, train_step, write_back
 from spt_jax.training.text import (
     Document,
+    cut_texts,
     encode_documents,
     pack,
     read_jsonl,
@@ -48,8 +54,10 @@ __all__ = [
     "Outcome",
     "TrainResult",
     "TrainState",
+    "binary_cross_entropy",
     "check_labels",
     "cross_entropy",
+    "cut_texts",
     "differences_between",
     "encode_documents",
     "environment",

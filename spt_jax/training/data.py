@@ -37,7 +37,8 @@ class Examples:
 
     Attributes:
         columns: at least input_ids and attention_mask `[n, S]` and label `[n]` or `[n, S]`;
-            optionally token_type_ids and segment_ids `[n, S]`, and weight, shaped as label.
+            optionally token_type_ids and segment_ids `[n, S]`, and weight, shaped as label. Where
+            an example has several labels, label is `[n, C]`, 0 or 1, and weight `[n]`.
         name: what messages call it.
         num_truncated: examples that were cut to fit the maximal length.
 
@@ -81,18 +82,22 @@ class Examples:
                 f"{self.name}: input_ids must be integers [examples, sequence], got {ids.dtype} "
                 f"{ids.shape}"
             )
-        if label.shape not in (ids.shape[:1], ids.shape):
+        if not self._is_multi_label and label.shape not in (ids.shape[:1], ids.shape):
             raise ValueError(
                 f"{self.name}: label has shape {label.shape}; give one an example, {ids.shape[:1]},"
                 f" or one a token, {ids.shape}; several labels or scores an example are not "
-                "supported"
+                f"supported but for classes beside a weight of shape {ids.shape[:1]}"
             )
-        shapes = {"weight": label.shape} | dict.fromkeys(
-            ("attention_mask", "token_type_ids", "segment_ids"), ids.shape
-        )
+        shapes = {"weight": label.shape[:1] if self._is_multi_label else label.shape}
+        shapes |= dict.fromkeys(("attention_mask", "token_type_ids", "segment_ids"), ids.shape)
         for column, shape in shapes.items():
             if column in self.columns and (found := self.columns[column].shape) != shape:
                 raise ValueError(f"{self.name}: {column} has shape {found}, expected {shape}")
+
+    @property
+    def _is_multi_label(self) -> bool:
+        label, weight = self.columns["label"], self.columns.get("weight")
+        return label.ndim == 2 and weight is not None and weight.ndim == 1
 
     def __len__(self) -> int:
         return len(self.columns["input_ids"])
@@ -217,7 +222,7 @@ def tokenize(
 
     Args:
         texts: one sequence of strings, or two for sentence pairs.
-        labels: one an example; see `check_labels`.
+        labels: one an example, see `check_labels`; or 0 or 1 for each of C classes, `[n, C]`.
         tokenizer: left as it is; its own truncation and padding are not used.
         name: what messages call the split.
         max_length: longer examples are cut, the longer sentence first, and counted.
@@ -251,7 +256,9 @@ def tokenize(
         raise ValueError(f"{name}: texts and labels differ in number: {counts}")
     if not counts[0]:
         raise ValueError(f"{name} is empty: there is no example in it")
-    _check_numbers(labels, name)
+    several = isinstance(labels, np.ndarray) and labels.ndim == 2
+    if not several:
+        _check_numbers(labels, name)
 
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     padding = tokenizer.padding
@@ -285,7 +292,7 @@ def tokenize(
         "attention_mask": inside.astype(np.int32),
         "token_type_ids": token_type_ids,
         "label": np.asarray(labels),
-    }
+    } | ({"weight": np.ones(len(labels), np.float32)} if several else {})
     return Examples(columns, name, sum(bool(encoding.overflowing) for encoding in encodings))
 
 
@@ -372,8 +379,10 @@ def _valid_lengths(mask: np.ndarray) -> np.ndarray:
 def cut_batch(batch: Mapping[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
     """The first `length` positions of all columns that have positions."""
     full = batch["attention_mask"].shape[1]
+    whole = {"label"} if np.ndim(batch.get("weight")) == 1 else set()  # one weight for C labels
     return {
-        name: x[:, :length] if x.ndim > 1 and x.shape[1] == full else x for name, x in batch.items()
+        name: x[:, :length] if x.ndim > 1 and x.shape[1] == full and name not in whole else x
+        for name, x in batch.items()
     }
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from spt_jax import sharding
 
@@ -64,6 +64,35 @@ def mean_squared_error(
             "one output a label; load the model with num_labels=1"
         )
     return _weighted(jnp.square(outputs[..., 0].astype(jnp.float32) - labels), weights)
+
+
+def binary_cross_entropy(
+    logits: Float[Array, "*B C"], labels: Num[Array, "*B C"], weights: Float[Array, "*B"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """`sum w mean_c (softplus(z_c) - y_c z_c)` in float32, and `sum w`, for several labels a row.
+
+    Args:
+        logits: scores of the C classes, any float dtype.
+        labels: 1 where a row has the class, else 0.
+        weights: weight of each row; 0 leaves it out.
+
+    Raises:
+        ValueError: there is not one label for each logit.
+
+    Example:
+        >>> loss, weight = binary_cross_entropy(jnp.zeros((2, 3)), jnp.eye(2, 3), jnp.ones(2))
+        >>> round(float(loss / weight), 4)
+        0.6931
+    """
+    if labels.shape != logits.shape:
+        raise ValueError(
+            f"labels are {labels.shape} beside logits {logits.shape}: binary_cross_entropy takes "
+            "0 or 1 for each class; load the model with as many num_labels"
+        )
+    losses = optax.sigmoid_binary_cross_entropy(
+        logits.astype(jnp.float32), labels.astype(jnp.float32)
+    )
+    return _weighted(losses.mean(-1), weights)
 
 
 def _weighted(

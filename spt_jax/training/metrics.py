@@ -24,6 +24,7 @@ _CLASSIFICATION = {
     "f1": "f1_score",
     "matthews": "matthews_corrcoef",
 }
+_MULTI_LABEL = ("f1_micro", "exact_match")
 _REGRESSION = {"pearson": "pearsonr", "spearman": "spearmanr"}
 
 
@@ -31,6 +32,15 @@ def _classification(name: str, labels: np.ndarray, predictions: np.ndarray) -> f
     from sklearn import metrics
 
     return float(getattr(metrics, _CLASSIFICATION[name])(labels, predictions))
+
+
+def _multi_label(name: str, labels: np.ndarray, outputs: np.ndarray) -> float:
+    predictions = outputs > 0  # a probability above one half
+    if name == "exact_match":
+        return float((predictions == (labels > 0)).all(-1).mean())
+    from sklearn import metrics
+
+    return float(metrics.f1_score(labels > 0, predictions, average="micro", zero_division=0))
 
 
 def _correlation(name: str, labels: np.ndarray, predictions: np.ndarray) -> float:
@@ -52,7 +62,7 @@ def check_metrics(names: Sequence[str], columns: int | None) -> None:
         names: for `evaluation_metrics`.
         columns: of the outputs; None where there are none.
     """
-    known = {*_CLASSIFICATION, *_REGRESSION}
+    known = {*_CLASSIFICATION, *_MULTI_LABEL, *_REGRESSION}
     if unknown := sorted({*names} - known - {"perplexity"}):
         raise ValueError(f"unknown metrics {unknown}; choose from {sorted(known)} or perplexity")
     for name in names:
@@ -77,14 +87,15 @@ def check_metrics(names: Sequence[str], columns: int | None) -> None:
 
 
 def glue_metrics(
-    names: Sequence[str], outputs: Float[np.ndarray, "n C"], labels: Num[np.ndarray, " n"]
+    names: Sequence[str], outputs: Float[np.ndarray, "n C"], labels: Num[np.ndarray, "n *C"]
 ) -> dict[str, float]:
-    """GLUE's official metrics.
+    """GLUE's official metrics, and those of several labels an example.
 
     Args:
-        names: among accuracy, f1 (of class 1), matthews, pearson, spearman.
+        names: among accuracy, f1 (of class 1), matthews, pearson, spearman; for several labels
+            an example f1_micro and exact_match, of the classes with logits above 0.
         outputs: class scores; one column of predictions for pearson and spearman.
-        labels: classes or scores.
+        labels: classes or scores; of several labels 0 or 1 for each class, `[n, C]`.
 
     Returns:
         The metrics in the order of `names`, as fractions of 1. A correlation with a constant
@@ -100,7 +111,9 @@ def glue_metrics(
     check_metrics(names, outputs.shape[-1])
     values = {}
     for name in names:
-        if name in _CLASSIFICATION:
+        if name in _MULTI_LABEL:
+            values[name] = _multi_label(name, labels, outputs)
+        elif name in _CLASSIFICATION:
             values[name] = _classification(name, labels, outputs.argmax(-1))
         else:
             values[name] = _correlation(name, labels, outputs[:, 0])

@@ -10,7 +10,13 @@ import jax
 import numpy as np
 
 from spt_jax.training.data import Examples
-from spt_jax.training.losses import Batch, Loss, cross_entropy, linear_cross_entropy
+from spt_jax.training.losses import (
+    Batch,
+    Loss,
+    binary_cross_entropy,
+    cross_entropy,
+    linear_cross_entropy,
+)
 
 
 class Outcome(NamedTuple):
@@ -75,11 +81,16 @@ def check_targets(objective: Objective, examples: Examples, columns: int | None)
     label, weight = (examples.columns.get(name) for name in ("label", "weight"))
     label = np.asarray(label)
     counted = np.ones(label.shape, bool) if weight is None else np.asarray(weight) > 0
+    counted = np.broadcast_to(
+        counted.reshape(*counted.shape, *[1] * (label.ndim - counted.ndim)), label.shape
+    )
     if not counted.any():
         raise ValueError(f"{examples.name}: all weights are 0, so there is nothing to learn from")
     wrong, kind = counted & ~np.isfinite(label), "number"
     if columns is not None and (objective is next_token or _is_of_classes(objective)):
         wrong, kind = counted & ((label < 0) | (label >= columns)), f"class in 0..{columns - 1}"
+    if isinstance(objective, _Supervised) and objective.loss is binary_cross_entropy:
+        wrong, kind = counted & (label != 0) & (label != 1), "0 or 1"
     if wrong.any():
         place = tuple(np.argwhere(wrong)[0])
         raise ValueError(

@@ -25,9 +25,9 @@ from tokenizers import Tokenizer
 from spt_jax.models.common import check_token_ids
 from spt_jax.models.tokenizer import begun_once
 from spt_jax.training.data import Examples, check_texts, decode_text
+from spt_jax.training.records import check_messages, decode_file, json_array, json_values
 
 _HEADING = re.compile(r" = (?!= ).*[^ =] = ?")  # and not " = = Section = = "
-_ROLES = ("system", "developer", "user", "assistant", "tool")
 #: What a record may hold for the chat template beside its messages.
 _FOR_TEMPLATES: dict[str, type] = {"tools": list, "documents": list, "chat_template_kwargs": dict}
 _ENCODED_AT_ONCE = 512  # documents; an encoding is many times larger than its ids
@@ -58,7 +58,7 @@ def read_text(path: str | os.PathLike[str]) -> list[str]:
     Raises:
         ValueError: the file is blank, not UTF-8, or holds JSON records.
     """
-    text = _decode(path)
+    text = decode_file(path)
     if _holds_records(text):
         raise ValueError(
             f"{path} holds JSON records, not text: read_jsonl reads them, and a command does where "
@@ -82,12 +82,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         ValueError: the file is blank or not UTF-8, or a record is anything else.
     """
-    text = _decode(path)
-    if (array := _array(text)) is not None:
-        records = [_record(x, f"{path}, record {n}") for n, x in enumerate(array, 1)]
-    else:
-        lines = ((n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
-        records = [_record(_parsed(line, where := f"{path}, line {n}"), where) for n, line in lines]
+    records = [checked_record(value, where) for value, where in json_values(path)]
     if not records:
         raise ValueError(f"{path} is empty: there is no record in it")
     return records
@@ -165,6 +160,30 @@ def read_tfds_text(
     if not documents:
         raise ValueError(f"{described} is empty: there is no text in it")
     return documents
+
+
+def cut_texts(texts: Sequence[str], share: float) -> tuple[list[str], list[str]]:
+    r"""The first `share` of the characters, up to the end of a line, and the rest.
+
+    Args:
+        texts: documents, of which one may be cut in two.
+        share: in [0, 1].
+
+    Example:
+        >>> cut_texts(["one\ntwo\n", "three\nfour\n"], 0.25)
+        (['one\n'], ['two\n', 'three\nfour\n'])
+    """
+    wanted, seen = share * sum(map(len, texts)), 0
+    head: list[str] = []
+    tail: list[str] = []
+    for text in texts:
+        inside = max(0, round(wanted) - seen)
+        end = len(text) if inside >= len(text) else (text.rfind("\n", 0, inside + 1) + 1 or inside)
+        seen += len(text)
+        for part, texts_of_part in ((text[:end], head), (text[end:], tail)):
+            if part.strip():
+                texts_of_part.append(part)
+    return head, tail
 
 
 def encode_documents(
@@ -323,18 +342,9 @@ def strided_windows(
     )
 
 
-def _decode(path: str | os.PathLike[str]) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 at byte {error.start}; convert it, for example with iconv"
-        ) from error
-
-
 def _holds_records(text: str) -> bool:
     """Whether a text is an object or an array of them in JSON, or JSON lines."""
-    if array := _array(text):
+    if array := json_array(text):
         return all(isinstance(record, dict) for record in array)
     start = text.lstrip()
     for part in (start.partition("\n")[0], start) if start[:1] == "{" else ():
@@ -342,14 +352,6 @@ def _holds_records(text: str) -> bool:
             json.loads(part)
             return True
     return False
-
-
-def _array(text: str) -> list[Any] | None:
-    """The JSON array that a text is, or None."""
-    if text.lstrip()[:1] == "[":
-        with contextlib.suppress(json.JSONDecodeError, RecursionError):
-            return json.loads(text)
-    return None
 
 
 def _split_articles(text: str) -> list[str]:
@@ -366,20 +368,16 @@ def _split_articles(text: str) -> list[str]:
     return [document for document in documents if document.strip()]
 
 
-def _parsed(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{where} is not JSON: {error.msg} at column {error.colno}; write one object a line"
-        ) from None
-    except RecursionError:
-        raise ValueError(
-            f"{where} is not JSON that can be read: nested too deeply; write one object a line"
-        ) from None
+def checked_record(record: Any, where: str) -> dict[str, Any]:
+    """A record as `read_jsonl` returns it.
 
+    Args:
+        record: what JSON has.
+        where: what messages call its place.
 
-def _record(record: Any, where: str) -> dict[str, Any]:
+    Raises:
+        ValueError: it has neither a text nor a conversation, or both.
+    """
     if not isinstance(record, dict):
         raise ValueError(f"{where}: an object is needed, got {json.dumps(record)[:40]}")
     record = {name: value for name, value in record.items() if value is not None}
@@ -390,39 +388,12 @@ def _record(record: Any, where: str) -> dict[str, Any]:
         if not isinstance(record["text"], str) or not record["text"].strip():
             raise ValueError(f'{where}: "text" must be a string that is not blank')
         return record
-    _check_messages(record["messages"], where)
+    check_messages(record["messages"], where)
     for name, kind in _FOR_TEMPLATES.items():
         if not isinstance(record.get(name, kind()), kind):
             word = "a list" if kind is list else "an object"
             raise ValueError(f'{where}: "{name}" must be {word}')
     return record
-
-
-def _check_messages(messages: Any, where: str) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f'{where}: "messages" must be a list that is not empty')
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict) or not (
-            isinstance(message.get("role"), str) and _has_content(message)
-        ):
-            raise ValueError(
-                f'{where}: message {index} must be an object with strings "role" and "content"'
-            )
-        if message["role"] not in _ROLES:
-            raise ValueError(
-                f"{where}: message {index} has the unknown role {message['role']!r}; "
-                f"roles are {', '.join(_ROLES)}"
-            )
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(
-            f"{where}: no message by the assistant, so there is nothing to learn from; "
-            'add its reply with "role": "assistant", or remove the line'
-        )
-
-
-def _has_content(message: dict[str, Any]) -> bool:
-    content = message.get("content")
-    return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
 
 
 def _version(folder: Path) -> tuple[int, ...]:

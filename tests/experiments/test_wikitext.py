@@ -11,7 +11,7 @@ import pytest
 
 import spt_jax
 from experiments import small_llama, wikitext
-from experiments.corpora import cpython_documentation, cut
+from experiments.corpora import cpython_documentation
 from spt_jax import cli
 from spt_jax.training import Document, evaluate, next_token
 
@@ -260,7 +260,7 @@ def test_a_style_that_is_learnt_sparse_shows_when_served_dense(tmp_path, capsys)
 def test_cutting_keeps_every_character_and_lines_whole():
     documents = cpython_documentation()[:6]
     for share in (0.0, 0.3, 0.77, 1.0):
-        head, tail = cut(documents, share)
+        head, tail = cut_texts(documents, share)
         assert "".join(head + tail) == "".join(documents)
         assert not head or head[-1].endswith("\n") or not tail
         assert len("".join(head)) <= share * len("".join(documents)) + 2
