@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 import spt_jax
 from experiments.capture import Texts, token_ids, two_sets
-from experiments.methods import device_line, write_metrics
+from experiments.methods import write_metrics
 from experiments.reports import here_and_now, how, page, save_figure, write_csv
 from spt_jax import budget, cli
+from spt_jax.finetune.adapting import device_line
 from spt_jax.models.config import read_config
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.hub import CONFIG_FILES, find_files

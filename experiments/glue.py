@@ -11,7 +11,7 @@ events and, last, metrics.json with every number of the table. A stopped run goe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,16 +27,15 @@ from experiments.glue_tasks import TASKS, GlueTask, Split, read_split
 from experiments.methods import (
     Method,
     MethodOptions,
-    adapted,
-    device_line,
     form_note,
     results_table,
     speed_note,
     write_metrics,
 )
 from spt_jax import cli
+from spt_jax.finetune.adapting import adapted, calibration_rows, device_line
+from spt_jax.finetune.prepare import without_unread_types
 from spt_jax.models.config import ModelConfig, read_config
-from spt_jax.models.encoder_config import EncoderConfig
 from spt_jax.models.hub import CONFIG_FILES, find_files
 from spt_jax.processes import first_goes_first
 from spt_jax.training import (
@@ -127,10 +126,7 @@ def load_data(task: GlueTask, options: Inputs, tokenizer: Tokenizer, config: Mod
             pad_id=config.padding_id,
             vocab_size=config.vocab_size,
         )
-        if isinstance(config, EncoderConfig) and config.num_token_types > 1:
-            return examples
-        columns = {n: column for n, column in examples.columns.items() if n != "token_type_ids"}
-        return replace(examples, columns=columns)
+        return without_unread_types(examples, config)
 
     with first_goes_first():  # it may download
         train = tokens("train")
@@ -169,8 +165,7 @@ def build_model(
 
 def calibration_examples(data: Data, seed: int) -> Examples:
     """Random training examples to calibrate on."""
-    order = np.random.default_rng(seed).permutation(len(data.train))
-    return data.train.take(order[:CALIBRATION_EXAMPLES])
+    return calibration_rows(data.train, CALIBRATION_EXAMPLES, seed=seed)
 
 
 def objective_of(task: GlueTask) -> Objective:

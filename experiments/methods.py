@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,13 +12,10 @@ from typing import Annotated, Any, Literal, get_args
 
 import jax
 import tyro
-from flax import nnx
 from rich.table import Table
 
 import spt_jax
-from pallas_kernels import best_implementation, why_not_mosaic, why_not_triton
 from spt_jax import cli
-from spt_jax.adaptation import ADAPTATION_FILE
 from spt_jax.config import Form, LearningRateMultipliers
 from spt_jax.forms import FORMS
 from spt_jax.models import DecoderConfig
@@ -28,9 +24,9 @@ from spt_jax.models.hub import CONFIG_FILES, find_files
 from spt_jax.processes import is_first, several, start_processes
 from spt_jax.sharding import make_mesh, parse_mesh
 from spt_jax.training import (
-    Examples,
     TrainResult,
     environment,
+    finite,
     form_of,
     write_json_atomic,
 )
@@ -280,47 +276,6 @@ class MethodOptions(Recipe):
         self.check()
 
 
-def adapted[Model: nnx.Module](
-    model: Model,
-    config: spt_jax.SPTConfig,
-    calibration: Examples,
-    out: Path,
-    *,
-    rngs: nnx.Rngs,
-    resume: bool,
-) -> Model:
-    """The model adapted, and its choices told; a run that goes on makes those of its beginning.
-
-    Args:
-        model: dense; changed in place.
-        config: what to add.
-        calibration: what is measured on.
-        out: folder of the run.
-        rngs: of LoRA's factors and random fits.
-        resume: whether the run goes on.
-    """
-    record, choices = out / ADAPTATION_FILE, None
-    if resume and config.has_budget and record.is_file():
-        choices = spt_jax.AdaptationReport.load(record)
-    return spt_jax.adapt(
-        model, config, calibration_batch=calibration.columns, rngs=rngs, choices=choices
-    )
-
-
-def device_line(dtype: str) -> str:
-    """What a run trains on, in which type, with which kernels; on a GPU, why with no faster ones.
-
-    Args:
-        dtype: type that it computes in.
-    """
-    devices, kernels = jax.devices(), best_implementation(dtype)
-    line = f"{len(devices)} x {devices[0].device_kind}, {dtype}, kernels {kernels}"
-    if devices[0].platform != "gpu" or kernels != "xla":
-        return line
-    reasons = {"mosaic": why_not_mosaic(dtype), "triton": why_not_triton(dtype)}
-    return line + "".join(f"; not {name}: {why}" for name, why in reasons.items() if why)
-
-
 def decoder_config(source: str | Path) -> DecoderConfig:
     """The configuration of a causal language model, without its weights.
 
@@ -434,14 +389,7 @@ def write_metrics(
             "configuration": configuration,
             "seed": configuration.get("seed"),
             **environment(),
-            "figures": _finite(figures),
+            "figures": finite(figures),
             **more,
         },
     )
-
-
-def _finite(figures: Any) -> Any:
-    """Figures with None for infinities."""
-    if isinstance(figures, Mapping):
-        return {name: _finite(figure) for name, figure in figures.items()}
-    return None if isinstance(figures, float) and math.isinf(figures) else figures

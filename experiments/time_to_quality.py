@@ -40,12 +40,12 @@ from experiments.methods import (
     Method,
     MethodOptions,
     decoder_config,
-    device_line,
     write_metrics,
 )
 from experiments.reports import save_figure, write_csv
 from spt_jax import cli
 from spt_jax.config import Form
+from spt_jax.finetune.adapting import device_line
 from spt_jax.forms import has_sparse_parts
 from spt_jax.models import Decoder
 from spt_jax.training import (

@@ -15,8 +15,6 @@ directories) and, last, metrics.json with every number of the table. A stopped r
 
 from __future__ import annotations
 
-import datetime
-import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +23,6 @@ from typing import Any, Literal
 import numpy as np
 from flax import nnx
 from rich.console import Console
-from tokenizers import Tokenizer
 
 import spt_jax
 from experiments import small_llama
@@ -33,9 +30,7 @@ from experiments.corpora import cpython_documentation
 from experiments.methods import (
     Method,
     MethodOptions,
-    adapted,
     decoder_config,
-    device_line,
     family,
     form_note,
     release,
@@ -44,16 +39,15 @@ from experiments.methods import (
     write_metrics,
 )
 from spt_jax import cli
-from spt_jax.chat import ChatTemplate, encode_messages
+from spt_jax.finetune.adapting import adapted, calibration_rows, device_line
+from spt_jax.finetune.encoding import Encoder, Record, cut_note
 from spt_jax.models import Decoder, DecoderConfig
 from spt_jax.models.config import parse_config
-from spt_jax.models.hub import TOKENIZER_FILES, find_files
 from spt_jax.training import (
     Document,
     Examples,
     TrainResult,
     cut_texts,
-    encode_documents,
     evaluate,
     next_token,
     pack,
@@ -72,11 +66,6 @@ LEARNING_RATES = {"spt": 1e-3, "lora": 1e-3, "full": 2e-5}
 SCRATCH_RATES = {"spt": 2e-3, "lora": 2e-3, "full": 2e-4}
 METRICS = ("perplexity",)
 ANSWER_TOKENS = 64
-#: What chat templates take for today, so that the same file is the same data on any day. It is the
-#: date that Llama 3's template falls back on.
-TODAY = datetime.datetime(2024, 7, 26)
-
-Record = str | dict[str, Any]  # a text, or a conversation as `read_jsonl` reads it
 #: Endings of files of records; others hold text.
 RECORDS = (".jsonl", ".json", ".ndjson")
 
@@ -217,59 +206,6 @@ def _cut(records: Sequence[Record], share: float) -> tuple[Sequence[Record], Seq
     return records[:number], records[number:]
 
 
-class Encoder:
-    """Records to documents in tokens.
-
-    Args:
-        source: directory or id of the model.
-        config: of the model.
-        plain_chat: whether conversations are written plainly, not by the model's template.
-    """
-
-    def __init__(self, source: str | Path, config: DecoderConfig, *, plain_chat: bool) -> None:
-        self.tokenizer: Tokenizer = spt_jax.load_tokenizer(source)
-        self.config = config
-        self._source, self._plain = source, plain_chat
-        self.eos_id = config.eos_token_ids[0] if config.eos_token_ids else None
-
-    def template(self) -> ChatTemplate:
-        """How conversations are written."""
-        if not self._plain:
-            return ChatTemplate.load(find_files(self._source, files=TOKENIZER_FILES), now=TODAY)
-        if self.eos_id is None:
-            raise ValueError("the model has no eos_token_id to end a reply with")
-        bos = self.config.bos_token_id
-        return ChatTemplate.plain(
-            eos_token=self.tokenizer.id_to_token(self.eos_id) or "",
-            bos_token="" if bos is None else self.tokenizer.id_to_token(bos) or "",
-        )
-
-    def __call__(self, records: Sequence[Record], name: str) -> list[Document]:
-        """Encode texts whole and of conversations the assistant's part as what is predicted."""
-        documents: list[Document] = []
-        template: ChatTemplate | None = None
-        for kind, group in itertools.groupby(records, type):
-            if kind is str:
-                texts = [str(text) for text in group]
-                documents += encode_documents(texts, self.tokenizer, name=name, eos_id=self.eos_id)
-                continue
-            template = template or self.template()
-            for chat in group:
-                documents += self._replies(chat, template, name)
-        return documents
-
-    def _replies(self, chat: Any, template: ChatTemplate, name: str) -> list[Document]:
-        variables = {key: chat[key] for key in ("tools", "documents") if chat.get(key)}
-        variables |= chat.get("chat_template_kwargs", {})
-        try:
-            return encode_messages(chat["messages"], self.tokenizer, template, **variables)
-        except ValueError as error:
-            first = chat["messages"][0].get("content")
-            raise ValueError(
-                f"{name}, the conversation that begins {first!r:.60}: {error}"
-            ) from error
-
-
 def head(documents: Sequence[Document], tokens: int) -> list[Document]:
     """The first documents, the last of them cut, in which `tokens` are predicted; or all."""
     kept: list[Document] = []
@@ -299,8 +235,8 @@ def build_model(method: Method, source: str | Path, options: Options, data: Exam
     config = options.spt_config(method)
     if config is None:
         return model
-    order = np.random.default_rng(options.seed).permutation(len(data))
-    calibration = data.take(order[: max(2, CALIBRATION_TOKENS // data.length)])
+    number = max(2, CALIBRATION_TOKENS // data.length)
+    calibration = calibration_rows(data, number, seed=options.seed)
     out = options.out / method
     return adapted(model, config, calibration, out, rngs=rngs, resume=options.resume)
 
@@ -364,17 +300,6 @@ def dense_note(options: Options) -> str | None:
         f"rows of {options.row_length} tokens are too short for sparse attention to pay: with all "
         f"keys and a dense FFN {', '.join(names)} trains as lora does (--granularity, --ffn and "
         "longer rows make it sparse)"
-    )
-
-
-def cut_note(data: Examples, documents: Sequence[Document]) -> str | None:
-    """Says how many documents are longer than a row; None where none is."""
-    if not data.num_truncated:
-        return None
-    return (
-        f"{data.num_truncated} of {len(documents)} documents of the {data.name} are longer than a "
-        f"row of {data.length} and cut into pieces, of which later ones do not see the beginning, "
-        "in a conversation the question (--max-length)"
     )
 
 

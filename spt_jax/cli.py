@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import tyro
@@ -33,13 +33,24 @@ _REMEDIES = {
 }
 
 
-def parse[T](options: type[T], module: str, description: str | None) -> T:
+def parse[T](
+    options: type[T],
+    module: str,
+    description: str | None,
+    *,
+    args: Sequence[str] | None = None,
+    default: T | None = None,
+    config: Sequence[Any] = (),
+) -> T:
     """The options of the command line.
 
     Args:
         options: their dataclass.
         module: such as "experiments.glue".
         description: what --help shows above them.
+        args: arguments; None for those of the process.
+        default: what holds where nothing is given; None for the dataclass's own.
+        config: markers of `tyro.conf`.
 
     Raises:
         ValueError: an option is unknown, lacks its value, or has a wrong one.
@@ -47,7 +58,14 @@ def parse[T](options: type[T], module: str, description: str | None) -> T:
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown):
-            return tyro.cli(options, prog=module, description=description)
+            return tyro.cli(
+                options,
+                prog=module,
+                description=description,
+                args=args,
+                default=tyro.MISSING if default is None else default,
+                config=config or None,
+            )
     except SystemExit as stop:
         if not stop.code:  # --help
             raise

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
@@ -39,6 +39,8 @@ from spt_jax.models.hub import ADDITIONAL_TEMPLATES, find_files
 from spt_jax.models.pretrained import Task, checked_dtype
 from spt_jax.models.slots import Slot, module_at, tensor_slots
 from spt_jax.processes import to_host
+
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 #: Files of a tokenizer, and the defaults of generation that lie beside it.
 TOKENIZER_FILES = (
@@ -82,6 +84,8 @@ def save_pretrained(
     tokenizer: str | os.PathLike[str] | None = None,
     dtype: Dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    labels: Sequence[str] | None = None,
+    problem_type: ProblemType | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write `model` as a Hugging Face directory, LoRA merged into the weights.
@@ -101,11 +105,14 @@ def save_pretrained(
             copy.
         dtype: dtype of the weights; None for the model's own.
         max_shard_bytes: where a file would grow beyond this, another is begun.
+        labels: names of the outputs of a classification head, for `id2label`; None for numbers.
+        problem_type: what transformers is to take the head's labels for; None leaves it open.
         overwrite: replace the whole of an earlier export in `out_dir`.
 
     Raises:
-        ValueError: the model is of no known family, `out_dir` holds files that must not be
-            replaced, `tokenizer` has no tokenizer, or an argument is wrong.
+        ValueError: the model is of no known family, labels are not one for each output of a
+            classification head, `out_dir` holds files that must not be replaced, `tokenizer` has
+            no tokenizer, or an argument is wrong.
         OSError: the directory cannot be written; what was there is as before.
 
     Example:
@@ -117,10 +124,14 @@ def save_pretrained(
     stored = None if dtype is None else checked_dtype("dtype", dtype)
     out = Path(out_dir)
     check_replaceable(out, overwrite=overwrite)
+    head = classifier(model)
+    if labels is not None and (head is None or len(labels) != head.out_features):
+        outputs = "no classification head" if head is None else f"{head.out_features} outputs"
+        raise ValueError(f"{len(labels)} labels were given, but the model has {outputs}")
     files = {} if tokenizer is None else _tokenizer_files(tokenizer)
     tensors = _tensors(model, stored)
     with new_directory(out, overwrite=overwrite) as directory:
-        write_json(directory / "config.json", _config(model, tensors))
+        write_json(directory / "config.json", _config(model, tensors, labels, problem_type))
         _write_weights(directory, tensors, max_shard_bytes)
         for name, content in files.items():
             (directory / name).write_bytes(content)
@@ -166,13 +177,20 @@ def _unties(model: Encoder | Decoder) -> bool:
     )
 
 
-def _config(model: Encoder | Decoder, tensors: Sequence[Tensor]) -> dict[str, Any]:
+def _config(
+    model: Encoder | Decoder,
+    tensors: Sequence[Tensor],
+    names: Sequence[str] | None,
+    problem_type: ProblemType | None,
+) -> dict[str, Any]:
     dtype = tensors[0].dtype.name
     fields: dict[str, Any] = {"dtype": dtype, "torch_dtype": dtype}  # transformers 5, and 4
     if (head := classifier(model)) is not None:
-        labels = [f"LABEL_{i}" for i in range(head.out_features)]
+        labels = names or [f"LABEL_{i}" for i in range(head.out_features)]
         fields["id2label"] = {str(i): label for i, label in enumerate(labels)}
         fields["label2id"] = {label: i for i, label in enumerate(labels)}
+    if problem_type is not None:
+        fields["problem_type"] = problem_type
     if _unties(model):
         fields["tie_word_embeddings"] = False
     described = model.config.to_hugging_face()

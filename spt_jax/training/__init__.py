@@ -25,6 +25,7 @@ from spt_jax.training.losses import (
 from spt_jax.training.metrics import (
     environment,
     evaluation_metrics,
+    finite,
     glue_metrics,
     write_json_atomic,
     write_text_atomic,
@@ -66,6 +67,7 @@ __all__ = [
     "evaluate",
     "evaluation_metrics",
     "evaluator",
+    "finite",
     "form_of",
     "glue_metrics",
     "learning_rate_schedule",

@@ -379,7 +379,9 @@ def _valid_lengths(mask: np.ndarray) -> np.ndarray:
 def cut_batch(batch: Mapping[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
     """The first `length` positions of all columns that have positions."""
     full = batch["attention_mask"].shape[1]
-    whole = {"label"} if np.ndim(batch.get("weight")) == 1 else set()  # one weight for C labels
+    weight = batch.get("weight")
+    several = weight is not None and np.ndim(weight) == 1  # one weight for C labels
+    whole = {"label"} if several else set()
     return {
         name: x[:, :length] if x.ndim > 1 and x.shape[1] == full and name not in whole else x
         for name, x in batch.items()

@@ -181,6 +181,18 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
         raise
 
 
+def finite(figures: Any) -> Any:
+    """Figures with None for infinities, which JSON has not.
+
+    Example:
+        >>> finite({"perplexity": math.inf, "steps": 3})
+        {'perplexity': None, 'steps': 3}
+    """
+    if isinstance(figures, Mapping):
+        return {name: finite(figure) for name, figure in figures.items()}
+    return None if isinstance(figures, float) and math.isinf(figures) else figures
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -11,7 +11,6 @@ import pytest
 
 from experiments.methods import (
     MethodOptions,
-    device_line,
     form_note,
     results_table,
     speed_note,
@@ -19,6 +18,7 @@ from experiments.methods import (
 )
 from pallas_kernels import devices, triton
 from spt_jax import cli
+from spt_jax.finetune.adapting import device_line
 from spt_jax.training import TrainResult
 
 

@@ -1,0 +1,268 @@
+"""Fine-tuning from files to a saved adapter or model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from flax import nnx
+
+from spt_jax.adaptation import AdaptationReport
+from spt_jax.config import SPTConfig
+from spt_jax.export import save_adapter, save_pretrained
+from spt_jax.export.pretrained import ProblemType
+from spt_jax.finetune.adapting import adapted, calibration_rows
+from spt_jax.finetune.arguments import write_config
+from spt_jax.finetune.config import FinetuneConfig, ResolvedConfig, Task
+from spt_jax.finetune.prepare import Content, Data, encode, read_content
+from spt_jax.finetune.trained import Trained
+from spt_jax.models import Decoder, load_pretrained
+from spt_jax.models.config import read_config
+from spt_jax.models.encoder import Encoder
+from spt_jax.models.hub import CONFIG_FILES, find_files
+from spt_jax.processes import is_first
+from spt_jax.training import (
+    Objective,
+    TrainResult,
+    binary_cross_entropy,
+    cross_entropy,
+    environment,
+    evaluate,
+    finite,
+    mean_squared_error,
+    next_token,
+    supervised,
+    train,
+    write_json_atomic,
+)
+
+CONFIG_FILE = "config.yaml"
+REPORT_FILE = "report.json"
+_CALIBRATION_EXAMPLES = 64
+_CALIBRATION_TOKENS = 8192
+
+_OBJECTIVES: Mapping[Task, Objective] = MappingProxyType(
+    {
+        "classification": supervised(cross_entropy),
+        "multi-label": supervised(binary_cross_entropy),
+        "regression": supervised(mean_squared_error),
+        "language": next_token,
+    }
+)
+_METRICS: Mapping[Task, tuple[str, ...]] = MappingProxyType(
+    {
+        "classification": ("accuracy", "matthews"),
+        "multi-label": ("f1_micro", "exact_match"),
+        "regression": ("pearson", "spearman"),
+        "language": ("perplexity",),
+    }
+)
+_PROBLEMS: Mapping[Task, ProblemType | None] = MappingProxyType(
+    {
+        "classification": "single_label_classification",
+        "multi-label": "multi_label_classification",
+        "regression": "regression",
+        "language": None,
+    }
+)
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What came of a run.
+
+    Attributes:
+        directory: of the adapter, or of the merged model.
+        model: the trained model, as it was when training ended.
+        figures: what training reached and cost, see `TrainResult.figures`.
+        report: all that `report.json` holds.
+    """
+
+    directory: Path
+    model: Encoder | Decoder
+    figures: Mapping[str, Any]
+    report: Mapping[str, Any]
+
+
+def finetune(config: FinetuneConfig) -> FinetuneResult:
+    """Fine-tune a model on rows of a file, and save what came of it.
+
+    All rows are read and checked before a model is loaded. Under `config.out` appear
+    `config.yaml` (the run with everything decided, which `python -m spt_jax.finetune --config`
+    takes again), checkpoints and TensorBoard events, `adapter/` (PEFT's files) or with `merge`
+    `model/` (a Hugging Face directory), each with `finetune.json`, by which `spt_jax.predict` and
+    `spt_jax.chat` know what it is for, and, last, `report.json`.
+
+    Args:
+        config: the run.
+
+    Returns:
+        Where the result lies, the model, and the figures.
+
+    Raises:
+        BadRow: a row cannot be used; the message gives file, place and reason.
+        ValueError: an option, a file or the model is wrong, or they do not go together.
+        CheckpointError: `config.out` holds another run.
+        Interrupted: SIGTERM or SIGINT came; a checkpoint is saved.
+        NonFiniteLoss: the loss or its gradient is not finite.
+
+    Example:
+        >>> from spt_jax.finetune import DataConfig, FinetuneConfig, finetune
+        >>> data = DataConfig(train_file="reviews.csv")  # doctest: +SKIP
+        >>> finetune(FinetuneConfig(data=data, out="runs/reviews")).directory  # doctest: +SKIP
+        PosixPath('runs/reviews/adapter')
+    """
+    content = read_content(config)
+    run = content.resolved
+    _check_out(run)
+    model_config = read_config(find_files(run.model, files=CONFIG_FILES))
+    data = encode(content, run.model, model_config)
+    out = Path(run.config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if is_first():
+        write_config(run.config, out / CONFIG_FILE)
+
+    rngs = nnx.Rngs(run.train.seed)
+    model = load_pretrained(
+        run.model,
+        task="causal-lm" if run.task == "language" else "sequence-classification",
+        num_labels=max(1, len(content.classes)),
+        dtype=run.config.dtype,
+        param_dtype="float32" if run.train.trainable == "all" else run.config.dtype,
+        rngs=rngs,
+    )
+    before = _before(model, run, data)
+    _adapt(model, run, data, out, rngs)
+    result = train(
+        model,
+        data.train,
+        run.train,
+        out,
+        objective=_OBJECTIVES[run.task],
+        eval_data=data.evaluation,
+        metrics=_METRICS[run.task] if data.evaluation else (),
+        identity={"spt": asdict(run.spt)},
+        resume=run.config.resume,
+        overwrite=run.config.overwrite,
+    )
+    directory = _save(model, run, content, data, out)
+    report = _report(model, run, content, data, before, result, directory)
+    if is_first():
+        write_json_atomic(out / REPORT_FILE, report)
+    return FinetuneResult(directory, model, result.figures(), report)
+
+
+def _check_out(run: ResolvedConfig) -> None:
+    """Raise a ValueError where there is a run already, before anything is computed."""
+    config = run.config
+    if not (config.resume or config.overwrite) and (Path(config.out) / "checkpoints").exists():
+        raise ValueError(
+            f"{config.out} holds a run already: give --resume to go on with it, --overwrite to "
+            "delete it, or another --out"
+        )
+    if not _adapts(run.spt) and run.train.trainable == "adapter":
+        raise ValueError(
+            "spt has neither lora, attention nor ffn, so there is no adapter to train; give one "
+            'of them, or train with trainable="all" (--train.trainable all)'
+        )
+
+
+def _adapts(spt: SPTConfig) -> bool:
+    return any(part is not None for part in (spt.lora, spt.attention, spt.ffn))
+
+
+def _before(model: Encoder | Decoder, run: ResolvedConfig, data: Data) -> dict[str, float]:
+    """Metrics of a language model as it comes; of others the head is random."""
+    if run.task != "language" or data.evaluation is None:
+        return {}
+    values = evaluate(
+        model,
+        data.evaluation,
+        objective=next_token,
+        metrics=_METRICS["language"],
+        batch_size=run.train.eval_batch_size or run.train.batch_size,
+    )
+    _log.info("before fine-tuning: perplexity %.2f", values["perplexity"])
+    return values
+
+
+def _adapt(
+    model: Encoder | Decoder, run: ResolvedConfig, data: Data, out: Path, rngs: nnx.Rngs
+) -> None:
+    if not _adapts(run.spt):
+        return
+    number = _CALIBRATION_EXAMPLES
+    if run.task == "language":
+        number = max(2, _CALIBRATION_TOKENS // data.train.length)
+    calibration = calibration_rows(data.train, number, seed=run.train.seed)
+    adapted(model, run.spt, calibration, out, rngs=rngs, resume=run.config.resume)
+
+
+def _save(
+    model: Encoder | Decoder, run: ResolvedConfig, content: Content, data: Data, out: Path
+) -> Path:
+    """Write the adapter, or the whole model where all of it was trained or it is to be merged."""
+    columns = run.config.data
+    local = Path(run.model).expanduser()
+    base = str(local.resolve()) if local.exists() else run.model
+    whole = run.config.merge or run.train.trainable == "all" or run.spt.lora is None
+    directory = out / ("model" if whole else "adapter")
+    if whole:
+        save_pretrained(
+            model,
+            directory,
+            tokenizer=run.model,
+            labels=content.classes or None,
+            problem_type=_PROBLEMS[run.task],
+            overwrite=True,
+        )
+    else:
+        save_adapter(model, directory, base_model=base, overwrite=True)
+    if is_first():
+        Trained(
+            task=run.task,
+            base_model=base,
+            id2label={str(i): name for i, name in enumerate(content.classes)},
+            max_length=data.length,
+            text_columns=columns.text_columns,
+            layout=columns.layout,
+            prompt_column=columns.prompt_column,
+            completion_column=columns.completion_column,
+            plain_chat=run.config.plain_chat,
+            form=run.train.evaluate_as,
+        ).save(directory)
+    return directory
+
+
+def _report(
+    model: Encoder | Decoder,
+    run: ResolvedConfig,
+    content: Content,
+    data: Data,
+    before: Mapping[str, float],
+    result: TrainResult,
+    directory: Path,
+) -> dict[str, Any]:
+    adaptation: AdaptationReport | None = getattr(model, "adaptation", None)
+    return {
+        "task": run.task,
+        "model": run.model,
+        "result": directory.name,
+        "classes": list(content.classes),
+        "rows": {
+            "train": len(content.train),
+            "evaluation": len(content.evaluation),
+            "left_out": content.left_out,
+            "cut": data.cut,
+        },
+        "adaptation": None if adaptation is None else adaptation.summary(),
+        "before": finite(before),
+        "figures": finite(result.figures()),
+        **environment(),
+    }
