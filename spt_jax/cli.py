@@ -56,6 +56,7 @@ def parse[T](
         ValueError: an option is unknown, lacks its value, or has a wrong one.
     """
     shown = io.StringIO()
+    given: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(shown):
             return tyro.cli(
@@ -63,8 +64,8 @@ def parse[T](
                 prog=module,
                 description=description,
                 args=args,
-                default=tyro.MISSING if default is None else default,
                 config=config or None,
+                **given,
             )
     except SystemExit as stop:
         if not stop.code:  # --help

@@ -77,6 +77,8 @@ def generate(
     stop: Sequence[str | Sequence[int]] = (),
     eos_token_ids: Sequence[int] | None = None,
     progress_bar: bool | None = None,
+    on_tokens: Callable[[int, Ids], None] | None = None,
+    prompt_multiple: int = PROMPT_MULTIPLE,
 ) -> list[str] | list[Ids]:
     """Continue prompts.
 
@@ -101,6 +103,10 @@ def generate(
             end a row as soon as its new tokens hold one.
         eos_token_ids: tokens that end a row; None for the model's, `()` for none.
         progress_bar: None shows one on a terminal.
+        on_tokens: takes the number of a row and its newest tokens, as soon as they are drawn, one
+            by one and thus a little slower; those that a text of `stop` takes back included.
+        prompt_multiple: prompts are padded to a multiple of it. Each width compiles once, so that
+            a conversation, whose prompts grow, wants a large one.
 
     Returns:
         What each row adds to its prompt, without what ended it: text where prompts are texts, with
@@ -126,6 +132,8 @@ def generate(
             "decoder"
         )
     _check_options(max_new_tokens, temperature, top_p, top_k)
+    if prompt_multiple < 1:
+        raise ValueError(f"prompt_multiple must be at least 1, got {prompt_multiple}")
     texts = not isinstance(prompts, np.ndarray | jax.Array) and any(
         isinstance(prompt, str) for prompt in prompts
     )
@@ -141,7 +149,8 @@ def generate(
     ends = model.config.eos_token_ids if eos_token_ids is None else tuple(eos_token_ids)
     find_stop = _stop_finder(stop, tokenizer, rows)
 
-    width = _round_up(longest, PROMPT_MULTIPLE)
+    width = _round_up(longest, prompt_multiple)
+    sync_steps = SYNC_STEPS if on_tokens is None else 1
     ids, mask = np.zeros((2, len(rows), width), np.int32)
     for i, row in enumerate(rows):
         ids[i, width - len(row) :] = row
@@ -179,6 +188,8 @@ def generate(
                 at = next((n for n, t in enumerate(new[i][before:], before) if t in ends), None)
                 new[i] = new[i][:at]
                 bar.update(len(new[i]) - before)
+                if on_tokens is not None and len(new[i]) > before:
+                    on_tokens(i, new[i][before:])
                 if (found := find_stop(i, new[i], before)) is not None:
                     new[i], cut[i] = found
                     ended = True
@@ -192,9 +203,10 @@ def generate(
             progress, tokens = _decode(
                 progress=progress._replace(done=jnp.asarray(closed)),
                 last_step=jnp.int32(max_new_tokens),
+                steps=sync_steps,
                 **run,
             )
-            tokens = tokens[:, : min(SYNC_STEPS, max_new_tokens - taken)]
+            tokens = tokens[:, : min(sync_steps, max_new_tokens - taken)]
     if not texts:
         return new
     assert tokenizer is not None
@@ -389,7 +401,7 @@ def _prefill(
     return Progress(cache, token, _is_end(token, ends), jnp.int32(1))
 
 
-@partial(jax.jit, static_argnames=("graphdef", "top_k"), donate_argnames="progress")
+@partial(jax.jit, static_argnames=("graphdef", "top_k", "steps"), donate_argnames="progress")
 def _decode(
     *,
     graphdef: nnx.GraphDef[Decoder],
@@ -400,14 +412,15 @@ def _decode(
     sampler: Sampler,
     top_k: int | None,
     last_step: Int[Array, ""],
+    steps: int,
 ) -> tuple[Progress, Int[Array, "B n"]]:
-    """Up to `SYNC_STEPS` steps, fewer where all rows end; returns the tokens of each."""
+    """Up to `steps` steps, fewer where all rows end; returns the tokens of each."""
     model = nnx.merge(graphdef, state)
     width, capacity = prompt_mask.shape[1], progress.cache[0].keys.shape[2]
     place = jnp.arange(capacity)
     prompt = jnp.pad(prompt_mask, ((0, 0), (0, capacity - width)))
     first = progress.step
-    last = jnp.minimum(first + SYNC_STEPS, last_step)
+    last = jnp.minimum(first + steps, last_step)
 
     def unfinished(carry: tuple[Progress, jax.Array]) -> jax.Array:
         return (carry[0].step < last) & ~carry[0].done.all()
@@ -421,5 +434,5 @@ def _decode(
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], step - first, 1)
         return Progress(cache, token, done | _is_end(token, ends), step + 1), tokens
 
-    tokens = jnp.zeros((prompt_mask.shape[0], SYNC_STEPS), jnp.int32)
+    tokens = jnp.zeros((prompt_mask.shape[0], steps), jnp.int32)
     return jax.lax.while_loop(unfinished, step, (progress, tokens))

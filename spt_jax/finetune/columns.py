@@ -67,6 +67,42 @@ def find_columns(rows: Rows, data: DataConfig, task: Task | None) -> tuple[Task,
     return task, found
 
 
+def find_inputs(rows: Rows, data: DataConfig, task: Task) -> DataConfig:
+    """As `find_columns`, of a file whose labels or replies may be missing.
+
+    Args:
+        rows: of the file.
+        data: its options, those of training where they are known.
+        task: of the model.
+
+    Raises:
+        ValueError: a column that is needed is not there, or not plain.
+    """
+    if task != "language":
+        texts = data.text_columns or _texts(rows, [n for n in rows.columns if n.lower() in _LABELS])
+        needed: tuple[str, ...] = texts
+        found = replace(data, text_columns=texts)
+    else:
+        prompts = (data.prompt_column,)
+        layout = data.layout or _layout_of_inputs(rows, prompts[0])
+        texts = data.text_columns or ((_text(rows, ()),) if layout == "text" else ())
+        needed = {"text": texts, "prompt-completion": prompts}.get(layout) or _LAYOUTS[layout][:1]
+        found = replace(data, layout=layout, text_columns=texts)
+    if missing := [name for name in needed if name not in rows.columns]:
+        raise ValueError(
+            f"{rows.name} has no column {missing[0]!r}, which the model was trained on; its "
+            f"columns are {_listed(rows.columns)}; name the ones to read (--text-columns, --layout)"
+        )
+    return found
+
+
+def _layout_of_inputs(rows: Rows, prompt_column: str) -> Layout:
+    for layout, needed in _LAYOUTS.items():
+        if needed[0] in rows.columns:
+            return layout
+    return "prompt-completion" if prompt_column in rows.columns else "text"
+
+
 def check_layout(rows: Rows, data: DataConfig) -> None:
     """Raise a ValueError unless a file has the columns of the layout."""
     assert data.layout is not None

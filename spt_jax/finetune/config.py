@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -19,6 +19,13 @@ Layout = Literal["text", "messages", "sharegpt", "alpaca", "prompt-completion"]
 _MODELS = {True: "smollm2", False: "minilm"}
 #: Tokens of a row at most, likewise.
 _MAX_LENGTHS = {True: 1024, False: 128}
+
+
+def _as_paths(config: Any, *names: str) -> None:
+    """Turn texts into paths."""
+    for name in names:
+        if isinstance(value := getattr(config, name), str):
+            object.__setattr__(config, name, Path(value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +58,7 @@ class DataConfig:
     otherwise."""
 
     def __post_init__(self) -> None:
+        _as_paths(self, "train_file", "eval_file")
         if not 0 <= self.eval_share < 1:
             raise ValueError(f"eval_share must lie in [0, 1), got {self.eval_share}")
         if len(self.text_columns) > 2:
@@ -90,6 +98,7 @@ class FinetuneConfig:
     """Delete the run in --out."""
 
     def __post_init__(self) -> None:
+        _as_paths(self, "out")
         if self.resume and self.overwrite:
             raise ValueError("give resume or overwrite, not both")
         if self.max_length is not None and self.max_length < 2:

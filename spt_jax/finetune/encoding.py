@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from spt_jax.chat import ChatTemplate, encode_messages
 from spt_jax.models import DecoderConfig, load_tokenizer
 from spt_jax.models.hub import TOKENIZER_FILES, find_files
+from spt_jax.models.tokenizer import begun_once
 from spt_jax.training import Document, Examples, encode_documents
 
 #: What chat templates take for today, so that the same file is the same data on any day. It is the
@@ -35,10 +36,16 @@ class Encoder:
         self.tokenizer: Tokenizer = load_tokenizer(source)
         self.config = config
         self._source, self._plain = source, plain_chat
+        self._template: ChatTemplate | None = None
         self.eos_id = config.eos_token_ids[0] if config.eos_token_ids else None
 
     def template(self) -> ChatTemplate:
         """How conversations are written."""
+        if self._template is None:
+            self._template = self._load_template()
+        return self._template
+
+    def _load_template(self) -> ChatTemplate:
         if not self._plain:
             return ChatTemplate.load(find_files(self._source, files=TOKENIZER_FILES), now=TODAY)
         if self.eos_id is None:
@@ -63,16 +70,30 @@ class Encoder:
                 documents += self._replies(chat, template, name)
         return documents
 
+    def prompt(self, record: Record) -> list[int]:
+        """Token ids that a model goes on from: a text, or a conversation up to its reply."""
+        if isinstance(record, str):
+            encoding = self.tokenizer.encode(record)
+            return begun_once(encoding.ids, encoding.special_tokens_mask)
+        rendered = self.template().render(
+            record["messages"], add_generation_prompt=True, **_variables(record)
+        )
+        return self.tokenizer.encode(rendered, add_special_tokens=False).ids
+
     def _replies(self, chat: Any, template: ChatTemplate, name: str) -> list[Document]:
-        variables = {key: chat[key] for key in ("tools", "documents") if chat.get(key)}
-        variables |= chat.get("chat_template_kwargs", {})
         try:
-            return encode_messages(chat["messages"], self.tokenizer, template, **variables)
+            return encode_messages(chat["messages"], self.tokenizer, template, **_variables(chat))
         except ValueError as error:
             first = chat["messages"][0].get("content")
             raise ValueError(
                 f"{name}, the conversation that begins {first!r:.60}: {error}"
             ) from error
+
+
+def _variables(chat: dict[str, Any]) -> dict[str, Any]:
+    """What a template reads beside the messages."""
+    variables = {key: chat[key] for key in ("tools", "documents") if chat.get(key)}
+    return variables | chat.get("chat_template_kwargs", {})
 
 
 def cut_note(data: Examples, documents: Sequence[Document]) -> str | None:

@@ -96,6 +96,19 @@ def read_rows(path: Path, *, skip_bad: bool = False) -> Rows:
     return Rows(rows, str(path), left_out)
 
 
+def read_lines(path: Path) -> Rows:
+    """Rows of a text file, one a line that is not blank, with the one column "text".
+
+    Raises:
+        ValueError: the file is blank or not UTF-8.
+    """
+    lines = enumerate(decode_file(path).split("\n"), 1)
+    rows = [Row({"text": line}, f"{path}, line {n}") for n, line in lines if line.strip()]
+    if not rows:
+        raise ValueError(f"{path} is empty: there is no text in it")
+    return Rows(rows, str(path))
+
+
 def usable[Value](
     rows: Rows, convert: Callable[[Row], Value], *, skip_bad: bool
 ) -> tuple[list[Value], Rows]:
