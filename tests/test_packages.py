@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -67,6 +68,37 @@ def test_without_a_user_s_folder_the_installed_one_runs(installed, tmp_path):
     program = "from importlib.util import find_spec; print(find_spec('experiments.glue').origin)"
     found = run("-c", program, cwd=tmp_path, path=installed)
     assert found == [str(installed / "experiments" / "glue.py")]
+
+
+def _imported(path: Path, names: set[str]) -> set[str]:
+    """Modules among `names` that a file imports when it is imported itself."""
+    found: set[str] = set()
+    nodes: list[ast.AST] = list(ast.parse(path.read_text()).body)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inner & names or {node.module} & names
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names} & names
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            nodes += ast.iter_child_nodes(node)
+    return found
+
+
+def test_the_library_has_no_import_cycle():
+    modules = {}
+    for package in ("spt_jax", "pallas_kernels"):
+        for path in ROOT.glob(f"{package}/**/*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    imports = {name: _imported(path, {*modules} - {name}) for name, path in modules.items()}
+    try:
+        graphlib.TopologicalSorter(imports).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"modules import each other: {' -> '.join(error.args[1])}")
 
 
 def test_the_library_imports_nothing_of_experiments():

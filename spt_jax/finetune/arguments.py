@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
@@ -24,6 +25,9 @@ DESCRIPTION = """Fine-tune a model on rows of your own, and save an adapter or a
 
 Options come from --config FILE.yaml, too, as a run writes it beside its results; those of the
 command line go before. A part that may be absent is left out by none, as --spt.attention none."""
+
+
+_UNNAMED = Path(os.devnull)
 
 
 def parse_arguments(arguments: Sequence[str]) -> FinetuneConfig:
@@ -65,10 +69,15 @@ def _parsed(given: Sequence[str], files: Sequence[Path], task: Task) -> Finetune
     spt, train = RECIPES[task]
     config = FinetuneConfig(data=DataConfig(train_file=tyro.MISSING), spt=spt, train=train)
     for file in files:
+        unnamed = config.data.train_file is tyro.MISSING  # which the command line may name
+        if unnamed:
+            config = _with(config, "data.train_file", _UNNAMED)
         try:
             config = _on_top(config, list(flatten(read_yaml(file))))
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
+        if config.data.train_file == _UNNAMED:
+            config = _with(config, "data.train_file", tyro.MISSING)
     return _on_top(config, given)
 
 

@@ -31,7 +31,9 @@ _REGRESSION = {"pearson": "pearsonr", "spearman": "spearmanr"}
 def _classification(name: str, labels: np.ndarray, predictions: np.ndarray) -> float:
     from sklearn import metrics
 
-    return float(getattr(metrics, _CLASSIFICATION[name])(labels, predictions))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "A single label was found", UserWarning)
+        return float(getattr(metrics, _CLASSIFICATION[name])(labels, predictions))
 
 
 def _multi_label(name: str, labels: np.ndarray, outputs: np.ndarray) -> float:

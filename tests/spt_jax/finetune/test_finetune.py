@@ -139,8 +139,8 @@ def test_mistakes_are_named_before_long_work(encoder, decoder, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(ValueError, match="max_length 100 is above the 64 positions"):
         finetune(FinetuneConfig(model=encoder, data=data, max_length=100, out=out))
+    none = SPTConfig(lora=None, attention=None, ffn=None)
     with pytest.raises(ValueError, match="no adapter to train"):
-        none = SPTConfig(lora=None, attention=None, ffn=None)
         finetune(FinetuneConfig(model=encoder, data=data, spt=none, out=out))
     chats = tmp_path / "chats.jsonl"
     chats.write_text("\n".join(json.dumps(LAYOUTS["alpaca"]) for _ in range(4)))
@@ -149,6 +149,13 @@ def test_mistakes_are_named_before_long_work(encoder, decoder, tmp_path):
     (out / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match="holds a run already"):
         finetune(FinetuneConfig(model=encoder, data=data, out=out))
+    (tmp_path / "part.yaml").write_text("train:\n  steps: 3\n")
+    part = ["--config", str(tmp_path / "part.yaml")]
+    config = parse_arguments([*part, "--train-file", str(train), "--train.batch-size", "4"])
+    assert (config.train.steps, config.train.batch_size) == (3, 4)
+    assert config.train.learning_rate == 1e-3  # of the recipe
+    with pytest.raises(ValueError, match="--train-file"):
+        parse_arguments(part)
     for text, message in {"steps: 3": "steps", "- a": "a mapping", "a: [": "no YAML"}.items():
         (tmp_path / "x.yaml").write_text(text)
         with pytest.raises(ValueError, match=rf"x\.yaml: .*{message}"):

@@ -208,7 +208,7 @@ def test_all_layouts_are_conversations(layout):
         ("messages", {"messages": [QUESTION]}, "no message by the assistant"),
         ("messages", {"messages": [{"role": "usr", "content": "Q"}, ANSWER]}, "role 'usr'"),
         ("messages", {"messages": "[1"}, "holds no JSON"),
-        ("messages", {}, "line 1"),
+        ("messages", {}, "give either"),
         ("sharegpt", {"conversations": []}, "must be a list that is not empty"),
         ("sharegpt", {"conversations": [{"from": "x", "value": "Q"}]}, "turn 0 must be"),
         ("alpaca", {"instruction": "Q", "output": " "}, "column 'output' is"),
