@@ -34,6 +34,10 @@ SMALL = {
         "--method spt --overwrite"
     ),
     "experiments.mmlu": "",
+    "spt_jax.finetune": (
+        "--model tiny --max-length 16 --train.steps 2 --train.batch-size 4 --spt.serve none"
+    ),
+    "spt_jax.predict": "",
     "experiments.profile": "--steps 2 --out runs/profile",
     "experiments.peers": "--out runs/peers",
     "experiments.capture": (
@@ -70,6 +74,9 @@ def workspace(tmp_path, monkeypatch) -> Path:
     ]
     lines = [json.dumps({"messages": turn}) for turn in turns]
     (tmp_path / "chats.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    reviews = "text,label\n" + "A good one.,good\nA bad one.,bad\n" * 10
+    for name in ("reviews", "new"):
+        (tmp_path / f"{name}.csv").write_text(reviews, encoding="utf-8")
     for split in ("dev", "test"):
         path = tmp_path / "mmlu" / split / f"astronomy_{split}.csv"
         write_csv(path, make_questions(5, seed=0))
@@ -99,8 +106,13 @@ def test_the_commands_of_the_readme_run(workspace, monkeypatch, capsys):
                 cli.run(runner.main)
             assert "experiments.peers needs" in capsys.readouterr().err
             continue
-        cli.run(importlib.import_module(module).main)
-        assert "│" in capsys.readouterr().out, arguments
+        program = f"{module}.__main__" if module == "spt_jax.finetune" else module
+        cli.run(importlib.import_module(program).main)
+        shown = "predict" if module.startswith("spt_jax") else "│"
+        if module == "spt_jax.finetune":
+            shown = "train_loss"
+        assert shown in capsys.readouterr().out, arguments
     for made in ("mrpc/spt", "table/mrpc/lora/seed-2", "wikitext/spt/adapter", "capture"):
         assert (workspace / "runs" / made).exists(), made
     assert (workspace / "glue.md").exists()
+    assert len((workspace / "predicted.csv").read_text().splitlines()) == 21

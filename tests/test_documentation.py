@@ -30,6 +30,9 @@ from experiments import (
     wikitext,
 )
 from experiments.peers import runner as peers_runner
+from spt_jax import predict
+from spt_jax.chat import __main__ as chat
+from spt_jax.finetune.arguments import parse_for
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -47,6 +50,8 @@ OPTIONS = {
     "experiments.peers": peers_runner.Options,
     "experiments.profile": profile.Options,
     "experiments.wikitext": wikitext.Options,
+    "spt_jax.chat": chat.Options,
+    "spt_jax.predict": predict.Options,
 }
 
 
@@ -94,6 +99,9 @@ def test_commands_exist(command):
         return
     python, flag, module, *arguments = words
     assert (python.removeprefix(".venv/bin/"), flag) == ("python", "-m")
+    if module == "spt_jax.finetune":
+        parse_for("classification", arguments)
+        return
     options = tyro.cli(OPTIONS[module], args=arguments)
     if hasattr(options, "check"):
         options.check()

@@ -40,9 +40,9 @@ def parse_arguments(arguments: Sequence[str]) -> FinetuneConfig:
         ValueError: an option is unknown or has a wrong value, or the configuration file is wrong.
     """
     given, files = _without_config(arguments)
-    first = _parsed(given, files, "classification")
+    first = parse_for("classification", given, files)
     task = first.task or _task_of(first)
-    return _parsed(given, files, task)
+    return parse_for(task, given, files)
 
 
 def _task_of(config: FinetuneConfig) -> Task:
@@ -65,7 +65,17 @@ def _without_config(arguments: Sequence[str]) -> tuple[list[str], list[Path]]:
     return given, files
 
 
-def _parsed(given: Sequence[str], files: Sequence[Path], task: Task) -> FinetuneConfig:
+def parse_for(task: Task, given: Sequence[str], files: Sequence[Path] = ()) -> FinetuneConfig:
+    """The run that arguments ask for, on top of a task's recipe; no data is read.
+
+    Args:
+        task: whose recipe.
+        given: arguments, without --config.
+        files: configuration files, of which later ones go before.
+
+    Raises:
+        ValueError: as `parse_arguments`.
+    """
     spt, train = RECIPES[task]
     config = FinetuneConfig(data=DataConfig(train_file=tyro.MISSING), spt=spt, train=train)
     for file in files:
