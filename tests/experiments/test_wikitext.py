@@ -13,7 +13,7 @@ import spt_jax
 from experiments import small_llama, wikitext
 from experiments.corpora import cpython_documentation
 from spt_jax import cli
-from spt_jax.training import Document, evaluate, next_token
+from spt_jax.training import Document, cut_texts, evaluate, next_token
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
 STEPS = ["--steps", "2", "--batch-size", "4", "--max-length", "64"]
