@@ -67,13 +67,13 @@ OBSERVED_BYTES = 2 << 30
 TIMED_TOKENS = {"cpu": 2048}
 TIMED_TOKENS_ELSEWHERE = 16384
 #: A part must save this share of its dense layer's time.
-LEAST_SAVED = 0.03
+LEAST_SAVED = 0.1
 #: Choices that are measured, at most, and how near to the budget is near enough.
 MOST_TRIALS = 5
 NEAR = 0.85
 #: Turns of timing at most, and the time after which there is no other turn.
 MOST_TURNS = 7
-SECONDS_A_KIND = 1.5
+SECONDS_A_KIND = 3.0
 
 Inputs = Mapping[str, jax.Array]
 

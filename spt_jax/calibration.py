@@ -367,7 +367,8 @@ def fit_routings(
         scale, shift = _fit_coefficients(router.rank, router.active, outputs, router.absent_output)
         coefficients = 2 * jax.nn.sigmoid(scale * router.rank + shift)
         constants = _absent_output(outputs, router.active, coefficients)
-        routing = Routing(permutation, scale * router.kernel, scale * router.bias + shift, constants)
+        bias = scale * router.bias + shift
+        routing = Routing(permutation, scale * router.kernel, bias, constants)
         if rank:
             missing = _missing(outputs, router.active * coefficients)
             a, b, constants = _fit_absent(x, missing, 1 - router.active, constants, rank)
