@@ -67,7 +67,7 @@ OBSERVED_BYTES = 2 << 30
 TIMED_TOKENS = {"cpu": 2048}
 TIMED_TOKENS_ELSEWHERE = 16384
 #: A part must save this share of its dense layer's time.
-LEAST_SAVED = 0.1
+LEAST_SAVED = 0.05
 #: Choices that are measured, at most, and how near to the budget is near enough.
 MOST_TRIALS = 5
 NEAR = 0.85
