@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 _LOCAL: Mapping[str, str | None] = {
     "data_dir": "DIR",
     "text_file": "FILE",
+    "eval_file": "FILE",
     "out": None,
     "report": None,
     "report_only": None,

@@ -100,7 +100,7 @@ class Options:
     """Budgets that spt is tried with beside, separated by commas, each as a method of its own."""
     density: float = spt_jax.SparseAttentionConfig.density
     """Share of the keys that a query of spt attends to."""
-    ffn: Literal["routed", "dense"] = "routed"
+    ffn: Literal["routed", "dense"] = "dense"
     """Whether spt may route the FFN."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype, and that of frozen weights."""

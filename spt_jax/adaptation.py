@@ -102,10 +102,6 @@ class AdaptationReport:
         """Whether the sparse form is so much worse that the adapter should be served dense."""
         return self.added is not None and self.added > MOST_ADDED[self.measure]
 
-    @property
-    def _parts(self) -> set[Part]:
-        return {layer.part for layer in self.layers}
-
     def counts(self) -> dict[str, int]:
         """Layers by part and choice, such as `{"attention, dense": 30, "ffn, dense": 28, ...}`."""
         found: dict[str, int] = {}
@@ -125,7 +121,8 @@ class AdaptationReport:
             parts.append(f"sparse form {self.added:+.3f} {unit}{bound}")
         if self.saved is not None:
             names = {"attention": "attention's", "ffn": "the FFNs'"}
-            whose = " and ".join(n for part, n in names.items() if part in self._parts)
+            found = dict.fromkeys(line.part for line in self.layers)
+            whose = " and ".join(names[part] for part in found)
             parts.append(f"{self.saved:.0%} of {whose} time saved")
         parts.append(f"{self.seconds:.1f} s" + (", from the cache" if self.reused else ""))
         return "; ".join(parts)

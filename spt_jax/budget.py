@@ -67,13 +67,13 @@ OBSERVED_BYTES = 2 << 30
 TIMED_TOKENS = {"cpu": 2048}
 TIMED_TOKENS_ELSEWHERE = 16384
 #: A part must save this share of its dense layer's time.
-LEAST_SAVED = 0.03
+LEAST_SAVED = 0.05
 #: Choices that are measured, at most, and how near to the budget is near enough.
 MOST_TRIALS = 5
 NEAR = 0.85
 #: Turns of timing at most, and the time after which there is no other turn.
 MOST_TURNS = 7
-SECONDS_A_KIND = 1.5
+SECONDS_A_KIND = 3.0
 
 Inputs = Mapping[str, jax.Array]
 
@@ -233,9 +233,12 @@ class Observer:
         self, model: nnx.Module, inputs: Inputs, layers: Collection[Path], key: jax.Array
     ) -> None:
         """Observe the first of `layers` on `inputs`; `key` draws the random scalar."""
-        sizes = {path: n for path, n in observed_bytes(model, inputs).items() if path in layers}
-        self._groups = list(grouped(sizes, OBSERVED_BYTES))
-        self._observe = partial(observe, model, inputs, key)
+        sizes = observed_bytes(model, inputs)
+        token_bytes = sum(sizes.values()) / inputs["input_ids"].size
+        tokens = min(CHUNK_TOKENS, CHUNK_BYTES / max(token_bytes, 1.0))
+        wanted = {path: size for path, size in sizes.items() if path in layers}
+        self._groups = list(grouped(wanted, OBSERVED_BYTES))
+        self._observe = partial(observe, model, inputs, key, tokens=tokens)
         self._group = self._groups[0] if self._groups else []
         self._parts, self.judge = self._observe(self._group)
 
@@ -272,7 +275,12 @@ def observed_bytes(model: nnx.Module, inputs: Inputs) -> dict[Path, int]:
 
 
 def observe(
-    model: nnx.Module, inputs: Inputs, key: jax.Array, layers: Collection[Path]
+    model: nnx.Module,
+    inputs: Inputs,
+    key: jax.Array,
+    layers: Collection[Path],
+    *,
+    tokens: float = CHUNK_TOKENS,
 ) -> tuple[list[Observed], Judge]:
     """Observations of attention layers and FFNs of a dense model, by part of the rows.
 
@@ -281,6 +289,7 @@ def observe(
         inputs: its arguments.
         key: draws the random scalar.
         layers: paths of those that are observed.
+        tokens: of one backward pass, but for one sequence.
 
     Returns:
         Parts of `inputs`, each with observations by the layer's path, one a call; and what a budget
@@ -289,11 +298,9 @@ def observe(
     graphdef, state = nnx.split(model)
     paths = [path for path, _ in nnx.iter_modules(model)]
     wanted = tuple(number for number, path in enumerate(paths) if path in layers)
-    token_bytes = sum(observed_bytes(model, inputs).values()) / inputs["input_ids"].size
     parts: list[Observed] = []
     outcomes = []
-    most = min(CHUNK_TOKENS, CHUNK_BYTES / max(token_bytes, 1.0))
-    for number, rows in enumerate(row_parts(inputs, most)):
+    for number, rows in enumerate(row_parts(inputs, tokens)):
         own = jax.random.fold_in(key, number)
         found, outcome = _observed(graphdef, state, rows, own, wanted, is_causal_lm(model))
         seen = {

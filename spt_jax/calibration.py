@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -313,40 +313,68 @@ def fit_routing(
         Mukherjee and Zhu, Statistical Analysis and Data Mining 4 (2011), section 2. The error as
         objective, exchanges, and what stands for a block that is left out are this library's.
     """
-    blocks, active_blocks = config.num_blocks, config.active_blocks
+    return fit_routings(x, ffn, [config], permutation=permutation, exchange=exchange)[0]
+
+
+def fit_routings(
+    x: Float[Array, "T D"],
+    ffn: FeedForward,
+    configs: Sequence[RoutedFFNConfig],
+    *,
+    permutation: Int[Array, "F"] | None = None,
+    exchange: bool = True,
+) -> list[Routing]:
+    """`fit_routing` of several numbers of active blocks of one FFN.
+
+    Args:
+        x: inputs of the FFN at valid tokens, any floating type.
+        ffn: the dense FFN, LoRA still at zero.
+        configs: of the same number of blocks; the first one that leaves a block out chooses them.
+        permutation: blocks to keep; None chooses them.
+        exchange: whether blocks trade units.
+
+    Raises:
+        ValueError: the hidden units do not split into that many blocks.
+    """
+    blocks = configs[0].num_blocks
     hidden_size, width = ffn.down.in_features, ffn.down.out_features
     if hidden_size % blocks:
         raise ValueError(f"{hidden_size} hidden units do not split into num_blocks={blocks} blocks")
-    if blocks == active_blocks:
-        order = jnp.arange(hidden_size, dtype=jnp.int32) if permutation is None else permutation
-        zeros = partial(jnp.zeros, dtype=jnp.float32)
-        return Routing(order, zeros((x.shape[1], blocks)), zeros(blocks), zeros((blocks, width)))
     x = x.astype(jnp.float32)
-    hidden = ffn.hidden(x.astype(ffn.up.dtype)).astype(jnp.float32)
-    down = ffn.down.kernel[...].astype(jnp.float32)
-    ridge = _ridge(x)
-    if permutation is None:
-        contribution = jnp.abs(hidden) * jnp.linalg.norm(down, axis=1)
-        labels = balanced_kmeans(to_host(contribution.T), blocks)
-        if exchange:
-            labels = _exchange(x, hidden, down, labels, ridge, config)
-        permutation = jnp.asarray(np.argsort(labels, kind="stable").astype(np.int32))
-    outputs = _block_outputs(hidden, down, permutation.reshape(blocks, -1))
-    router = _fit_router(x, outputs, None, ridge, active_blocks)
-    scale, shift = _fit_coefficients(router.rank, router.active, outputs, router.absent_output)
-    coefficients = 2 * jax.nn.sigmoid(scale * router.rank + shift)
-    constants = _absent_output(outputs, router.active, coefficients)
-    routing = Routing(permutation, scale * router.kernel, scale * router.bias + shift, constants)
-    if config.effective_absent_rank == 0:
-        return routing
-    a, b, constants = _fit_absent(
-        x,
-        _missing(outputs, router.active * coefficients),
-        1 - router.active,
-        constants,
-        config.effective_absent_rank,
-    )
-    return routing._replace(absent_output=constants, absent_a=a, absent_b=b)
+    hidden = outputs = ridge = None
+    found = []
+    for config in configs:
+        active_blocks, rank = config.active_blocks, config.effective_absent_rank
+        if blocks == active_blocks:
+            order = jnp.arange(hidden_size, dtype=jnp.int32) if permutation is None else permutation
+            zeros = partial(jnp.zeros, dtype=jnp.float32)
+            none = zeros((x.shape[1], blocks)), zeros(blocks), zeros((blocks, width))
+            found.append(Routing(order, *none))
+            continue
+        if hidden is None or ridge is None:
+            hidden = ffn.hidden(x.astype(ffn.up.dtype)).astype(jnp.float32)
+            ridge = _ridge(x)
+        down = ffn.down.kernel[...].astype(jnp.float32)
+        if permutation is None:
+            contribution = jnp.abs(hidden) * jnp.linalg.norm(down, axis=1)
+            labels = balanced_kmeans(to_host(contribution.T), blocks)
+            if exchange:
+                labels = _exchange(x, hidden, down, labels, ridge, config)
+            permutation = jnp.asarray(np.argsort(labels, kind="stable").astype(np.int32))
+        if outputs is None:
+            outputs = _block_outputs(hidden, down, permutation.reshape(blocks, -1))
+        router = _fit_router(x, outputs, None, ridge, active_blocks)
+        scale, shift = _fit_coefficients(router.rank, router.active, outputs, router.absent_output)
+        coefficients = 2 * jax.nn.sigmoid(scale * router.rank + shift)
+        constants = _absent_output(outputs, router.active, coefficients)
+        bias = scale * router.bias + shift
+        routing = Routing(permutation, scale * router.kernel, bias, constants)
+        if rank:
+            missing = _missing(outputs, router.active * coefficients)
+            a, b, constants = _fit_absent(x, missing, 1 - router.active, constants, rank)
+            routing = routing._replace(absent_output=constants, absent_a=a, absent_b=b)
+        found.append(routing)
+    return found
 
 
 class _Router(NamedTuple):

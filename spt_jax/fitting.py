@@ -24,7 +24,7 @@ from spt_jax.budget import Option, of_share
 from spt_jax.calibration import (
     Path,
     Routing,
-    fit_routing,
+    fit_routings,
     fit_sparse_attention,
     random_routing,
     record_activations,
@@ -310,19 +310,18 @@ class Fitting:
         Rough ones have blocks by k-means, and constants where a block is left out.
         """
         assert self.config.ffn is not None
-        found: dict[float, Fit] = {}
-        permutation = None
-        for share in sorted(shares, key=lambda share: abs(share - 0.5)):
-            config = of_share(self.config.ffn, share)
-            if config.calibration == "random":
-                found[share] = random_routing(layer, config, key=self.keys[path]), config
-                continue
-            if rough:
-                x, config = spread(x, ROUGH_TOKENS), dataclasses.replace(config, absent_rank=0)
-            routing = fit_routing(x, layer, config, permutation=permutation, exchange=not rough)
-            permutation = routing.permutation
-            found[share] = routing, config
-        return found
+        configs = {s: of_share(self.config.ffn, s) for s in sorted(shares, key=_from_half)}
+        if self.config.ffn.calibration == "random":
+            key = self.keys[path]
+            return {s: (random_routing(layer, own, key=key), own) for s, own in configs.items()}
+        if rough:
+            x = spread(x, ROUGH_TOKENS)
+            configs = {s: dataclasses.replace(c, absent_rank=0) for s, c in configs.items()}
+        routings = fit_routings(x, layer, list(configs.values()), exchange=not rough)
+        return {
+            share: (routing, own)
+            for (share, own), routing in zip(configs.items(), routings, strict=True)
+        }
 
     def _options(
         self,
@@ -456,6 +455,10 @@ class Fitting:
                 fits[paths[name]] = routing, config
         report = AdaptationReport.from_json(content["report"])
         return fits, dataclasses.replace(report, reused=True)
+
+
+def _from_half(share: float) -> float:
+    return abs(share - 0.5)
 
 
 def _fits_of(

@@ -93,9 +93,9 @@ def save_pretrained(
     A dense model, or one with LoRA alone, is the same function when transformers or
     `load_pretrained` loads it. transformers does not know sparse attention and routed FFNs: it
     computes those layers densely, which a warning says, and the modules are written beside
-    (`spt_config.json`, `spt_modules.safetensors`); `load_adapter` adds them to the model that
-    `load_pretrained` loads from the directory. Merging is in float32. The directory appears whole
-    or not at all; tensors are made and written one by one.
+    (`spt_config.json`, `spt_modules.safetensors`, `adaptation.json`); `load_adapter` adds them to
+    the model that `load_pretrained` loads from the directory. Merging is in float32. The directory
+    appears whole or not at all; tensors are made and written one by one.
 
     Args:
         model: a model of `load_pretrained`, adapted or not.

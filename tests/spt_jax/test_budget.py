@@ -208,9 +208,10 @@ def test_observations_by_group_are_those_of_all_at_once(monkeypatch):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
     # of large models a backward pass takes fewer rows
     monkeypatch.setattr(budget, "CHUNK_BYTES", sum(sizes.values()) / 4)
-    parts, other = budget.observe(model, batch, jax.random.key(0), layers)
+    observer = budget.Observer(model, batch, layers, jax.random.key(0))
+    parts = observer.of(layers[0])
     assert [len(rows["input_ids"]) for rows, _ in parts] == [2, 2, 2, 2]
-    assert other.dense == pytest.approx(judge.dense)
+    assert observer.judge.dense == pytest.approx(judge.dense)
 
 
 # --- adapting ---------------------------------------------------------------------------------
