@@ -37,6 +37,7 @@ def adapt[Model: nnx.Module](
     rngs: nnx.Rngs | None = None,
     choices: AdaptationReport | None = None,
     use_cache: bool = True,
+    training_tokens: int | None = None,
 ) -> Model:
     """Add LoRA factors, sparse attention and routed FFNs to layers of `model`.
 
@@ -64,6 +65,9 @@ def adapt[Model: nnx.Module](
         rngs: seeds LoRA factors, k-means and random routers; None stands for `nnx.Rngs(0)`.
         choices: what to choose in place of measuring: an earlier run's `model.adaptation`.
         use_cache: whether fits, choices and times of an earlier run are taken from disk.
+        training_tokens: tokens that training will read, padding included. With a budget, layers
+            stay dense where sparse parts cannot save as much time on so many as it takes to fit
+            them, some seconds a layer. None counts that time for nothing.
 
     Returns:
         The same model.
@@ -84,6 +88,8 @@ def adapt[Model: nnx.Module](
         raise ValueError(
             f"config is of the type {type(config).__name__}; give SPTConfig(lora=..., ...)"
         )
+    if training_tokens is not None and training_tokens < 1:
+        raise ValueError(f"training_tokens must be at least 1, got {training_tokens}")
     begun = time.perf_counter()
     rngs = rngs or nnx.Rngs(0)
     modules = dict(nnx.iter_modules(model))
@@ -103,7 +109,7 @@ def adapt[Model: nnx.Module](
     if layers:
         assert calibration_batch is not None  # checked above
         inputs = inputs_of(calibration_batch)
-        fitting = Fitting(model, layers, config, inputs, keys)
+        fitting = Fitting(model, layers, config, inputs, keys, training_tokens)
         fits, report = fitting.run(choices, use_cache=use_cache)
 
     # nothing was changed so far, and nothing fails from here on

@@ -79,6 +79,8 @@ class AdaptationReport:
             take in a training step; None where it was not measured.
         seconds: that adapting took.
         reused: whether fits and choices came from an earlier run by way of the cache.
+        too_short: whether layers stay dense because what sparse parts save in the training run
+            would not earn back the time to fit them.
     """
 
     layers: tuple[LayerAdaptation, ...]
@@ -89,6 +91,7 @@ class AdaptationReport:
     saved: float | None = _unlike()
     seconds: float = _unlike(0.0)
     reused: bool = _unlike(False)
+    too_short: bool = _unlike(False)
 
     @property
     def added(self) -> float | None:
@@ -119,7 +122,9 @@ class AdaptationReport:
             unit = "nats a token" if self.measure == "loss" else "relative change"
             bound = "" if self.budget is None else f" of a budget of {self.budget:g}"
             parts.append(f"sparse form {self.added:+.3f} {unit}{bound}")
-        if self.saved is not None:
+        if self.too_short:
+            parts.append("the run is too short to earn back fitting sparse parts")
+        elif self.saved is not None:
             names = {"attention": "attention's", "ffn": "the FFNs'"}
             found = dict.fromkeys(line.part for line in self.layers)
             whose = " and ".join(names[part] for part in found)

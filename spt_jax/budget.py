@@ -71,6 +71,9 @@ LEAST_SAVED = 0.05
 #: Choices that are measured, at most, and how near to the budget is near enough.
 MOST_TRIALS = 5
 NEAR = 0.85
+#: Seconds that finding out what a layer's sparse part costs takes, its fits among them, on two CPU
+#: cores: of SmolLM2 and MiniLM, rounded up. Devices that compute faster compile as slowly.
+SEARCH_SECONDS = {Attention: 1.0, FeedForward: 4.0}
 #: Turns of timing at most, and the time after which there is no other turn.
 MOST_TURNS = 7
 SECONDS_A_KIND = 3.0
@@ -546,6 +549,36 @@ def saving(chosen: Mapping[Path, Option]) -> float:
     return sum(option.seconds for option in chosen.values())
 
 
+def timed_shape(shape: tuple[int, int]) -> tuple[int, int]:
+    """Rows and tokens of a row that layers are timed on, of the calibration batch's."""
+    rows, length = shape
+    most = TIMED_TOKENS.get(jax.devices()[0].platform, TIMED_TOKENS_ELSEWHERE)
+    return max(1, min(rows, most // length)), length
+
+
+def earns_back(
+    layers: Mapping[Path, Attention | FeedForward],
+    saved: Mapping[Path, Mapping[float, float]],
+    shape: tuple[int, int],
+    training_tokens: int,
+) -> bool:
+    """Whether a training run can save as much time as finding out where sparsity pays takes.
+
+    Args:
+        layers: those in which sparsity saves time.
+        saved: seconds that a layer's candidates save on rows of `timed_shape(shape)`.
+        shape: rows and tokens of a row of the calibration batch.
+        training_tokens: that training reads.
+    """
+    most = sum(max(saved[path].values()) for path in layers)
+    most *= training_tokens / math.prod(timed_shape(shape))
+    search = sum(
+        next(seconds for kind, seconds in SEARCH_SECONDS.items() if isinstance(layer, kind))
+        for layer in layers.values()
+    )
+    return most > search
+
+
 def timed(
     layers: Mapping[Path, Attention | FeedForward],
     shares: Mapping[Path, Sequence[float]],
@@ -568,19 +601,16 @@ def timed(
         advance: called after each layer.
         use_cache: whether times of before are taken.
     """
-    rows, length = shape
-    device = jax.devices()[0]
-    most = TIMED_TOKENS.get(device.platform, TIMED_TOKENS_ELSEWHERE)
-    rows = max(1, min(rows, most // length))
+    shape = timed_shape(shape)
     known: dict[str, dict[float, float]] = {}
     found = {}
     for path, layer in layers.items():
-        description = _description(layer, config, (rows, length), sorted(shares[path]))
+        description = _description(layer, config, shape, sorted(shares[path]))
         key = cache.key_of(description)
         if key not in known:
             entry = cache.read("times", key) if use_cache else None
             if entry is None:
-                seconds = _times(layer, shares[path], config, (rows, length))
+                seconds = _times(layer, shares[path], config, shape)
                 dense = seconds[1.0]  # no part saves more than it leaves out
                 seconds = {share: max(t, share * dense) for share, t in seconds.items()}
                 seconds = exchange(seconds)[0]

@@ -78,6 +78,7 @@ class Fitting:
         config: of the parts.
         inputs: arguments of the model: the calibration batch.
         keys: of layers whose fit draws at random.
+        training_tokens: that training will read; None where that does not count.
     """
 
     model: nnx.Module
@@ -85,6 +86,7 @@ class Fitting:
     config: SPTConfig
     inputs: Mapping[str, jax.Array]
     keys: Mapping[Path, jax.Array]
+    training_tokens: int | None = None
 
     @property
     def length(self) -> int:
@@ -111,7 +113,7 @@ class Fitting:
             made = self._all()
         else:
             made = self._budgeted(use_cache)
-        if use_cache:
+        if use_cache and not made[1].too_short:
             self._write(key, *made)
         return made
 
@@ -169,9 +171,13 @@ class Fitting:
         }
         paying = {path: found for path, found in paying.items() if found}
         dense = Option(1.0, 0.0, 0.0)
-        if not paying:
+        too_short = self.training_tokens is not None and not budget.earns_back(
+            {path: self.layers[path] for path in paying}, saved, shape, self.training_tokens
+        )
+        if not paying or too_short:
             lines = [self._line(path, dense, None, seconds.get(path)) for path in self.layers]
-            return {}, AdaptationReport(layers=tuple(lines), budget=limit, saved=0.0)
+            report = AdaptationReport(layers=tuple(lines), budget=limit, saved=0.0)
+            return {}, dataclasses.replace(report, too_short=bool(paying))
         chosen: dict[Path, Option] = {}
         fits: dict[Path, dict[float, Fit]] = {path: {} for path in paying}
         if all(isinstance(self.layers[path], Attention) for path in paying):

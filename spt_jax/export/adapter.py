@@ -39,9 +39,9 @@ def save_adapter(
 
     LoRA factors and the head go into PEFT's `adapter_config.json` and `adapter_model.safetensors`,
     which `peft` loads onto the original model; sparse attention and routed FFNs into
-    `spt_config.json` and `spt_modules.safetensors`, which `load_adapter` reads too, with what was
-    chosen and measured (`model.adaptation`) in `adaptation.json`. A model without
-    LoRA has only the latter two, and the log says so. The directory appears whole or not at all.
+    `spt_config.json` and `spt_modules.safetensors`, which `load_adapter` reads too; what was chosen
+    and measured (`model.adaptation`) into `adaptation.json`. A model without
+    LoRA has nothing for PEFT, and the log says so. The directory appears whole or not at all.
 
     Args:
         model: an adapted model.
@@ -72,6 +72,7 @@ def save_adapter(
             peft.write_peft(model, adapted, directory, base_model)
         if sparse:
             modules.write_modules(model, directory, with_head=not adapted)
+        modules.write_report(model, directory)
     if not adapted:
         _log.warning(
             "%s: the model has no LoRA factors, so there is nothing for PEFT; %s are written for "

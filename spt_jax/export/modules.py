@@ -62,7 +62,7 @@ def describe(model: nnx.Module) -> str:
 
 
 def write_modules(model: nnx.Module, directory: Path, *, with_head: bool) -> None:
-    """Write sparse modules, the report on them, and the task head where no other file has it."""
+    """Write sparse modules, and the task head where no other file has it."""
     config: dict[str, Any] = {"format_version": FORMAT_VERSION, _ATTENTION: {}, _FFN: {}}
     variables: dict[str, nnx.Variable] = {}
     for path, module in sparse_modules(model).items():
@@ -76,6 +76,10 @@ def write_modules(model: nnx.Module, directory: Path, *, with_head: bool) -> Non
     tensors = [Tensor.of(name, to_host(v[...])) for name, v in variables.items()]
     write_safetensors(directory / MODULES_FILE, tensors)
     write_json(directory / CONFIG_FILE, config)
+
+
+def write_report(model: nnx.Module, directory: Path) -> None:
+    """Write what `adapt` chose, if it had a choice."""
     report = getattr(model, "adaptation", None)
     if isinstance(report, AdaptationReport) and report.layers:
         report.save(directory / ADAPTATION_FILE)

@@ -29,7 +29,7 @@ from spt_jax.export.files import (
     write_json,
     write_safetensors,
 )
-from spt_jax.export.modules import describe, sparse_modules, write_modules
+from spt_jax.export.modules import describe, sparse_modules, write_modules, write_report
 from spt_jax.models.checkpoint import INDEX_FILE, WEIGHTS_FILE
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.encoder import Encoder
@@ -137,6 +137,7 @@ def save_pretrained(
             (directory / name).write_bytes(content)
         if sparse_modules(model):
             write_modules(model, directory, with_head=False)
+            write_report(model, directory)
     if sparse_modules(model):
         _log.warning(
             "%s: %s are not part of a Hugging Face model: transformers computes these layers "

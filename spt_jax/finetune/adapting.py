@@ -23,6 +23,7 @@ def adapted[Model: nnx.Module](
     *,
     rngs: nnx.Rngs,
     resume: bool,
+    training_tokens: int | None = None,
 ) -> Model:
     """The model adapted, and its choices told; a run that goes on makes those of its beginning.
 
@@ -33,11 +34,19 @@ def adapted[Model: nnx.Module](
         out: folder of the run.
         rngs: of LoRA's factors and random fits.
         resume: whether the run goes on.
+        training_tokens: see `adapt`.
     """
     record, choices = out / ADAPTATION_FILE, None
     if resume and config.has_budget and record.is_file():
         choices = AdaptationReport.load(record)
-    return adapt(model, config, calibration_batch=calibration.columns, rngs=rngs, choices=choices)
+    return adapt(
+        model,
+        config,
+        calibration_batch=calibration.columns,
+        rngs=rngs,
+        choices=choices,
+        training_tokens=training_tokens,
+    )
 
 
 def calibration_rows(data: Examples, number: int, *, seed: int) -> Examples:

