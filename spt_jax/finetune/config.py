@@ -33,10 +33,11 @@ class DataConfig:
     """Files of rows, and what their columns are."""
 
     train_file: Path
-    """Rows to train on: .csv, .tsv, .jsonl, .json (an array), .parquet, or text (any other
-    ending)."""
+    """Rows to train on: .csv, .tsv, .jsonl, .json (an array), .parquet, a directory that Hugging
+    Face's datasets saved, or text (any other ending)."""
     eval_file: Path | None = None
-    """Rows to evaluate on, in any of these formats; by default --eval-share of the others."""
+    """Rows to evaluate on, in any of these formats; by default the split validation or test of a
+    directory, or --eval-share of the others."""
     eval_share: float = 0.1
     """Share of the rows that is held out for evaluation where there is no --eval-file; 0 for
     none."""

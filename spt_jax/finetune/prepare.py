@@ -21,7 +21,7 @@ from spt_jax.finetune.labels import (
     label_of,
     texts_of,
 )
-from spt_jax.finetune.rows import Row, Rows, read_rows, usable
+from spt_jax.finetune.rows import Row, Rows, evaluation_split, read_rows, usable
 from spt_jax.models import DecoderConfig, load_tokenizer
 from spt_jax.models.config import ModelConfig
 from spt_jax.models.encoder_config import EncoderConfig
@@ -80,6 +80,8 @@ def read_content(config: FinetuneConfig) -> Content:
     skip = config.data.skip_bad_rows
     rows = read_rows(config.data.train_file, skip_bad=skip)
     task, data = find_columns(rows, config.data, config.task)
+    if data.eval_file is None:
+        data = replace(data, eval_file=evaluation_split(data.train_file))
     resolved = config.resolved(task, data)
     other = None if data.eval_file is None else read_rows(data.eval_file, skip_bad=skip)
 

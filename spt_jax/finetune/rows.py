@@ -1,4 +1,4 @@
-"""Rows of files: CSV, TSV, JSON lines, JSON arrays, Parquet and text."""
+"""Rows of files: CSV, TSV, JSON lines, JSON arrays, Parquet and text; and of saved data sets."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from spt_jax.training.records import decode_file, json_values
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _JSON = (".jsonl", ".ndjson", ".json")
+_SPLITS_FILE = "dataset_dict.json"
+_UNLABELLED = -1  # a class that is not known
 _MOST_FIELD_CHARACTERS = 2**31 - 1  # csv's own limit is 131,072
 
 
@@ -62,18 +64,23 @@ def read_rows(path: Path, *, skip_bad: bool = False) -> Rows:
 
     Args:
         path: .csv or .tsv with names of columns in the first line; .jsonl, .ndjson or .json with
-            objects, one a line or in one array; .parquet; anything else is UTF-8 text, whose
-            documents become rows with the one column "text", see `read_text`.
+            objects, one a line or in one array; .parquet; a directory of Hugging Face's
+            `datasets`, of several splits "train"; anything else is UTF-8 text, whose documents
+            become rows with the one column "text", see `read_text`.
         skip_bad: leave bad rows out.
 
     Raises:
         BadRow: a row is not what the format asks for, and is not to be left out.
         ValueError: the file cannot be read, or has no row that can be used.
-        ModuleNotFoundError: a Parquet file needs pyarrow, which is not installed.
+        ModuleNotFoundError: a Parquet file needs pyarrow, or a directory `datasets`, which is not
+            installed.
         OSError: the file cannot be opened.
     """
     suffix = path.suffix.lower()
-    if suffix in _SEPARATORS:
+    found: Iterator[Row | str]
+    if path.is_dir():
+        found = _saved(path)
+    elif suffix in _SEPARATORS:
         found = _delimited(path, _SEPARATORS[suffix])
     elif suffix in _JSON:
         found = _json(path)
@@ -136,6 +143,57 @@ def usable[Value](
     if not values:
         raise ValueError(f"{rows.name} has no row that can be used; the first: {left_out[0]}")
     return values, Rows(kept, rows.name, left_out)
+
+
+def evaluation_split(path: Path) -> Path | None:
+    """The split to evaluate on of a data set's directory; None where there is none."""
+    if not (path / _SPLITS_FILE).is_file():
+        return None
+    return next((path / name for name in ("validation", "test") if (path / name).is_dir()), None)
+
+
+def _saved(path: Path) -> Iterator[Row]:
+    """Rows of a directory that `datasets` saved, classes by their names."""
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            f"{path}: reading a directory of Hugging Face's datasets needs that package; install "
+            "it with pip install 'spt-jax[datasets]', or save the rows as Parquet"
+        ) from None
+    try:
+        found = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise ValueError(f"{path} is no directory that datasets saved: {reason}") from None
+    if isinstance(found, datasets.DatasetDict):
+        if "train" not in found:
+            raise ValueError(
+                f"{path} has no split train, but {', '.join(found)}; give one's directory, as "
+                f"{path / next(iter(found))}"
+            )
+        found = found["train"]
+    names = {
+        column: feature.names
+        for column, feature in ((n, _classes(f)) for n, f in found.features.items())
+        if isinstance(feature, datasets.ClassLabel)
+    }
+    for number, values in enumerate(found, 1):
+        present = {
+            name: _named(value, names[name]) if name in names else value
+            for name, value in values.items()
+            if value is not None and not (name in names and value == _UNLABELLED)
+        }
+        yield Row(present, f"{path}, row {number}")
+
+
+def _classes(feature: Any) -> Any:
+    """A column's feature, or that of what its lists hold."""
+    return getattr(feature, "feature", feature)
+
+
+def _named(value: Any, names: Sequence[str]) -> Any:
+    return [names[i] for i in value] if isinstance(value, list) else names[value]
 
 
 def _documents(path: Path) -> Iterator[tuple[int, str]]:

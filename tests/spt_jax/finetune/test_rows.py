@@ -221,3 +221,39 @@ def test_a_bad_conversation_is_named(layout, values, message):
     (row,) = rows_of(values).rows
     with pytest.raises(BadRow, match=f"f, line 1.*{message}|{message}.*f, line 1"):
         record_of(row, options(layout=layout, text_columns=("text",)))
+
+
+def save_splits(path, *splits):
+    import datasets
+
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["bad", "good"]),
+            "tags": datasets.List(datasets.ClassLabel(names=["a", "b"])),
+        }
+    )
+    rows = [{"text": f"t{i}", "label": i % 2 if i else -1, "tags": [1, 0]} for i in range(4)]
+    saved = {name: datasets.Dataset.from_list(rows, features=features) for name in splits}
+    datasets.DatasetDict(saved).save_to_disk(path)
+
+
+def test_a_directory_of_datasets_gives_names_of_classes(tmp_path):
+    save_splits(tmp_path / "a", "train", "test")
+    rows = read_rows(tmp_path / "a")
+    assert [row.values.get("label") for row in rows.rows] == [None, "good", "bad", "good"]
+    assert rows.rows[0].values["tags"] == ["b", "a"]
+    assert rows.rows[1].where.endswith("a, row 2")
+    assert len(read_rows(tmp_path / "a" / "test")) == 4
+    data = DataConfig(train_file=tmp_path / "a", label_columns=("label",), skip_bad_rows=True)
+    content = read_content(FinetuneConfig(data=data))
+    assert (len(content.train), len(content.evaluation), content.left_out) == (3, 3, 2)
+    assert content.resolved.config.data.eval_file == tmp_path / "a" / "test"
+
+
+def test_another_directory_is_named(tmp_path):
+    save_splits(tmp_path / "a", "test")
+    with pytest.raises(ValueError, match=r"a has no split train, but test; give .*a/test"):
+        read_rows(tmp_path / "a")
+    with pytest.raises(ValueError, match="is no directory that datasets saved"):
+        read_rows(tmp_path)
