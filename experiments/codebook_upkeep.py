@@ -49,6 +49,7 @@ from experiments.reports import here_and_now, how, page, save_figure
 from pallas_kernels import pq_encode
 from spt_jax import cli
 from spt_jax.calibration import fit_sparse_attention
+from spt_jax.finetune.job import OBJECTIVES
 from spt_jax.layers import Attention, SparseAttention
 from spt_jax.training import Examples, write_text_atomic
 from spt_jax.training.data import train_batches
@@ -245,15 +246,19 @@ def train_and_measure(
     """Step, captured shares, and mean training loss since the measurement before."""
     training = options.training()
     config = training.train_config("spt")
-    model = glue.build_model(task, "spt", training, data, options.out)
-    calibration = glue.calibration_examples(data, options.seed).columns
+    job = glue.job_of(task, "spt", training, options.out)
+    rngs = nnx.Rngs(options.seed)
+    base = job.load(rngs)
+    job.adapt(base, data.train, rngs=rngs)
+    model: nnx.Module = base
+    calibration = job.calibration(data.train).columns
     rows = longest_rows(next(iter(data.validation.values())), options.rows)
     num_keys = max(1, round(options.density * rows.shape[1]))
     frozen_books = [nnx.clone(module) for module in sparse_attentions(model)]
     averages = MovingAverages(model, layer_tokens(model, calibration))
     parts = partition(model, "adapter")
     total = config.total_steps(len(data.train))
-    state, run = start(parts, config, total_steps=total, objective=glue.objective_of(task))
+    state, run = start(parts, config, total_steps=total, objective=OBJECTIVES[job.task])
     step = jax.jit(run, donate_argnums=0)
     loss_tokens = frozen_books[0].config.codebook_loss_tokens  # as many for the averages
     batches = train_batches(data.train, config.batch_size, seed=options.seed)

@@ -29,7 +29,6 @@ from experiments.capture import Texts, token_ids, two_sets
 from experiments.methods import write_metrics
 from experiments.reports import here_and_now, how, page, save_figure, write_csv
 from spt_jax import budget, cli
-from spt_jax.finetune.adapting import device_line
 from spt_jax.models.config import read_config
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.hub import CONFIG_FILES, find_files
@@ -204,7 +203,7 @@ def main() -> None:
     options.check()
     options.out.mkdir(parents=True, exist_ok=True)
     console = cli.console()
-    console.print(device_line("float32"))
+    console.print(cli.device_line("float32"))
     rows, reports = measure(options)
     table = table_of(rows, f"{options.model}, rows of {options.length} tokens")
     console.print(table)

@@ -11,7 +11,7 @@ events and, last, metrics.json with every number of the table. A stopped run goe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,27 +33,21 @@ from experiments.methods import (
     write_metrics,
 )
 from spt_jax import cli
-from spt_jax.finetune.adapting import adapted, calibration_rows, device_line
+from spt_jax.finetune.job import Job
 from spt_jax.finetune.prepare import without_unread_types
 from spt_jax.models.config import ModelConfig, read_config
 from spt_jax.models.hub import CONFIG_FILES, find_files
 from spt_jax.processes import first_goes_first
 from spt_jax.training import (
     Examples,
-    Objective,
     TrainResult,
-    cross_entropy,
-    mean_squared_error,
-    supervised,
     tokenize,
-    train,
 )
 
 TaskName = Literal[
     "acceptability", "cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli", "all"
 ]
 
-CALIBRATION_EXAMPLES = 64
 DEFAULT_MAX_LENGTH = 128
 BUILT_IN = GlueTask(
     name="acceptability", columns=("sentence",), num_labels=2, metrics=("matthews", "accuracy")
@@ -143,52 +137,30 @@ def read_model_config(options: Inputs) -> ModelConfig:
     return read_config(find_files(options.model, files=CONFIG_FILES))
 
 
-def build_model(
-    task: GlueTask, method: Method, options: Options, data: Data, out: Path
-) -> nnx.Module:
-    """The pretrained model with a head for `task`, adapted for `method`."""
-    rngs = nnx.Rngs(options.seed)
-    model = spt_jax.load_pretrained(
-        options.model,
-        task="sequence-classification",
+def job_of(task: GlueTask, method: Method, options: Options, out: Path) -> Job:
+    """The training of one method on a task."""
+    return Job(
+        source=options.model,
+        task="regression" if task.num_labels is None else "classification",
         num_labels=task.num_labels or 1,
+        spt=options.spt_config(method),
+        train=options.train_config(method),
         dtype=options.dtype,
-        param_dtype="float32" if method == "full" else options.dtype,
-        rngs=rngs,
+        out=out,
+        resume=options.resume,
+        overwrite=options.overwrite,
     )
-    config = options.spt_config(method)
-    if config is None:
-        return model
-    calibration = calibration_examples(data, options.seed)
-    return adapted(model, config, calibration, out, rngs=rngs, resume=options.resume)
-
-
-def calibration_examples(data: Data, seed: int) -> Examples:
-    """Random training examples to calibrate on."""
-    return calibration_rows(data.train, CALIBRATION_EXAMPLES, seed=seed)
-
-
-def objective_of(task: GlueTask) -> Objective:
-    """What training on a task minimises."""
-    return supervised(mean_squared_error if task.num_labels is None else cross_entropy)
 
 
 def train_method(
     task: GlueTask, method: Method, options: Options, data: Data, out: Path
 ) -> TrainResult:
     """Adapt, train and evaluate one method."""
-    return train(
-        build_model(task, method, options, data, out),
-        data.train,
-        options.train_config(method),
-        out,
-        objective=objective_of(task),
-        eval_data=data.validation,
-        metrics=task.metrics,
-        identity={"spt": asdict(spt) if (spt := options.spt_config(method)) else None},
-        resume=options.resume,
-        overwrite=options.overwrite,
-    )
+    job = job_of(task, method, options, out)
+    rngs = nnx.Rngs(options.seed)
+    model = job.load(rngs)
+    job.adapt(model, data.train, rngs=rngs)
+    return job.fit(model, data.train, data.validation, task.metrics)
 
 
 def run_task(
@@ -242,7 +214,7 @@ def main() -> None:
     console = cli.console()
     options.out.mkdir(parents=True, exist_ok=True)  # fails now, not at the end of a long run
     tokenizer = spt_jax.load_tokenizer(options.model)
-    console.print(device_line(options.dtype))
+    console.print(cli.device_line(options.dtype))
     if options.task != "all":
         run_task(named_task(options.task), options, tokenizer, options.out, console)
         return

@@ -45,7 +45,6 @@ from experiments.methods import (
 from experiments.reports import save_figure, write_csv
 from spt_jax import cli
 from spt_jax.config import Form
-from spt_jax.finetune.adapting import device_line
 from spt_jax.forms import has_sparse_parts
 from spt_jax.models import Decoder
 from spt_jax.training import (
@@ -487,7 +486,7 @@ def main() -> None:
     options.check()
     options.out.mkdir(parents=True, exist_ok=True)
     console = cli.console()
-    console.print(device_line(options.dtype))
+    console.print(cli.device_line(options.dtype))
     rows: list[Row] = []
     with tqdm(disable=not sys.stderr.isatty(), unit="run") as bar:
         for row in run(options):

@@ -16,7 +16,7 @@ directories) and, last, metrics.json with every number of the table. A stopped r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,8 +39,8 @@ from experiments.methods import (
     write_metrics,
 )
 from spt_jax import cli
-from spt_jax.finetune.adapting import adapted, calibration_rows, device_line
 from spt_jax.finetune.encoding import Encoder, Record, cut_note
+from spt_jax.finetune.job import Job
 from spt_jax.models import Decoder, DecoderConfig
 from spt_jax.models.config import parse_config
 from spt_jax.training import (
@@ -55,11 +55,9 @@ from spt_jax.training import (
     read_text,
     read_tfds_text,
     strided_windows,
-    train,
 )
 
 SCRATCH = "scratch"
-CALIBRATION_TOKENS = 8192
 #: Steps at most where neither --steps nor --epochs is given.
 MOST_STEPS = 10
 LEARNING_RATES = {"spt": 1e-3, "lora": 1e-3, "full": 2e-5}
@@ -221,26 +219,6 @@ def head(documents: Sequence[Document], tokens: int) -> list[Document]:
     return kept
 
 
-def build_model(method: Method, source: str | Path, options: Options, data: Examples) -> Decoder:
-    """The pretrained model, adapted for `method`."""
-    rngs = nnx.Rngs(options.seed)
-    model = spt_jax.load_pretrained(
-        source,
-        task="causal-lm",
-        dtype=options.dtype,
-        param_dtype="float32" if method == "full" else options.dtype,
-        rngs=rngs,
-    )
-    assert isinstance(model, Decoder)
-    config = options.spt_config(method)
-    if config is None:
-        return model
-    number = max(2, CALIBRATION_TOKENS // data.length)
-    calibration = calibration_rows(data, number, seed=options.seed)
-    out = options.out / method
-    return adapted(model, config, calibration, out, rngs=rngs, resume=options.resume)
-
-
 def fine_tune(
     method: Method,
     source: str | Path,
@@ -249,21 +227,22 @@ def fine_tune(
     eval_data: Examples,
 ) -> tuple[Decoder, TrainResult]:
     """Train the model by `method`, and write what came of it."""
-    model = build_model(method, source, options, train_data)
-    out = options.out / method
-    result = train(
-        model,
-        train_data,
-        options.train_config_for(method, train_data),
-        out,
-        objective=next_token,
-        eval_data=eval_data,
-        metrics=METRICS,
-        identity={"spt": asdict(spt) if (spt := options.spt_config(method)) else None},
+    job = Job(
+        source=source,
+        task="language",
+        spt=options.spt_config(method),
+        train=options.train_config_for(method, train_data),
+        dtype=options.dtype,
+        out=options.out / method,
         resume=options.resume,
         overwrite=options.overwrite,
     )
-    save(model, method, source, out)
+    rngs = nnx.Rngs(options.seed)
+    model = job.load(rngs)
+    assert isinstance(model, Decoder)
+    job.adapt(model, train_data, rngs=rngs)
+    result = job.fit(model, train_data, eval_data, METRICS)
+    save(model, method, source, job.out)
     return model, result
 
 
@@ -277,10 +256,7 @@ def save(model: Decoder, method: Method, source: str | Path, out: Path) -> None:
 
 def answer(model: Decoder, prompt: str, encoder: Encoder, *, chat: bool) -> str:
     """What the model writes after `prompt`."""
-    if chat:
-        message = {"role": "user", "content": prompt}
-        prompt = encoder.template().render([message], add_generation_prompt=True)
-    ids = encoder.tokenizer.encode(prompt, add_special_tokens=not chat).ids
+    ids = encoder.prompt({"messages": [{"role": "user", "content": prompt}]} if chat else prompt)
     (new,) = spt_jax.generate(model, [ids], max_new_tokens=ANSWER_TOKENS)
     return encoder.tokenizer.decode([int(token) for token in new])
 
@@ -397,7 +373,7 @@ def main() -> None:
     options.start()
     options.out.mkdir(parents=True, exist_ok=True)  # fails now, not at the end of a long run
     console = cli.console()
-    console.print(device_line(options.dtype))
+    console.print(cli.device_line(options.dtype))
     run(options, console)
 
 

@@ -12,9 +12,11 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax
 import tyro
 from rich.console import Console
 
+from pallas_kernels import best_implementation, why_not_mosaic, why_not_triton
 from spt_jax.processes import ProcessLost, is_first
 from spt_jax.training import CheckpointError, Interrupted, NonFiniteLoss
 
@@ -169,3 +171,17 @@ def _say(error: BaseException) -> None:
         raise error
     message = " ".join(_said(error).split()) or type(error).__name__
     print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def device_line(dtype: str) -> str:
+    """What a run trains on, in which type, with which kernels; on a GPU, why with no faster ones.
+
+    Args:
+        dtype: type that it computes in.
+    """
+    devices, kernels = jax.devices(), best_implementation(dtype)
+    line = f"{len(devices)} x {devices[0].device_kind}, {dtype}, kernels {kernels}"
+    if devices[0].platform != "gpu" or kernels != "xla":
+        return line
+    reasons = {"mosaic": why_not_mosaic(dtype), "triton": why_not_triton(dtype)}
+    return line + "".join(f"; not {name}: {why}" for name, why in reasons.items() if why)

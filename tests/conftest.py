@@ -52,7 +52,7 @@ _hook = jaxtyping.install_import_hook(
         "spt_jax.calibration",
         "spt_jax.chat",
         "spt_jax.export",
-        "spt_jax.finetune.adapting",
+        "spt_jax.finetune.job",
         "spt_jax.finetune.labels",
         "spt_jax.finetune.prepare",
         "spt_jax.fitting",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 from spt_jax import cli
-from spt_jax.finetune.adapting import device_line
 from spt_jax.finetune.arguments import parse_arguments
 from spt_jax.finetune.run import REPORT_FILE, finetune
 from spt_jax.training import form_of
@@ -15,7 +14,7 @@ def main() -> None:
     """Run the command."""
     config = parse_arguments(sys.argv[1:])
     console = cli.console()
-    console.print(device_line(config.dtype))
+    console.print(cli.device_line(config.dtype))
     result = finetune(config)
     names = {"train_loss", "step_ms", *result.report["before"]}
     for name, value in result.report["before"].items():

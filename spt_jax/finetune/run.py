@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,46 +15,29 @@ from spt_jax.adaptation import AdaptationReport
 from spt_jax.config import SPTConfig
 from spt_jax.export import save_adapter, save_pretrained
 from spt_jax.export.pretrained import ProblemType
-from spt_jax.finetune.adapting import adapted, calibration_rows
 from spt_jax.finetune.arguments import write_config
 from spt_jax.finetune.card import write_card
 from spt_jax.finetune.config import FinetuneConfig, ResolvedConfig, Task
 from spt_jax.finetune.hub import check_access, push
+from spt_jax.finetune.job import Job
 from spt_jax.finetune.prepare import Content, Data, encode, read_content
 from spt_jax.finetune.trained import Trained
-from spt_jax.models import Decoder, load_pretrained
+from spt_jax.models import Decoder
 from spt_jax.models.config import read_config
 from spt_jax.models.encoder import Encoder
 from spt_jax.models.hub import CONFIG_FILES, find_files, hub_id
 from spt_jax.processes import is_first
 from spt_jax.training import (
-    Objective,
     TrainResult,
-    binary_cross_entropy,
-    cross_entropy,
     environment,
     evaluate,
     finite,
-    mean_squared_error,
     next_token,
-    supervised,
-    train,
     write_json_atomic,
 )
 
 CONFIG_FILE = "config.yaml"
 REPORT_FILE = "report.json"
-_CALIBRATION_EXAMPLES = 64
-_CALIBRATION_TOKENS = 8192
-
-_OBJECTIVES: Mapping[Task, Objective] = MappingProxyType(
-    {
-        "classification": supervised(cross_entropy),
-        "multi-label": supervised(binary_cross_entropy),
-        "regression": supervised(mean_squared_error),
-        "language": next_token,
-    }
-)
 _METRICS: Mapping[Task, tuple[str, ...]] = MappingProxyType(
     {
         "classification": ("accuracy", "matthews"),
@@ -133,29 +116,24 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     if is_first():
         write_config(run.config, out / CONFIG_FILE)
 
-    rngs = nnx.Rngs(run.train.seed)
-    model = load_pretrained(
-        run.model,
-        task="causal-lm" if run.task == "language" else "sequence-classification",
+    job = Job(
+        source=run.model,
+        task=run.task,
         num_labels=max(1, len(content.classes)),
+        spt=run.spt,
+        train=run.train,
         dtype=run.config.dtype,
-        param_dtype="float32" if run.train.trainable == "all" else run.config.dtype,
-        rngs=rngs,
-    )
-    before = _before(model, run, data)
-    _adapt(model, run, data, out, rngs)
-    result = train(
-        model,
-        data.train,
-        run.train,
-        out,
-        objective=_OBJECTIVES[run.task],
-        eval_data=data.evaluation,
-        metrics=_METRICS[run.task] if data.evaluation else (),
-        identity={"spt": asdict(run.spt)},
+        out=out,
         resume=run.config.resume,
         overwrite=run.config.overwrite,
     )
+    rngs = nnx.Rngs(run.train.seed)
+    model = job.load(rngs)
+    before = _before(model, run, data)
+    tokens = run.train.total_steps(len(data.train)) * run.train.batch_size * data.train.length
+    job.adapt(model, data.train, rngs=rngs, training_tokens=tokens)
+    metrics = _METRICS[run.task] if data.evaluation else ()
+    result = job.fit(model, data.train, data.evaluation, metrics)
     directory = _save(model, run, content, data, out)
     report = _report(model, run, content, data, before, result, directory)
     if is_first():
@@ -198,27 +176,6 @@ def _before(model: Encoder | Decoder, run: ResolvedConfig, data: Data) -> dict[s
     )
     _log.info("before fine-tuning: perplexity %.2f", values["perplexity"])
     return values
-
-
-def _adapt(
-    model: Encoder | Decoder, run: ResolvedConfig, data: Data, out: Path, rngs: nnx.Rngs
-) -> None:
-    if not _adapts(run.spt):
-        return
-    number = _CALIBRATION_EXAMPLES
-    if run.task == "language":
-        number = max(2, _CALIBRATION_TOKENS // data.train.length)
-    calibration = calibration_rows(data.train, number, seed=run.train.seed)
-    steps = run.train.total_steps(len(data.train))
-    adapted(
-        model,
-        run.spt,
-        calibration,
-        out,
-        rngs=rngs,
-        resume=run.config.resume,
-        training_tokens=steps * run.train.batch_size * data.train.length,
-    )
 
 
 def _save(

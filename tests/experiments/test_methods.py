@@ -18,7 +18,6 @@ from experiments.methods import (
 )
 from pallas_kernels import devices, triton
 from spt_jax import cli
-from spt_jax.finetune.adapting import device_line
 from spt_jax.training import TrainResult
 
 
@@ -39,7 +38,7 @@ def test_the_device_is_told(kind, capability, dtype, kernels, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *_: [device, device])
     monkeypatch.setattr(devices, "default_device", lambda: device)
     monkeypatch.setattr(triton, "unfit_packages", lambda *_: None)
-    assert device_line(dtype).startswith(f"2 x {kind}, {dtype}, kernels {kernels}")
+    assert cli.device_line(dtype).startswith(f"2 x {kind}, {dtype}, kernels {kernels}")
 
 
 def result(step_ms, **metrics):
