@@ -1,11 +1,11 @@
 """SPT's training step beside LoRA's at several lengths, and what its sparse form loses.
 
     python -m experiments.lengths                                  # MiniLM, 32 to 512 tokens
-    python -m experiments.lengths --models minilm,smollm2 --text-file FILE
+    python -m experiments.lengths --models smollm2 --lengths 512,1024,2048,4096 --ffn dense
 
 At each length the model is adapted by LoRA alone and by SPT within its budget, on rows of a text.
 Then both take training steps in turn. Where SPT leaves everything dense it is LoRA, and is not
-timed apart. Writes lengths.csv and metrics.json to --out.
+timed apart. Writes lengths.csv, a plot of each model and metrics.json to --out.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
+from matplotlib import pyplot as plt
 from rich.table import Table
 
 import spt_jax
 from experiments.capture import Texts, token_ids, two_sets
 from experiments.methods import write_metrics
-from experiments.reports import here_and_now, how, page, write_csv
+from experiments.reports import here_and_now, how, page, save_figure, write_csv
 from spt_jax import cli
 from spt_jax.models import Decoder
 from spt_jax.models.config import read_config
@@ -49,6 +50,8 @@ class Options:
     """UTF-8 text to adapt and to train on; by default CPython's documentation."""
     lengths: str = "32,64,128,256,512"
     """Tokens of a row, separated by commas."""
+    ffn: Literal["routed", "dense"] = "routed"
+    """Whether SPT may route FFNs; of a decoder that costs more than it saves."""
     step_tokens: int = 2048
     """Tokens of a training step, but for one row."""
     rows: int = 32
@@ -167,7 +170,8 @@ def measure(name: str, length: int, ids: np.ndarray, options: Options) -> Row:
     rows = max(2, min(options.rows, 8192 // length))
     calibration, trained = two_sets(Texts(ids), length, rows)
     batch = np.resize(trained, (max(1, options.step_tokens // length), length))
-    spt = adapted(name, spt_jax.SPTConfig(), calibration, options.seed)
+    config = spt_jax.SPTConfig() if options.ffn == "routed" else spt_jax.SPTConfig(ffn=None)
+    spt = adapted(name, config, calibration, options.seed)
     report: spt_jax.AdaptationReport = getattr(spt, "adaptation")  # noqa: B009
     lora = compiled(adapted(name, LORA, calibration, options.seed), batch)
     sparse = any(line.active < 1 for line in report.layers)
@@ -183,13 +187,14 @@ def measure(name: str, length: int, ids: np.ndarray, options: Options) -> Row:
         "rows": len(batch),
         "sparse_attention_layers": sum(share < 1 for share in kinds["attention"]),
         "routed_ffn_layers": sum(share < 1 for share in kinds["ffn"]),
-        "ffn_share": statistics.fmean(kinds["ffn"]),
+        "ffn_share": statistics.fmean(kinds["ffn"]) if kinds["ffn"] else 1.0,
         "measure": report.measure,
         "added": report.added or 0.0,
         "lora_ms": 1e3 * statistics.median(seconds[0]),
         "spt_ms": 1e3 * statistics.median(seconds[-1]),
         "speed": statistics.median(a / b for a, b in zip(seconds[0], seconds[-1], strict=True)),
-        "memory": steps[-1].peak_bytes / lora.peak_bytes,
+        "lora_bytes": lora.peak_bytes,
+        "spt_bytes": steps[-1].peak_bytes,
         "adapt_s": report.seconds,
     }
 
@@ -227,10 +232,32 @@ def table_of(rows: Sequence[Row]) -> Table:
             f"{row['lora_ms']:.0f}",
             f"{row['spt_ms']:.0f}" if sparse else "as LoRA",
             f"{row['speed']:.2f}",
-            f"{row['memory']:.2f}",
+            f"{row['spt_bytes'] / row['lora_bytes']:.2f}",
             f"{row['adapt_s']:.0f}",
         )
     return table
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Time and memory of a model's step by length, and what its sparse form loses."""
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), layout="constrained")
+    lengths = [row["length"] for row in rows]
+    for axis, what, unit in ((axes[0], "ms", 1e3), (axes[1], "bytes", 1e6)):
+        for method, style in (("lora", "o--"), ("spt", "o-")):
+            values = [row[f"{method}_{what}"] / unit for row in rows]
+            axis.plot(lengths, values, style, label={"lora": "LoRA", "spt": "SPT"}[method])
+        axis.set_ylim(bottom=0)
+        axis.legend()
+    axes[2].plot(lengths, [row["added"] for row in rows], "o-", color="tab:orange")
+    loses = "nats a token" if rows[0]["measure"] == "loss" else "relative change"
+    titles = ("a step, s", "memory, MB", f"the sparse form loses, {loses}")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axis.set_xlabel("tokens a row")
+    axes[2].set_ylim(bottom=min(0.0, *(row["added"] for row in rows)))
+    save_figure(figure, path)
 
 
 def write_report(options: Options, table: Table) -> None:
@@ -268,6 +295,8 @@ def main() -> None:
             jax.clear_caches()
             table = table_of(rows)
             write_csv(options.out / "lengths.csv", rows)
+            own = [row for row in rows if row["model"] == name]
+            plot(own, options.out / f"{Path(name).stem}.png")
             if options.report is not None:
                 write_report(options, table)
     console.print(table)

@@ -48,7 +48,8 @@ def test_a_row_a_length_and_lora_where_nothing_is_sparse(tmp_path, monkeypatch, 
     assert long["routed_ffn_layers"] == "1"
     assert float(long["ffn_share"]) < 1
     assert float(long["spt_ms"]) > 0
-    assert float(long["memory"]) != 1
+    assert long["spt_bytes"] != long["lora_bytes"]
+    assert (out / "model.png").read_bytes().startswith(b"\x89PNG")
     figures = json.loads((out / "metrics.json").read_text())["figures"]
     assert figures[f"{model}_64"] == float(long["speed"])
     page = (tmp_path / "page.md").read_text()
