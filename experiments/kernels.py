@@ -52,7 +52,7 @@ from experiments.reports import save_figure, write_csv
 from pallas_kernels import autotune, why_not_triton
 from spt_jax import cli
 from spt_jax.training import environment, write_json_atomic
-from spt_jax.training.loop import device_peak_bytes
+from spt_jax.training.memory import device_peak_bytes
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

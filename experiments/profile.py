@@ -61,7 +61,7 @@ from experiments.reports import save_figure, write_csv
 from spt_jax import cli
 from spt_jax.config import MeshConfig, RoutedFFNConfig, SparseAttentionConfig
 from spt_jax.sharding import Devices, make_mesh, parse_mesh
-from spt_jax.training.loop import compiled_peak_bytes, device_peak_bytes
+from spt_jax.training.memory import compiled_peak_bytes, device_peak_bytes
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -58,7 +58,7 @@ from spt_jax.training import (
     start,
     train_batches,
 )
-from spt_jax.training.loop import compiled_peak_bytes
+from spt_jax.training.memory import compiled_peak_bytes
 
 METHODS: tuple[Method, ...] = tuple(name for name in get_args(Method) if name != "full")
 MOST_STEPS = 1_000_000  # the time is over before

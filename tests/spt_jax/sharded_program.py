@@ -32,7 +32,7 @@ from spt_jax.models import Decoder, Encoder
 from spt_jax.processes import exchange, is_first, start_processes
 from spt_jax.sharding import Devices, make_mesh, parameter_sharding
 from spt_jax.training import Examples, cross_entropy, next_token, start, supervised, train
-from spt_jax.training.loop import compiled_peak_bytes
+from spt_jax.training.memory import compiled_peak_bytes
 from spt_jax.training.step import partition
 
 TARGET, *PROCESS = sys.argv[1:]
