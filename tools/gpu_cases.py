@@ -1,4 +1,4 @@
-"""The programs that `experiments.gpu_check` compiles, and the kernels that each must launch."""
+"""The programs that `tools.gpu_check` compiles, and the kernels that each must launch."""
 
 from __future__ import annotations
 
