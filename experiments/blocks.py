@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -26,10 +26,10 @@ from spt_jax.layers import (
     rotary_angles,
 )
 from spt_jax.models.common import sum_aux
+from spt_jax.models.config import ModelConfig
 from spt_jax.models.decoder import Decoder, DecoderLayer
-from spt_jax.models.decoder_config import DecoderConfig, parse_decoder_config
+from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.encoder import Encoder, EncoderLayer
-from spt_jax.models.encoder_config import EncoderConfig, parse_encoder_config
 from spt_jax.training import cross_entropy, next_token, supervised
 
 BlockMethod = Literal["full", "lora", "spt"]
@@ -40,65 +40,6 @@ Part = Literal["block", "mha", "ffn"]
 #: "skinny" is `x W + (x A) B` with every product in the type of x; "skinny_float32" takes the
 #: two skinny ones in float32, the type in which PEFT and this library keep the factors.
 LoRAForm = Literal["merged", "factored", "skinny", "skinny_float32"]
-
-
-POSITIONS = 2048  # of models whose layers are measured alone; they do not look at it
-
-
-def opt_config(
-    *, width: int, heads: int, hidden: int, layers: int = 1, vocabulary: int = 1
-) -> DecoderConfig:
-    """Layers of OPT: LayerNorm, a plain FFN, biases."""
-    return parse_decoder_config(
-        {
-            "model_type": "opt",
-            "vocab_size": vocabulary,
-            "hidden_size": width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "ffn_dim": hidden,
-            "max_position_embeddings": POSITIONS,
-        }
-    )
-
-
-def llama_config(
-    *, width: int, heads: int, kv_heads: int, hidden: int, layers: int = 1, vocabulary: int = 1
-) -> DecoderConfig:
-    """Layers of LLaMA: RMSNorm, a gated FFN, rotary embedding, no biases."""
-    return parse_decoder_config(
-        {
-            "model_type": "llama",
-            "vocab_size": vocabulary,
-            "hidden_size": width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "intermediate_size": hidden,
-            "max_position_embeddings": POSITIONS,
-        }
-    )
-
-
-def bert_config(
-    *, width: int, heads: int, hidden: int, layers: int = 1, vocabulary: int = 1
-) -> EncoderConfig:
-    """Layers of BERT: attention to both sides, norms after the sums."""
-    return parse_encoder_config(
-        {
-            "model_type": "bert",
-            "vocab_size": vocabulary,
-            "hidden_size": width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "intermediate_size": hidden,
-            "max_position_embeddings": POSITIONS,
-        }
-    )
-
-
-OPT_2048 = opt_config(width=2048, heads=32, hidden=8192)
-LLAMA_4096 = llama_config(width=4096, heads=32, kv_heads=8, hidden=11008)
 
 
 class SkinnyLinear(Linear):
@@ -125,17 +66,16 @@ class SkinnyLinear(Linear):
         return (y if self.bias is None else y + self.bias[...]).astype(self.dtype)
 
 
-BlockConfig = DecoderConfig | EncoderConfig
 Layer = DecoderLayer | EncoderLayer
 Layers = nnx.List[Layer]
 
 
-def num_kv_heads(config: BlockConfig) -> int:
+def num_kv_heads(config: ModelConfig) -> int:
     """Key/value heads K."""
     return config.num_kv_heads if isinstance(config, DecoderConfig) else config.num_heads
 
 
-def head_width(config: BlockConfig) -> int:
+def head_width(config: ModelConfig) -> int:
     """H."""
     if isinstance(config, DecoderConfig):
         return config.head_width
@@ -161,7 +101,7 @@ class BlockStep:
       param_dtype: of weights that "full" trains; None for `dtype`.
     """
 
-    config: BlockConfig
+    config: ModelConfig
     batch: int
     length: int
     method: BlockMethod
@@ -371,18 +311,6 @@ class ModelStep(BlockStep):
             return forward, step
         head = 2.0 * self.batch * self.length * self.config.width * self.config.vocab_size
         return forward + head, step + (3 if self.method == "full" else 2) * head
-
-
-def one_layer(config: BlockConfig) -> BlockConfig:
-    """A model of a single layer of this one's."""
-    if isinstance(config, DecoderConfig):
-        return replace(config, num_layers=1, windows=config.windows[:1])
-    return replace(config, num_layers=1)
-
-
-def with_positions(config: BlockConfig, length: int) -> BlockConfig:
-    """This model with positions for sequences of `length` tokens."""
-    return replace(config, num_positions=max(config.num_positions, length))
 
 
 def attention_operations(

@@ -43,16 +43,10 @@ from rich.table import Table
 from tqdm import tqdm
 
 from experiments.blocks import (
-    BlockConfig,
     BlockMethod,
     BlockStep,
     LoRAForm,
     ModelStep,
-    bert_config,
-    llama_config,
-    one_layer,
-    opt_config,
-    with_positions,
 )
 from experiments.gpu_targets import GPUS, described_device, trace_for
 from experiments.kernels import FAILURES, OUT_OF_MEMORY, failure_of, in_threads
@@ -60,6 +54,8 @@ from experiments.methods import write_metrics
 from experiments.reports import save_figure, write_csv
 from spt_jax import cli
 from spt_jax.config import MeshConfig, RoutedFFNConfig, SparseAttentionConfig
+from spt_jax.models.config import ModelConfig
+from spt_jax.models.presets import PRESETS, one_layer, with_positions
 from spt_jax.sharding import Devices, make_mesh, parse_mesh
 from spt_jax.training.memory import compiled_peak_bytes, device_peak_bytes
 
@@ -71,25 +67,6 @@ MODULES: tuple[Module, ...] = get_args(Module)
 METHODS: tuple[BlockMethod, ...] = get_args(BlockMethod)
 LORA_FORMS: tuple[LoRAForm, ...] = get_args(LoRAForm)
 
-#: Whole models by the name of their block.
-BLOCKS: Mapping[str, BlockConfig] = {
-    "bert-large": bert_config(width=1024, heads=16, hidden=4096, layers=24, vocabulary=30522),
-    "opt-1024": opt_config(width=1024, heads=16, hidden=4096, layers=24, vocabulary=50272),
-    "opt-2048": opt_config(width=2048, heads=32, hidden=8192, layers=24, vocabulary=50272),
-    "opt-2560": opt_config(width=2560, heads=32, hidden=10240, layers=32, vocabulary=50272),
-    "llama-2560": llama_config(
-        width=2560, heads=20, kv_heads=20, hidden=6912, layers=32, vocabulary=32000
-    ),
-    "llama-4096": llama_config(
-        width=4096, heads=32, kv_heads=32, hidden=11008, layers=32, vocabulary=32000
-    ),
-    "llama3-8b": llama_config(
-        width=4096, heads=32, kv_heads=8, hidden=14336, layers=32, vocabulary=128256
-    ),
-    "tiny-llama": llama_config(
-        width=32, heads=2, kv_heads=2, hidden=64, layers=1, vocabulary=128
-    ),  # for trying things out
-}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 #: Share of a device's memory that XLA's allocator is given.
 USABLE = 0.9
@@ -160,7 +137,7 @@ class Options(StepOptions):
 
     def check(self) -> None:
         """Raise a ValueError for any mistake in the options."""
-        for name, known in (("block", BLOCKS), ("module", MODULES), ("method", METHODS)):
+        for name, known in (("block", PRESETS), ("module", MODULES), ("method", METHODS)):
             cli.known_names(getattr(self, name), known, what=f"--{name}")
         cli.known_names(self.lora_form, ("auto", *LORA_FORMS), what="--lora-form")
         if self.target is not None and self.target not in GPUS:
@@ -252,7 +229,7 @@ def workloads(options: Options, *, gpu: bool = False) -> list[Work]:
     """All that the options ask for, in the order of the table."""
     dtype = DTYPES[options.dtype or ("bfloat16" if gpu else "float32")]
     sizes = itertools.product(
-        cli.known_names(options.block, BLOCKS, what="--block"),
+        cli.known_names(options.block, PRESETS, what="--block"),
         _numbers("--batch-size", options.batch_size, int),
         _numbers("--seq-len", options.seq_len, int),
         cli.known_names(options.module, MODULES, what="--module"),
@@ -261,7 +238,7 @@ def workloads(options: Options, *, gpu: bool = False) -> list[Work]:
     found = []
     for block, batch, length, module, remat in sizes:
         step = (ModelStep if module == "model" else BlockStep)(
-            config=_sized(BLOCKS[block], module, length),
+            config=_sized(PRESETS[block], module, length),
             part="block" if module == "model" else module,
             batch=batch,
             length=length,
@@ -277,7 +254,7 @@ def workloads(options: Options, *, gpu: bool = False) -> list[Work]:
     return found
 
 
-def _sized(config: BlockConfig, module: Module, length: int) -> BlockConfig:
+def _sized(config: ModelConfig, module: Module, length: int) -> ModelConfig:
     """One layer of a model, or the model with positions enough."""
     return with_positions(config, length) if module == "model" else one_layer(config)
 
@@ -517,7 +494,7 @@ def find_longest(
         peaks: dict[int, int] = {}
 
         def fits(length: int, work: Work = work, peaks: dict[int, int] = peaks) -> bool:
-            config = _sized(BLOCKS[work.block], work.module, length)
+            config = _sized(PRESETS[work.block], work.module, length)
             longer = replace(work, step=replace(work.step, length=length, config=config))
             advance(f"{work.block} {work.module} {work.name} {length}")
             try:

@@ -16,14 +16,7 @@ import pytest
 from flax import nnx
 
 from experiments import profile
-from experiments.blocks import (
-    BlockStep,
-    ModelStep,
-    bert_config,
-    llama_config,
-    one_layer,
-    opt_config,
-)
+from experiments.blocks import BlockStep, ModelStep
 from experiments.profile import (
     Measurement,
     Options,
@@ -37,6 +30,7 @@ from experiments.profile import (
 from spt_jax import cli
 from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
 from spt_jax.layers import RoutedFFN
+from spt_jax.models.presets import bert_config, llama_config, one_layer, opt_config
 
 TINY = {
     "bert-large": bert_config(width=32, heads=2, hidden=64, layers=2, vocabulary=50),
@@ -49,7 +43,7 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def tiny_blocks(monkeypatch):
-    monkeypatch.setattr(profile, "BLOCKS", TINY)
+    monkeypatch.setattr(profile, "PRESETS", TINY)
 
 
 def step_of(name, module, method, **options):
