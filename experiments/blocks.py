@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, cast
@@ -12,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from spt_jax import adapt
-from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig, SPTConfig
+from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig, SPTConfig, TrainConfig
 from spt_jax.layers import (
     ADAPTER,
     AuxLosses,
@@ -30,7 +31,7 @@ from spt_jax.models.config import ModelConfig
 from spt_jax.models.decoder import Decoder, DecoderLayer
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.encoder import Encoder, EncoderLayer
-from spt_jax.training import cross_entropy, next_token, supervised
+from spt_jax.training import Outcome, cross_entropy, next_token, partition, start, supervised
 
 BlockMethod = Literal["full", "lora", "spt"]
 #: What of a layer: all of it, or its first or second half, with norm and residual connection.
@@ -272,7 +273,7 @@ class BlockStep:
 
 
 class ModelStep(BlockStep):
-    """A training step of a whole model: a decoder's next token, or an encoder's classes."""
+    """The training step of a whole model: a decoder's next token, or an encoder's classes."""
 
     def model(self, key: jax.Array) -> nnx.Module:
         """The model with random weights, codebooks and routers."""
@@ -286,23 +287,42 @@ class ModelStep(BlockStep):
         model.remat = self.remat
         return model
 
-    def arguments(self, key: jax.Array) -> tuple[Any, Any]:
-        """The trained parameters with a batch, and what is frozen."""
-        model_key, ids_key = jax.random.split(key)
-        _, trained, frozen = self._split(self.model(model_key))
-        size = (self.batch, self.length)
-        ids = jax.random.randint(ids_key, size, 0, self.config.vocab_size)
-        label = jnp.roll(ids, -1, 1) if self.causal else jnp.zeros(self.batch, jnp.int32)
-        weight = jnp.ones(label.shape, jnp.float32)
-        return (trained, {"input_ids": ids, "label": label, "weight": weight}), frozen
+    def training_step(self) -> tuple[Callable[..., Any], Callable[[jax.Array], Any]]:
+        """`spt_jax.training.train_step`, and what makes its arguments from a random key."""
+        config = TrainConfig(
+            trainable="all" if self.method == "full" else "adapter",
+            learning_rate=1e-4,
+            schedule="constant",
+            warmup=0,
+            dropout=False,
+        )
+        run: Any = None
 
-    def loss(self, trained: Any, frozen: Any, batch: Any) -> Float[Array, ""]:
-        """Mean loss, auxiliary ones included."""
-        objective = next_token if self.causal else supervised(cross_entropy)
-        unmasked = {**batch, "attention_mask": None}  # so that dense attention may be cuDNN's
-        outcome = objective(self._merge(trained, frozen), unmasked, None)
-        tokens = self.batch * self.length
-        return outcome.loss / outcome.weight + sum(outcome.aux.values()) / tokens
+        def arguments(key: jax.Array) -> Any:
+            nonlocal run
+            model_key, ids_key = jax.random.split(key)
+            parts = partition(self.model(model_key), config.trainable)
+            state, run = start(parts, config, total_steps=1, objective=self.objective)
+            return state, parts.frozen, self._batch(ids_key)
+
+        jax.eval_shape(arguments, jax.random.key(0))
+        return run, arguments
+
+    def _batch(self, key: jax.Array) -> dict[str, jax.Array]:
+        size = (self.batch, self.length)
+        ids = jax.random.randint(key, size, 0, self.config.vocab_size)
+        label = jnp.roll(ids, -1, 1) if self.causal else jnp.zeros(self.batch, jnp.int32)
+        return {
+            "input_ids": ids,
+            "attention_mask": jnp.ones(size, jnp.int32),
+            "label": label,
+            "weight": jnp.ones(label.shape, jnp.float32),
+        }
+
+    def objective(self, model: Any, batch: Any, dropout_key: jax.Array | None) -> Outcome:
+        """The task's loss; no token is padding, so that dense attention may be cuDNN's."""
+        loss = next_token if self.causal else supervised(cross_entropy)
+        return loss(model, {**batch, "attention_mask": None}, dropout_key)
 
     def operations(self) -> tuple[float, float]:
         """Those of the layers and of a decoder's output matrix."""
