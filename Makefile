@@ -102,7 +102,7 @@ gpu-check-setup: $(GPU_CHECK_STAMP)
 
 gpu-check: OUT ?= runs/gpu-check
 gpu-check: $(GPU_CHECK_STAMP)
-	$(GPU_CHECK)/bin/python -m experiments.gpu_check --out $(OUT) \
+	$(GPU_CHECK)/bin/python -m tools.gpu_check --out $(OUT) \
 	    $(if $(GPU),--gpu $(GPU)) $(if $(IMPLEMENTATION),--implementation $(IMPLEMENTATION)) \
 	    $(if $(ONLY),--only '$(ONLY)')
 

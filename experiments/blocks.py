@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -12,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from spt_jax import adapt
-from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig, SPTConfig
+from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig, SPTConfig, TrainConfig
 from spt_jax.layers import (
     ADAPTER,
     AuxLosses,
@@ -26,11 +27,11 @@ from spt_jax.layers import (
     rotary_angles,
 )
 from spt_jax.models.common import sum_aux
+from spt_jax.models.config import ModelConfig
 from spt_jax.models.decoder import Decoder, DecoderLayer
-from spt_jax.models.decoder_config import DecoderConfig, parse_decoder_config
+from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.encoder import Encoder, EncoderLayer
-from spt_jax.models.encoder_config import EncoderConfig, parse_encoder_config
-from spt_jax.training import cross_entropy, next_token, supervised
+from spt_jax.training import Outcome, cross_entropy, next_token, partition, start, supervised
 
 BlockMethod = Literal["full", "lora", "spt"]
 #: What of a layer: all of it, or its first or second half, with norm and residual connection.
@@ -40,65 +41,6 @@ Part = Literal["block", "mha", "ffn"]
 #: "skinny" is `x W + (x A) B` with every product in the type of x; "skinny_float32" takes the
 #: two skinny ones in float32, the type in which PEFT and this library keep the factors.
 LoRAForm = Literal["merged", "factored", "skinny", "skinny_float32"]
-
-
-POSITIONS = 2048  # of models whose layers are measured alone; they do not look at it
-
-
-def opt_config(
-    *, width: int, heads: int, hidden: int, layers: int = 1, vocabulary: int = 1
-) -> DecoderConfig:
-    """Layers of OPT: LayerNorm, a plain FFN, biases."""
-    return parse_decoder_config(
-        {
-            "model_type": "opt",
-            "vocab_size": vocabulary,
-            "hidden_size": width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "ffn_dim": hidden,
-            "max_position_embeddings": POSITIONS,
-        }
-    )
-
-
-def llama_config(
-    *, width: int, heads: int, kv_heads: int, hidden: int, layers: int = 1, vocabulary: int = 1
-) -> DecoderConfig:
-    """Layers of LLaMA: RMSNorm, a gated FFN, rotary embedding, no biases."""
-    return parse_decoder_config(
-        {
-            "model_type": "llama",
-            "vocab_size": vocabulary,
-            "hidden_size": width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "intermediate_size": hidden,
-            "max_position_embeddings": POSITIONS,
-        }
-    )
-
-
-def bert_config(
-    *, width: int, heads: int, hidden: int, layers: int = 1, vocabulary: int = 1
-) -> EncoderConfig:
-    """Layers of BERT: attention to both sides, norms after the sums."""
-    return parse_encoder_config(
-        {
-            "model_type": "bert",
-            "vocab_size": vocabulary,
-            "hidden_size": width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "intermediate_size": hidden,
-            "max_position_embeddings": POSITIONS,
-        }
-    )
-
-
-OPT_2048 = opt_config(width=2048, heads=32, hidden=8192)
-LLAMA_4096 = llama_config(width=4096, heads=32, kv_heads=8, hidden=11008)
 
 
 class SkinnyLinear(Linear):
@@ -125,17 +67,16 @@ class SkinnyLinear(Linear):
         return (y if self.bias is None else y + self.bias[...]).astype(self.dtype)
 
 
-BlockConfig = DecoderConfig | EncoderConfig
 Layer = DecoderLayer | EncoderLayer
 Layers = nnx.List[Layer]
 
 
-def num_kv_heads(config: BlockConfig) -> int:
+def num_kv_heads(config: ModelConfig) -> int:
     """Key/value heads K."""
     return config.num_kv_heads if isinstance(config, DecoderConfig) else config.num_heads
 
 
-def head_width(config: BlockConfig) -> int:
+def head_width(config: ModelConfig) -> int:
     """H."""
     if isinstance(config, DecoderConfig):
         return config.head_width
@@ -161,7 +102,7 @@ class BlockStep:
       param_dtype: of weights that "full" trains; None for `dtype`.
     """
 
-    config: BlockConfig
+    config: ModelConfig
     batch: int
     length: int
     method: BlockMethod
@@ -332,7 +273,7 @@ class BlockStep:
 
 
 class ModelStep(BlockStep):
-    """A training step of a whole model: a decoder's next token, or an encoder's classes."""
+    """The training step of a whole model: a decoder's next token, or an encoder's classes."""
 
     def model(self, key: jax.Array) -> nnx.Module:
         """The model with random weights, codebooks and routers."""
@@ -346,23 +287,42 @@ class ModelStep(BlockStep):
         model.remat = self.remat
         return model
 
-    def arguments(self, key: jax.Array) -> tuple[Any, Any]:
-        """The trained parameters with a batch, and what is frozen."""
-        model_key, ids_key = jax.random.split(key)
-        _, trained, frozen = self._split(self.model(model_key))
-        size = (self.batch, self.length)
-        ids = jax.random.randint(ids_key, size, 0, self.config.vocab_size)
-        label = jnp.roll(ids, -1, 1) if self.causal else jnp.zeros(self.batch, jnp.int32)
-        weight = jnp.ones(label.shape, jnp.float32)
-        return (trained, {"input_ids": ids, "label": label, "weight": weight}), frozen
+    def training_step(self) -> tuple[Callable[..., Any], Callable[[jax.Array], Any]]:
+        """`spt_jax.training.train_step`, and what makes its arguments from a random key."""
+        config = TrainConfig(
+            trainable="all" if self.method == "full" else "adapter",
+            learning_rate=1e-4,
+            schedule="constant",
+            warmup=0,
+            dropout=False,
+        )
+        run: Any = None
 
-    def loss(self, trained: Any, frozen: Any, batch: Any) -> Float[Array, ""]:
-        """Mean loss, auxiliary ones included."""
-        objective = next_token if self.causal else supervised(cross_entropy)
-        unmasked = {**batch, "attention_mask": None}  # so that dense attention may be cuDNN's
-        outcome = objective(self._merge(trained, frozen), unmasked, None)
-        tokens = self.batch * self.length
-        return outcome.loss / outcome.weight + sum(outcome.aux.values()) / tokens
+        def arguments(key: jax.Array) -> Any:
+            nonlocal run
+            model_key, ids_key = jax.random.split(key)
+            parts = partition(self.model(model_key), config.trainable)
+            state, run = start(parts, config, total_steps=1, objective=self.objective)
+            return state, parts.frozen, self._batch(ids_key)
+
+        jax.eval_shape(arguments, jax.random.key(0))
+        return run, arguments
+
+    def _batch(self, key: jax.Array) -> dict[str, jax.Array]:
+        size = (self.batch, self.length)
+        ids = jax.random.randint(key, size, 0, self.config.vocab_size)
+        label = jnp.roll(ids, -1, 1) if self.causal else jnp.zeros(self.batch, jnp.int32)
+        return {
+            "input_ids": ids,
+            "attention_mask": jnp.ones(size, jnp.int32),
+            "label": label,
+            "weight": jnp.ones(label.shape, jnp.float32),
+        }
+
+    def objective(self, model: Any, batch: Any, dropout_key: jax.Array | None) -> Outcome:
+        """The task's loss; no token is padding, so that dense attention may be cuDNN's."""
+        loss = next_token if self.causal else supervised(cross_entropy)
+        return loss(model, {**batch, "attention_mask": None}, dropout_key)
 
     def operations(self) -> tuple[float, float]:
         """Those of the layers and of a decoder's output matrix."""
@@ -371,18 +331,6 @@ class ModelStep(BlockStep):
             return forward, step
         head = 2.0 * self.batch * self.length * self.config.width * self.config.vocab_size
         return forward + head, step + (3 if self.method == "full" else 2) * head
-
-
-def one_layer(config: BlockConfig) -> BlockConfig:
-    """A model of a single layer of this one's."""
-    if isinstance(config, DecoderConfig):
-        return replace(config, num_layers=1, windows=config.windows[:1])
-    return replace(config, num_layers=1)
-
-
-def with_positions(config: BlockConfig, length: int) -> BlockConfig:
-    """This model with positions for sequences of `length` tokens."""
-    return replace(config, num_positions=max(config.num_positions, length))
 
 
 def attention_operations(

@@ -16,12 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from experiments.blocks import (
-    OPT_2048,
     BlockStep,
     LoRAForm,
     attention_operations,
-    llama_config,
-    opt_config,
 )
 from experiments.text_like import codebooks, text_like
 from pallas_kernels import (
@@ -40,7 +37,8 @@ from pallas_kernels import (
 )
 from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
 from spt_jax.layers import DenseImplementation, dense_attention, lora_dot
-from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.models.config import ModelConfig
+from spt_jax.models.presets import PRESETS, llama_config, one_layer, opt_config
 
 Trained = Any
 Frozen = Any
@@ -504,6 +502,7 @@ def stack_comparison(name: str, step: BlockStep) -> Comparison:
 
 LARGE = FFNShape(4096, 1024, 4096)
 MINILM = FFNShape(4096, 384, 1536)  # 32 sequences of 128 tokens.
+OPT_2048 = one_layer(PRESETS["opt-2048"])
 ATTENTION = AttentionShape(4096, 8, 64, 1 / 8)
 STACK = BlockStep(
     config=llama_config(width=512, heads=8, kv_heads=4, hidden=1376, layers=4),
@@ -553,7 +552,7 @@ class GPUSizes:
     head_width: int = 128
     tokens: int = 32768
     ffn: FFNShape = FFNShape(8192, 4096, 11008, activation="silu", gated=True)
-    block: DecoderConfig = OPT_2048
+    block: ModelConfig = OPT_2048
     block_batch: int = 16
     block_length: int = 512
     dense_attention: DenseImplementation = "cudnn"

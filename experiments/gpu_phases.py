@@ -221,7 +221,7 @@ _STEPS = (
     Column("ms", "ms", ".2f"),
     Column("spread ms", "spread_ms", ".2f"),
 )
-_DEVICE_MB = Column("peak MB, device", "device_bytes", ".0f", _MB)
+_DEVICE_MB = Column("device MB", "device_bytes", ".0f", _MB)
 _REMARK = Column("remark", "failure")
 
 PHASES: Mapping[str, Phase] = {
@@ -261,7 +261,7 @@ PHASES: Mapping[str, Phase] = {
             jobs=_blocks,
             columns=(
                 *_STEPS,
-                Column("peak MB, compiler", "planned_bytes", ".0f", _MB),
+                Column("peak MB", "planned_bytes", ".0f", _MB),
                 _DEVICE_MB,
                 Column("times full", "speedup_over_full", ".2f"),
                 Column("times the best LoRA", "speedup_over_lora", ".2f"),

@@ -36,6 +36,7 @@ import jax
 from rich.table import Table
 
 from experiments.gpu_phases import PHASES, Job, LeftOut, Phase, Setting
+from experiments.measurement import PEAK
 from experiments.methods import write_metrics
 from experiments.reports import bullets, here_and_now, how, page, write_csv
 from pallas_kernels import why_not_mosaic, why_not_triton
@@ -308,6 +309,8 @@ def write_page(options: Options, outcomes: Sequence[Outcome], record: Mapping[st
     for outcome in outcomes:
         if (table := phase_table(outcome)) is not None:
             parts += [f"## {outcome.phase.name}", outcome.phase.answers, table]
+            if any(column.header == "peak MB" for column in table.columns):
+                parts.append(PEAK)
             if outcome.status in ("cut short", "failed"):
                 parts.append(f"{outcome.status}: {bullets(outcome.remarks)}".replace("* ", "", 1))
     title = "A rehearsal of the GPU run" if options.rehearse else "The prepared GPU run"

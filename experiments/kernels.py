@@ -17,8 +17,9 @@ measurement lasts 50 ms. Beside each time stands the share of the device's limit
 the longer of operations over peak and bytes over bandwidth, over the time, where the bytes are the
 program's arguments and results. Plan a quarter of an hour.
 
-Peak bytes are the temporaries and results of the compiled program, as its allocator lays them out;
-`device_peak_bytes` is the high-water mark of the whole run on the device.
+Peak MB is what the compiler plans for forward and backward: arguments, results and temporaries
+(`experiments.measurement`); `device_peak_bytes` is the high-water mark of the whole run on the
+device.
 
 Writes `kernels.csv`, plots, TensorBoard events and, last and atomically, `metrics.json` to DIR.
 """
@@ -26,12 +27,8 @@ Writes `kernels.csv`, plots, TensorBoard events and, last and atomically, `metri
 from __future__ import annotations
 
 import dataclasses
-import math
-import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -48,11 +45,22 @@ from tqdm import tqdm
 from experiments import comparisons
 from experiments.comparisons import Comparison, Method
 from experiments.gpu_targets import kernel_launches
+from experiments.measurement import (
+    FAILURES,
+    OUT_OF_MEMORY,
+    PEAK,
+    calls_for,
+    device_peak_bytes,
+    failure_of,
+    in_threads,
+    median_and_spread,
+    peak_bytes,
+    times_ms,
+)
 from experiments.reports import save_figure, write_csv
 from pallas_kernels import autotune, why_not_triton
 from spt_jax import cli
 from spt_jax.training import environment, write_json_atomic
-from spt_jax.training.loop import device_peak_bytes
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -135,11 +143,6 @@ LIMITS = {
 #: A measurement lasts at least this long: of one call on a CPU, of queued calls on a GPU.
 MIN_MEASUREMENT_MS = {"cpu": 0.0, "gpu": 50.0}
 
-#: What a program that cannot be compiled or run raises: JAX's errors are among these.
-FAILURES = (RuntimeError, ValueError)
-OUT_OF_MEMORY = "out of memory"
-COMPILER_THREADS = 8
-
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
@@ -150,7 +153,7 @@ class Program:
       arguments: what it is called with.
       operations: of its products, if they were counted.
       moved_bytes: its arguments and results.
-      peak_bytes: its temporaries and results.
+      peak_bytes: as `experiments.measurement` has it.
       launches: kernels that it launches, by name.
     """
 
@@ -188,7 +191,7 @@ class Measurement:
 
     @property
     def peak_bytes(self) -> int:
-        """Temporaries and results of forward with backward."""
+        """Of forward with backward."""
         return 0 if self.programs is None else self.programs[1].peak_bytes
 
     def figures(self) -> dict[str, Any]:
@@ -202,8 +205,7 @@ class Measurement:
         }
         figures: dict[str, Any] = {}
         for name, values in times.items():
-            low, middle, high = np.percentile(values, (25, 50, 75))
-            figures |= {f"{name}_ms": float(middle), f"{name}_spread_ms": float(high - low)}
+            figures[f"{name}_ms"], figures[f"{name}_spread_ms"] = median_and_spread(values)
         figures["peak_bytes"] = self.peak_bytes
         kind = jax.devices()[0].device_kind
         for name, program in zip(("forward", "step"), self.programs, strict=True):
@@ -236,13 +238,12 @@ def _program(function: Callable[..., Any], arguments: Any, operations: float | N
     memory = compiled.memory_analysis()
     if memory is None:
         raise NotImplementedError("this platform reports no memory use of compiled programs")
-    results = memory.output_size_in_bytes
     return Program(
         compiled=compiled,
         arguments=arguments,
         operations=operations,
-        moved_bytes=memory.argument_size_in_bytes + results,
-        peak_bytes=memory.temp_size_in_bytes + results,
+        moved_bytes=memory.argument_size_in_bytes + memory.output_size_in_bytes,
+        peak_bytes=peak_bytes(compiled),
         launches=dict(kernel_launches(compiled.as_text() or "")),
     )
 
@@ -294,40 +295,6 @@ def _tune(method: Method, key: jax.Array) -> None:
         report(f"{method.name} keeps its tile sizes: {failure_of(error)}")
 
 
-def _time_ms(function: Callable[[], Any], calls: int = 1) -> float:
-    """Time of a call, of which several are queued."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        result = function()
-    jax.block_until_ready(result)
-    return 1e3 * (time.perf_counter() - start) / calls
-
-
-def _calls(function: Callable[[], Any], least_ms: float) -> int:
-    """Calls that make a measurement last long enough."""
-    jax.block_until_ready(function())
-    return max(1, math.ceil(least_ms / _time_ms(function)))
-
-
-def failure_of(error: Exception) -> str:
-    """Why a method could not run, in one line."""
-    text = " ".join(str(error).split())
-    if "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
-        return OUT_OF_MEMORY
-    return f"{type(error).__name__}: {text[:200]}"
-
-
-def in_threads[Item, Result](
-    function: Callable[[Item], Result], items: Sequence[Item]
-) -> Iterator[tuple[Item, Result]]:
-    """Each item with `function(item)`, in order; several are under way at a time.
-
-    For compilation, of which much runs outside of Python.
-    """
-    with ThreadPoolExecutor(min(COMPILER_THREADS, os.cpu_count() or 1)) as pool:
-        yield from zip(items, pool.map(function, items), strict=True)
-
-
 def measure(
     comparison: Comparison,
     key: jax.Array,
@@ -371,7 +338,7 @@ def measure(
             continue
         forward, step = found
         try:
-            calls = _calls(forward.call, least_ms), _calls(step.call, least_ms)
+            calls = calls_for(forward.call, least_ms), calls_for(step.call, least_ms)
         except FAILURES as error:
             done[name] = Measurement(method=method, failure=failure_of(error))
         else:
@@ -379,10 +346,11 @@ def measure(
     times = {name: np.zeros((rounds + 1, 2)) for name in ready}
     for i in range(rounds + 1):
         for name, (forward, step, forward_calls, step_calls) in ready.items():
-            jax.block_until_ready(forward.call())  # pays for what the method before it left behind
-            forward_ms = _time_ms(forward.call, forward_calls)
-            same = forward is step
-            times[name][i] = forward_ms, forward_ms if same else _time_ms(step.call, step_calls)
+            (forward_ms,) = times_ms(forward.call, 1, calls=forward_calls)
+            step_ms = forward_ms
+            if step is not forward:
+                (step_ms,) = times_ms(step.call, 1, calls=step_calls, warm_up=False)
+            times[name][i] = forward_ms, step_ms
         advance()
     for name, (forward, step, *_) in ready.items():
         kept = times[name][1:]
@@ -481,7 +449,7 @@ def run(options: Options) -> tuple[dict[str, Any], list[str]]:
 
 def _print(rows: list[dict[str, Any]], rounds: int) -> None:
     limits = any("step_limit_share" in row for row in rows)
-    table = Table(title=f"{jax.devices()[0].device_kind}, medians of {rounds} rounds")
+    table = Table(title=f"{jax.devices()[0].device_kind}, medians of {rounds} rounds", caption=PEAK)
     for column in ("comparison", "shape", "method"):
         table.add_column(column)
     numbers = ["forward ms", "backward ms", "step ms", "spread ms", "peak MB", "speedup"]

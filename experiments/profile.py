@@ -5,19 +5,21 @@
     python -m experiments.profile --block opt-2048 --seq-len 512,2048,8192 --target H200 --out DIR
     python -m experiments.profile --block llama-4096 --max-length --target H200 --out DIR
 
-A step is forward, backward and AdamW, with donated buffers and random weights, in bfloat16 on a
-GPU and float32 on a CPU; the gradient of a block's output is its square. Full fine-tuning keeps
-float32 master weights; LoRA and SPT keep frozen weights in the compute dtype and train float32
-factors. The dense baselines are the strongest at hand: cuDNN's attention on a GPU, and every form
-of LoRA that --lora-form names.
+A step is forward, backward and AdamW, with donated buffers and random weights, in bfloat16 on a GPU
+and float32 on a CPU; the gradient of a block's output is its square. Of a whole model (--module
+model) it is the product's own, `spt_jax.training.train_step`, without dropout. Full fine-tuning
+keeps float32 master weights; LoRA and SPT keep frozen weights in the compute dtype and train
+float32 factors. The dense baselines are the strongest at hand: cuDNN's attention on a GPU, and
+every form of LoRA that --lora-form names.
 
 Methods take turns, so that a machine that changes its speed changes it for all. On a device that
 reports its peak of memory a method is alone while it runs; elsewhere all keep their arrays until
 the last turn. A table shows medians and, in brackets, the interquartile range; the compiler's peak
-of memory (parameters, optimizer state, temporaries) and the device's where it reports one that the
-step set; how many times as fast as full fine-tuning and as the fastest form of LoRA a step is, and
-how many the number of operations allows. With --target it compiles for a GPU that is not there and
-shows memory alone. Writes profile.csv, plots and, last, metrics.json under --out.
+of memory (`experiments.measurement`: arguments, results and temporaries) and the device's where it
+reports one that the step set; how many times as fast as full fine-tuning and as the fastest form of
+LoRA a step is, and how many the number of operations allows. With --target it compiles for a GPU
+that is not there and shows memory alone. Writes profile.csv, plots and, last, metrics.json under
+--out.
 
 With --batch-size 2 --seq-len 256 the first command takes under three minutes on 2 cores of an EPYC
 with AVX2. SPT's block comes out 1.2 times as fast as LoRA's and 1.8 times as full fine-tuning's.
@@ -28,7 +30,6 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,25 +44,30 @@ from rich.table import Table
 from tqdm import tqdm
 
 from experiments.blocks import (
-    BlockConfig,
     BlockMethod,
     BlockStep,
     LoRAForm,
     ModelStep,
-    bert_config,
-    llama_config,
-    one_layer,
-    opt_config,
-    with_positions,
 )
 from experiments.gpu_targets import GPUS, described_device, trace_for
-from experiments.kernels import FAILURES, OUT_OF_MEMORY, failure_of, in_threads
+from experiments.measurement import (
+    FAILURES,
+    OUT_OF_MEMORY,
+    PEAK,
+    device_peak_bytes,
+    failure_of,
+    in_threads,
+    median_and_spread,
+    peak_bytes,
+    times_ms,
+)
 from experiments.methods import write_metrics
 from experiments.reports import save_figure, write_csv
 from spt_jax import cli
 from spt_jax.config import MeshConfig, RoutedFFNConfig, SparseAttentionConfig
+from spt_jax.models.config import ModelConfig
+from spt_jax.models.presets import PRESETS, one_layer, with_positions
 from spt_jax.sharding import Devices, make_mesh, parse_mesh
-from spt_jax.training.loop import compiled_peak_bytes, device_peak_bytes
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -71,25 +77,6 @@ MODULES: tuple[Module, ...] = get_args(Module)
 METHODS: tuple[BlockMethod, ...] = get_args(BlockMethod)
 LORA_FORMS: tuple[LoRAForm, ...] = get_args(LoRAForm)
 
-#: Whole models by the name of their block.
-BLOCKS: Mapping[str, BlockConfig] = {
-    "bert-large": bert_config(width=1024, heads=16, hidden=4096, layers=24, vocabulary=30522),
-    "opt-1024": opt_config(width=1024, heads=16, hidden=4096, layers=24, vocabulary=50272),
-    "opt-2048": opt_config(width=2048, heads=32, hidden=8192, layers=24, vocabulary=50272),
-    "opt-2560": opt_config(width=2560, heads=32, hidden=10240, layers=32, vocabulary=50272),
-    "llama-2560": llama_config(
-        width=2560, heads=20, kv_heads=20, hidden=6912, layers=32, vocabulary=32000
-    ),
-    "llama-4096": llama_config(
-        width=4096, heads=32, kv_heads=32, hidden=11008, layers=32, vocabulary=32000
-    ),
-    "llama3-8b": llama_config(
-        width=4096, heads=32, kv_heads=8, hidden=14336, layers=32, vocabulary=128256
-    ),
-    "tiny-llama": llama_config(
-        width=32, heads=2, kv_heads=2, hidden=64, layers=1, vocabulary=128
-    ),  # for trying things out
-}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 #: Share of a device's memory that XLA's allocator is given.
 USABLE = 0.9
@@ -160,7 +147,7 @@ class Options(StepOptions):
 
     def check(self) -> None:
         """Raise a ValueError for any mistake in the options."""
-        for name, known in (("block", BLOCKS), ("module", MODULES), ("method", METHODS)):
+        for name, known in (("block", PRESETS), ("module", MODULES), ("method", METHODS)):
             cli.known_names(getattr(self, name), known, what=f"--{name}")
         cli.known_names(self.lora_form, ("auto", *LORA_FORMS), what="--lora-form")
         if self.target is not None and self.target not in GPUS:
@@ -252,7 +239,7 @@ def workloads(options: Options, *, gpu: bool = False) -> list[Work]:
     """All that the options ask for, in the order of the table."""
     dtype = DTYPES[options.dtype or ("bfloat16" if gpu else "float32")]
     sizes = itertools.product(
-        cli.known_names(options.block, BLOCKS, what="--block"),
+        cli.known_names(options.block, PRESETS, what="--block"),
         _numbers("--batch-size", options.batch_size, int),
         _numbers("--seq-len", options.seq_len, int),
         cli.known_names(options.module, MODULES, what="--module"),
@@ -261,7 +248,7 @@ def workloads(options: Options, *, gpu: bool = False) -> list[Work]:
     found = []
     for block, batch, length, module, remat in sizes:
         step = (ModelStep if module == "model" else BlockStep)(
-            config=_sized(BLOCKS[block], module, length),
+            config=_sized(PRESETS[block], module, length),
             part="block" if module == "model" else module,
             batch=batch,
             length=length,
@@ -277,7 +264,7 @@ def workloads(options: Options, *, gpu: bool = False) -> list[Work]:
     return found
 
 
-def _sized(config: BlockConfig, module: Module, length: int) -> BlockConfig:
+def _sized(config: ModelConfig, module: Module, length: int) -> ModelConfig:
     """One layer of a model, or the model with positions enough."""
     return with_positions(config, length) if module == "model" else one_layer(config)
 
@@ -306,8 +293,10 @@ def training_step(step: BlockStep) -> tuple[Callable[..., Any], Callable[[jax.Ar
     Returns:
         `run(state, frozen, inputs) -> (state, result)`, whose state is to be donated, and
         `arguments(key) -> (state, frozen, inputs)`. The result is the gradient for the layers below
-        or, of a whole model, the loss.
+        or, of a whole model, what `spt_jax.training.train_step` tells.
     """
+    if isinstance(step, ModelStep):
+        return step.training_step()
     optimizer = optax.adamw(1e-4)
 
     def arguments(key: jax.Array) -> Any:
@@ -316,13 +305,10 @@ def training_step(step: BlockStep) -> tuple[Callable[..., Any], Callable[[jax.Ar
 
     def run(state: Any, frozen: Any, inputs: Any) -> Any:
         trained, optimizer_state = state
-        if isinstance(step, ModelStep):
-            result, gradient = jax.value_and_grad(step.loss)(trained, frozen, inputs)
-        else:
-            (y, aux), pullback = jax.vjp(lambda t, x: step.run((t, x), frozen), trained, inputs)
-            # Did it not depend on y, XLA would leave out the last product. Of a normed y the square
-            # still has a gradient, the sum of squares none.
-            gradient, result = pullback((y * y, jax.tree.map(jnp.ones_like, aux)))
+        (y, aux), pullback = jax.vjp(lambda t, x: step.run((t, x), frozen), trained, inputs)
+        # Did it not depend on y, XLA would leave out the last product. Of a normed y the square
+        # still has a gradient, the sum of squares none.
+        gradient, result = pullback((y * y, jax.tree.map(jnp.ones_like, aux)))
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, trained)
         return (optax.apply_updates(trained, updates), optimizer_state), result
 
@@ -350,15 +336,12 @@ class Measurement:
     @property
     def ms(self) -> float | None:
         """Median time of a step."""
-        return float(np.median(self.times_ms)) if self.times_ms else None
+        return median_and_spread(self.times_ms)[0] if self.times_ms else None
 
     @property
     def spread_ms(self) -> float | None:
         """Interquartile range of the steps' times."""
-        if not self.times_ms:
-            return None
-        low, high = np.percentile(self.times_ms, (25, 75))
-        return float(high - low)
+        return median_and_spread(self.times_ms)[1] if self.times_ms else None
 
     @property
     def operations(self) -> float:
@@ -406,7 +389,7 @@ class Program:
             traced = trace_for(target, jitted, *shapes)
             with jax.default_device(target):
                 self._compiled = traced.lower().compile()
-        self.planned_bytes = compiled_peak_bytes(self._compiled)
+        self.planned_bytes = peak_bytes(self._compiled)
 
     def text(self) -> str:
         """The compiled program."""
@@ -426,16 +409,19 @@ class Program:
             hold: whether the next call goes on with the same arrays, kept in memory until then. A
                 call with new ones begins with a step whose time is not kept.
         """
-        times, held = [], self._held
-        self._held = None
+        held, self._held = self._held, None
         state, frozen, inputs = held or self._arguments(self._key)
-        for _ in range(steps if held else steps + 1):
-            start = time.perf_counter()
+        warm_up = held is None
+        del held
+
+        def step() -> Any:
+            nonlocal state
             state, result = self._compiled(state, frozen, inputs)
-            jax.block_until_ready((state, result))
-            times.append(1e3 * (time.perf_counter() - start))
+            return state, result
+
+        times = times_ms(step, steps, warm_up=warm_up)
         self._held = (state, frozen, inputs) if hold else None
-        return times[-steps:]
+        return times
 
 
 def measure(
@@ -517,7 +503,7 @@ def find_longest(
         peaks: dict[int, int] = {}
 
         def fits(length: int, work: Work = work, peaks: dict[int, int] = peaks) -> bool:
-            config = _sized(BLOCKS[work.block], work.module, length)
+            config = _sized(PRESETS[work.block], work.module, length)
             longer = replace(work, step=replace(work.step, length=length, config=config))
             advance(f"{work.block} {work.module} {work.name} {length}")
             try:
@@ -587,7 +573,7 @@ def results_table(found: Sequence[Measurement], device: str) -> Table:
     """One row a measurement."""
     timed = any(m.times_ms for m in found)
     on_device = any(m.device_bytes is not None for m in found)
-    table = Table(title=f"a training step, {device}")
+    table = Table(title=f"a training step, {device}", caption=PEAK)
     for header in ("block", "module", "batch", "method"):
         table.add_column(header)
     headers = ["ms"] * timed + ["peak MB"] + ["device MB"] * on_device
@@ -617,7 +603,8 @@ def results_table(found: Sequence[Measurement], device: str) -> Table:
 def longest_table(rows: Sequence[Mapping[str, Any]], device: str) -> Table:
     """One row a method."""
     limit = rows[0]["memory_bytes"]
-    table = Table(title=f"longest sequence whose step takes at most {limit / 1e9:.1f} GB, {device}")
+    title = f"longest sequence whose step takes at most {limit / 1e9:.1f} GB, {device}"
+    table = Table(title=title, caption=PEAK)
     for header in ("block", "module", "batch", "method"):
         table.add_column(header)
     for header in ("tokens", "x LoRA", "peak MB"):

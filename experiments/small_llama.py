@@ -12,24 +12,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 import spt_jax
 from spt_jax.models import Decoder, DecoderConfig
 from spt_jax.models.config import parse_config
+from spt_jax.models.presets import SMALL_LLAMA
 from spt_jax.processes import exchange, is_first
 from spt_jax.training import encode_documents, next_token, pack, train
 
 BOS, EOS = "<s>", "</s>"
 BOS_ID, EOS_ID = 0, 1
-VOCAB_SIZE = 4096
 STEP_TOKENS = 4096
 #: Fields of its config.json.
 CONFIG = {
-    "model_type": "llama",
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": True,
+    **SMALL_LLAMA,
     "bos_token_id": BOS_ID,
     "eos_token_id": EOS_ID,
     "pad_token_id": EOS_ID,
@@ -42,7 +34,7 @@ def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=SMALL_LLAMA["vocab_size"],
         special_tokens=[BOS, EOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

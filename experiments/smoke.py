@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from experiments.kernels import failure_of, in_threads
+from experiments.measurement import failure_of, in_threads
 from experiments.methods import write_metrics
 from experiments.reports import write_csv
 from experiments.tolerance import worst

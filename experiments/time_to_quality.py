@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import spt_jax
 from experiments.corpora import cpython_documentation
-from experiments.kernels import FAILURES, failure_of, in_threads
+from experiments.measurement import FAILURES, PEAK, failure_of, in_threads, peak_bytes
 from experiments.methods import (
     Method,
     MethodOptions,
@@ -57,7 +57,6 @@ from spt_jax.training import (
     start,
     train_batches,
 )
-from spt_jax.training.loop import compiled_peak_bytes
 
 METHODS: tuple[Method, ...] = tuple(name for name in get_args(Method) if name != "full")
 MOST_STEPS = 1_000_000  # the time is over before
@@ -403,7 +402,7 @@ def run(options: Options) -> Iterator[Row]:
                 continue
             row |= {"calibrated_s": training.calibrated_s, "chosen": training.chosen}
             compiled, row["compiled_s"] = found
-            row["peak_bytes"] = compiled_peak_bytes(compiled)
+            row["peak_bytes"] = peak_bytes(compiled)
             for rate in options.rates():
                 row["learning_rate"] = rate
                 try:
@@ -430,7 +429,7 @@ def _compiled(training: Training | str) -> tuple[jax.stages.Compiled, float] | s
 
 def table_of(best: Sequence[Row], seconds: float) -> Table:
     """Of every method its best run."""
-    table = Table(title=f"{seconds:g} s of training, mean loss of a token")
+    table = Table(title=f"{seconds:g} s of training, mean loss of a token", caption=PEAK)
     headers = (
         "length",
         "method",

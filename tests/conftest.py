@@ -62,6 +62,8 @@ _hook = jaxtyping.install_import_hook(
         "spt_jax.models",
         "spt_jax.predict",
         "spt_jax.training",
+        "tools.gpu_cases",
+        "tools.gpu_check",
     ],
     "tests.typechecker.check",
 )

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from experiments import profile, small_llama
-from experiments.blocks import opt_config
 from experiments.corpora import cpython_documentation
 from experiments.glue_tasks import TASKS
 from experiments.peers import runner
 from spt_jax import cli
+from spt_jax.models.presets import opt_config
 from tests.experiments.test_mmlu import make_questions, write_csv
 from tests.experiments.test_wikitext import TINY
 from tests.experiments.tfds_directory import random_rows, write_task
@@ -82,7 +82,7 @@ def workspace(tmp_path, monkeypatch) -> Path:
         write_csv(path, make_questions(5, seed=0))
     monkeypatch.setattr(small_llama, "CONFIG", small_llama.CONFIG | TINY)
     tiny_block = opt_config(width=32, heads=2, hidden=64, layers=2, vocabulary=50)
-    monkeypatch.setattr(profile, "BLOCKS", {"opt-2048": tiny_block})
+    monkeypatch.setattr(profile, "PRESETS", {"opt-2048": tiny_block})
     return tmp_path
 
 

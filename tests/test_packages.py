@@ -1,4 +1,4 @@
-"""The package `experiments` and a user's folder of that name leave each other alone."""
+"""What imports what; and `experiments` and a user's folder of that name leave each other alone."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ import graphlib
 import os
 import subprocess
 import sys
+import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+#: The packages, each of which imports those after it alone.
+ORDER = ("tools", "experiments", "spt_jax", "pallas_kernels")
+MOST_LINES = 600
+#: Files of the library that are longer, still to be cut.
+LONG = {"spt_jax/budget.py", "spt_jax/calibration.py"}
 
 
 @pytest.fixture
@@ -88,12 +95,17 @@ def _imported(path: Path, names: set[str]) -> set[str]:
     return found
 
 
-def test_the_library_has_no_import_cycle():
+def _modules(*packages: str) -> dict[str, Path]:
     modules = {}
-    for package in ("spt_jax", "pallas_kernels"):
+    for package in packages:
         for path in ROOT.glob(f"{package}/**/*.py"):
             parts = path.relative_to(ROOT).with_suffix("").parts
             modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return modules
+
+
+def test_no_modules_import_each_other():
+    modules = _modules(*ORDER)
     imports = {name: _imported(path, {*modules} - {name}) for name, path in modules.items()}
     try:
         graphlib.TopologicalSorter(imports).prepare()
@@ -101,10 +113,29 @@ def test_the_library_has_no_import_cycle():
         pytest.fail(f"modules import each other: {' -> '.join(error.args[1])}")
 
 
-def test_the_library_imports_nothing_of_experiments():
-    for path in (*ROOT.glob("spt_jax/**/*.py"), *ROOT.glob("pallas_kernels/**/*.py")):
+@pytest.mark.parametrize("package", ORDER)
+def test_imports_run_one_way(package):
+    """Those within functions too."""
+    later = {*ORDER[: ORDER.index(package)], "tests"}
+    for path in _modules(package).values():
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path} imports {'.' * node.level}{node.module or ''}"
                 names.append(node.module or "")
-            assert not [n for n in names if n.split(".")[0] == "experiments"], path
+            assert not [n for n in names if n.split(".")[0] in later], path
+
+
+def test_the_wheel_has_all_but_the_tools():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["packages"]["find"]["include"]
+    found = {package for package in ORDER for pattern in patterns if fnmatch(package, pattern)}
+    assert found == {*ORDER} - {"tools"}
+
+
+def test_no_file_of_the_library_is_long():
+    sizes = {
+        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+        for path in _modules("spt_jax").values()
+    }
+    assert {name for name, lines in sizes.items() if lines > MOST_LINES} <= LONG

@@ -9,8 +9,8 @@ constraints.txt pins, since transformers wants one below 2.
 
 A step is forward, backward from the output's square as its gradient, down to that of the input, and
 AdamW. The layer is transformers' own (`OPTDecoderLayer`, `LlamaDecoderLayer`, `BertLayer`) with
-random weights, sizes of the same name in `experiments.profile`, no dropout and no padding mask; its
-halves are its own submodules with norm and residual connection. Attention is
+random weights, sizes of the same name in `spt_jax.models.presets`, no dropout and no padding mask;
+its halves are its own submodules with norm and residual connection. Attention is
 `scaled_dot_product_attention`, which on a GPU may take its flash kernel only, and raises where that
 cannot run. Rotary angles are formed before the step, as a model forms them once for all its layers.
 

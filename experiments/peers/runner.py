@@ -15,7 +15,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from experiments import peers, profile
-from experiments.kernels import failure_of
+from experiments.measurement import failure_of
 from experiments.methods import write_metrics
 from experiments.profile import (
     CHOICES,

@@ -21,8 +21,9 @@ from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
-from experiments.blocks import BlockConfig, BlockStep
+from experiments.blocks import BlockStep
 from spt_jax.config import LoRAConfig
+from spt_jax.models.config import ModelConfig
 
 LAYERS = {"bert": BertLayer, "llama": LlamaDecoderLayer, "opt": OPTDecoderLayer}
 #: Names under which transformers' configurations keep rates of dropout.
@@ -37,7 +38,7 @@ DROPOUTS = (
 WARM_UP = 3
 
 
-def transformers_config(config: BlockConfig) -> Any:
+def transformers_config(config: ModelConfig) -> Any:
     """The same sizes as a configuration of transformers', without dropout."""
     found = AutoConfig.for_model(**config.to_hugging_face(), attn_implementation="sdpa")
     for name in DROPOUTS:

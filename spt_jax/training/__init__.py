@@ -7,15 +7,8 @@ from spt_jax.training.checkpoint import (
     weights_fingerprint,
 )
 from spt_jax.training.data import Examples, check_labels, eval_batches, tokenize, train_batches
-from spt_jax.training.loop import (
-    Interrupted,
-    NonFiniteLoss,
-    TrainResult,
-    evaluate,
-    evaluator,
-    form_of,
-    train,
-)
+from spt_jax.training.evaluation import evaluate, evaluator, form_of
+from spt_jax.training.loop import train
 from spt_jax.training.losses import (
     binary_cross_entropy,
     cross_entropy,
@@ -32,6 +25,8 @@ from spt_jax.training.metrics import (
 )
 from spt_jax.training.objectives import Objective, Outcome, next_token, supervised
 from spt_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from spt_jax.training.results import NonFiniteLoss, TrainResult
+from spt_jax.training.signals import Interrupted
 from spt_jax.training.step import TrainState, eval_step, partition, start, train_step, write_back
 from spt_jax.training.text import (
     Document,

@@ -13,10 +13,11 @@ import pytest
 from flax import nnx
 
 from experiments import comparisons, kernels
-from experiments.blocks import BlockStep, attention_operations, llama_config, opt_config
+from experiments.blocks import BlockStep, attention_operations
 from experiments.kernels import step_function
 from spt_jax import cli
 from spt_jax.models.decoder import Decoder
+from spt_jax.models.presets import llama_config, opt_config
 from tests.jaxprs import needed
 from tests.pallas_kernels import mosaic
 

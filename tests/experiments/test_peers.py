@@ -16,19 +16,14 @@ from flax import nnx
 
 import spt_jax
 from experiments import peers, profile
-from experiments.blocks import (
-    BlockStep,
-    bert_config,
-    llama_config,
-    one_layer,
-    opt_config,
-)
+from experiments.blocks import BlockStep
 from experiments.peers import runner
 from experiments.peers.runner import Options, workloads
 from experiments.profile import Measurement
 from spt_jax import cli
 from spt_jax.models.decoder import Decoder
 from spt_jax.models.encoder import Encoder
+from spt_jax.models.presets import bert_config, llama_config, one_layer, opt_config
 from tests.tolerance import assert_close
 
 TINY = {
@@ -43,7 +38,7 @@ MODULES = ("mha", "ffn", "block")
 
 @pytest.fixture(autouse=True)
 def tiny_blocks(monkeypatch):
-    monkeypatch.setattr(profile, "BLOCKS", TINY)
+    monkeypatch.setattr(profile, "PRESETS", TINY)
 
 
 @pytest.fixture

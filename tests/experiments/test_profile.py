@@ -16,14 +16,7 @@ import pytest
 from flax import nnx
 
 from experiments import profile
-from experiments.blocks import (
-    BlockStep,
-    ModelStep,
-    bert_config,
-    llama_config,
-    one_layer,
-    opt_config,
-)
+from experiments.blocks import BlockStep, ModelStep
 from experiments.profile import (
     Measurement,
     Options,
@@ -37,6 +30,8 @@ from experiments.profile import (
 from spt_jax import cli
 from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
 from spt_jax.layers import RoutedFFN
+from spt_jax.models.presets import bert_config, llama_config, one_layer, opt_config
+from spt_jax.training import TrainState, train_step
 
 TINY = {
     "bert-large": bert_config(width=32, heads=2, hidden=64, layers=2, vocabulary=50),
@@ -49,7 +44,7 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def tiny_blocks(monkeypatch):
-    monkeypatch.setattr(profile, "BLOCKS", TINY)
+    monkeypatch.setattr(profile, "PRESETS", TINY)
 
 
 def step_of(name, module, method, **options):
@@ -67,8 +62,12 @@ def step_of(name, module, method, **options):
     )
 
 
+def trained_of(state):
+    return state.params if isinstance(state, TrainState) else state[0]
+
+
 def trained_norm(state):
-    return sum(float(jnp.square(x).sum()) for x in jax.tree.leaves(state[0]))
+    return sum(float(jnp.square(x).sum()) for x in jax.tree.leaves(trained_of(state)))
 
 
 @pytest.mark.parametrize(
@@ -84,17 +83,21 @@ def test_a_step_trains_what_the_method_trains(name, module, method):
     step = step_of(name, module, method)
     run, arguments = training_step(step)
     state, frozen, inputs = jax.jit(arguments)(jax.random.key(0))
-    (trained, _), result = jax.jit(run)(state, frozen, inputs)
+    after, result = jax.jit(run)(state, frozen, inputs)
+    before, trained = trained_of(state), trained_of(after)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((trained, result)))
     moved = [
         bool((a != b).any())
-        for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(state[0]), strict=True)
+        for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(before), strict=True)
     ]
     assert any(moved)
-    assert result.shape == (() if module == "model" else inputs.shape)
-    if module != "model":
+    if module == "model":
+        assert result["finite"]
+        assert result["tokens"] == 2 * 16
+    else:
+        assert result.shape == inputs.shape
         assert jnp.abs(result).max() > 0
-    scalars = sum(x.size for x in jax.tree.leaves(state[0]))
+    scalars = sum(x.size for x in jax.tree.leaves(before))
     everything = scalars + sum(x.size for x in jax.tree.leaves(frozen))
     assert scalars < everything if method != "full" else scalars > 0.9 * everything
 
@@ -111,10 +114,12 @@ def test_a_step_takes_every_product(module):
 
 
 @pytest.mark.parametrize("name", ["bert-large", "opt-2048"])
-def test_lora_of_a_model_leaves_its_heads_alone(name):
+def test_a_model_takes_the_product_s_step_and_lora_leaves_its_heads_alone(name):
     step = step_of(name, "model", "lora", lora_form="skinny")
-    (trained, batch), frozen = jax.jit(step.arguments)(jax.random.key(0))
-    assert np.isfinite(jax.jit(step.loss)(trained, frozen, batch))
+    run, arguments = training_step(step)
+    assert run.func is train_step
+    _, told = jax.jit(run)(*jax.jit(arguments)(jax.random.key(0)))
+    assert np.isfinite(told["loss"])
 
 
 @pytest.mark.parametrize(("name", "method"), [("bert-large", "full"), ("llama-4096", "spt")])

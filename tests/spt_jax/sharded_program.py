@@ -25,14 +25,14 @@ import numpy as np
 from flax import nnx
 
 import spt_jax
-from experiments.blocks import bert_config, llama_config
 from experiments.collectives import collectives
 from spt_jax.layers import Linear
 from spt_jax.models import Decoder, Encoder
+from spt_jax.models.presets import bert_config, llama_config
 from spt_jax.processes import exchange, is_first, start_processes
 from spt_jax.sharding import Devices, make_mesh, parameter_sharding
 from spt_jax.training import Examples, cross_entropy, next_token, start, supervised, train
-from spt_jax.training.loop import compiled_peak_bytes
+from spt_jax.training.memory import compiled_peak_bytes
 from spt_jax.training.step import partition
 
 TARGET, *PROCESS = sys.argv[1:]

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.blocks import BlockStep, bert_config, llama_config, opt_config
+from experiments.blocks import BlockStep
 from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
+from spt_jax.models.presets import bert_config, llama_config, opt_config
 from tests.jaxprs import equations
 
 CONFIGS = {

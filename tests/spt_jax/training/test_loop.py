@@ -150,9 +150,9 @@ def test_signal_saves_and_stops_and_the_resumed_run_ends_alike(straight, tmp_pat
 
 
 def test_signal_during_evaluation(straight, tmp_path, monkeypatch):
-    from spt_jax.training import loop
+    from spt_jax.training import evaluation
 
-    whole = loop.eval_batches
+    whole = evaluation.eval_batches
 
     def struck(*arguments):
         for i, batch in enumerate(whole(*arguments)):
@@ -160,7 +160,7 @@ def test_signal_during_evaluation(straight, tmp_path, monkeypatch):
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(loop, "eval_batches", struck)
+    monkeypatch.setattr(evaluation, "eval_batches", struck)
     with pytest.raises(Interrupted, match="at step 4 of 12"):
         run(tmp_path)
     monkeypatch.undo()

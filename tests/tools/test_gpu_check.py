@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from experiments import gpu_cases, gpu_check
 from experiments.gpu_targets import A10, A100, H200, L4, kernel_launches
 from spt_jax import cli
+from tools import gpu_cases, gpu_check
 
 PTXAS = """
 ptxas info    : 0 bytes gmem

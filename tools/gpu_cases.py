@@ -1,4 +1,4 @@
-"""The programs that `experiments.gpu_check` compiles, and the kernels that each must launch."""
+"""The programs that `tools.gpu_check` compiles, and the kernels that each must launch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 import spt_jax
-from experiments.blocks import LLAMA_4096, OPT_2048, BlockStep
-from experiments.comparisons import GPUSizes, Method, gpu_comparisons, with_implementation
+from experiments.blocks import BlockStep
+from experiments.comparisons import (
+    OPT_2048,
+    GPUSizes,
+    Method,
+    gpu_comparisons,
+    with_implementation,
+)
 from experiments.kernels import step_function
 from pallas_kernels import (
     Activation,
@@ -28,6 +34,7 @@ from pallas_kernels import (
 from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig, SPTConfig, TrainConfig
 from spt_jax.models.encoder import Encoder
 from spt_jax.models.encoder_config import EncoderConfig
+from spt_jax.models.presets import llama_config
 from spt_jax.training import cross_entropy, partition, start, supervised
 
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -46,6 +53,7 @@ SELECT_KERNELS = {
 
 #: Lengths over which an SPT block's memory must grow linearly.
 GROWTH_LENGTHS = tuple(2048 << i for i in range(6))
+GROWTH_BLOCK = llama_config(width=4096, heads=32, kv_heads=8, hidden=11008)
 GROWTH_CASE = "llama_block_s{}"
 
 
@@ -371,7 +379,7 @@ def _block_cases(implementation: Implementation | None) -> Iterator[Case]:
     quarter = RoutedFFNConfig(active_blocks=1)
     yield block("opt_block_spt_quarter", replace(spt, ffn=quarter), "spt_quarter_block_temp_bytes")
     for length in GROWTH_LENGTHS:
-        step = BlockStep(config=LLAMA_4096, batch=1, length=length, method="spt")
+        step = BlockStep(config=GROWTH_BLOCK, batch=1, length=length, method="spt")
         yield block(GROWTH_CASE.format(length), step)
 
 

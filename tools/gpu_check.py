@@ -49,8 +49,8 @@ from tqdm import tqdm
 from spt_jax import cli
 
 if TYPE_CHECKING:
-    from experiments.gpu_cases import Case
     from pallas_kernels import Implementation
+    from tools.gpu_cases import Case
 
 #: Of one kernel. Mosaic: two accumulators of 64 x 128 beside the masks of token selection do not
 #: quite fit the 240 registers of a thread (`sparse_attention_dkv`, 136 bytes); all but one other
@@ -310,8 +310,8 @@ def _work(gpu: str, implementation: Implementation | None, all_lengths: bool) ->
     with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryDirectory() as dumps:
         os.dup2(printed.fileno(), 1)
         os.environ["JAX_TRITON_DUMP_DIR"] = dumps  # read when jax-triton is imported
-        from experiments import gpu_cases
         from experiments.gpu_targets import GPUS, described_device
+        from tools import gpu_cases
 
         cases = gpu_cases.cases(all_lengths=all_lengths, implementation=implementation)
         device = described_device(GPUS[gpu])
@@ -370,7 +370,7 @@ class _Worker:
             [
                 sys.executable,
                 "-c",
-                f"from experiments import gpu_check as g; g._work(*{options!r})",
+                f"from tools import gpu_check as g; g._work(*{options!r})",
             ],
             env={**os.environ, "JAX_PLATFORMS": "cpu"},
             stdin=subprocess.PIPE,
@@ -479,13 +479,13 @@ def _program_table(reports: Iterable[Report]) -> Table:
 
 def main() -> None:
     """Compile the programs, print what they take, and judge it."""
-    options = cli.parse(Options, "experiments.gpu_check", __doc__)
+    options = cli.parse(Options, "tools.gpu_check", __doc__)
     os.environ["JAX_PLATFORMS"] = "cpu"
     # JAX says that the GPU packages are not enough to run on a GPU
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.CRITICAL)
-    from experiments import gpu_cases
     from experiments.gpu_targets import GPUS
     from spt_jax.training import environment, write_json_atomic
+    from tools import gpu_cases
 
     implementation = options.implementation
     if implementation is None and GPUS[options.gpu].capability[0] != 9:
