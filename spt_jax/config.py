@@ -16,6 +16,7 @@ from numbers import Integral, Real
 from typing import Any, Literal
 
 from pallas_kernels import Implementation
+from spt_jax.names import explains_names
 
 __all__ = [
     "Form",
@@ -74,7 +75,7 @@ class FrozenDict[Value](dict[str, Value]):
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise TypeError("a configuration cannot change; make another by dataclasses.replace")
 
-    __setitem__ = __delitem__ = __ior__ = _refuse  # type: ignore[assignment]
+    __setitem__ = __delitem__ = __ior__ = _refuse
     clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
 
 
@@ -116,6 +117,7 @@ def _names(name: str, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+@explains_names
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
     """Low-rank adaptation (Hu et al., arXiv 2106.09685).
@@ -396,6 +398,7 @@ class RoutedFFNConfig:
         return self.active_blocks / self.num_blocks
 
 
+@explains_names
 @dataclass(frozen=True, kw_only=True)
 class SPTConfig:
     """The three parts of SPT, and how much their sparse form may cost.
@@ -496,6 +499,7 @@ class MeshConfig:
         )
 
 
+@explains_names
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Optimizer, length and bookkeeping of one training run.

@@ -149,7 +149,7 @@ def _by_name(
 ) -> dict[str, Linear | Embedding]:
     """What `target_modules` means."""
     if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
-        output = getattr(model, "head", None) if isinstance(model, Decoder) else None
+        output = model.head if isinstance(model, Decoder) else None
         return {
             name: module
             for name, module in names.items()
@@ -182,7 +182,7 @@ def _checked_target(
             f"{what}a {type(module).__name__}, which takes no LoRA factors; match linear maps and "
             "embeddings alone, and train others whole by modules_to_save"
         )
-    if module is getattr(model, "position", None):
+    if isinstance(model, Decoder) and module is model.position:
         raise ValueError(
             f"{what}OPT's positions, which take no LoRA factors, for PEFT looks up rows without "
             "their offset; train them whole by modules_to_save"
