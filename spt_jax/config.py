@@ -76,7 +76,7 @@ class FrozenDict[Value](dict[str, Value]):
         raise TypeError("a configuration cannot change; make another by dataclasses.replace")
 
     __setitem__ = __delitem__ = __ior__ = _refuse
-    clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
+    clear = pop = popitem = setdefault = update = _refuse
 
 
 def _checked_rank(name: str, rank: Any) -> None:

@@ -49,8 +49,8 @@ class LoRAPlan(NamedTuple):
         """Add the factors, and make the weights trainable, in place."""
         for module, config in self.factors.values():
             module.lora = LoRA(*_weight(module).shape, config=config, rngs=rngs)
-        for module in self.whole.values():
-            train_whole(module)
+        for whole in self.whole.values():
+            train_whole(whole)
 
 
 def train_whole(module: nnx.Module) -> None:

@@ -383,8 +383,8 @@ def _fit(
         path = paths[names[_plain(model, name)]]
         if path == "position":
             raise ValueError(f"LoRA factors of {name} are not supported")
-        own = default.of_module(name)
-        found.factors[path] = _factors(module_at(model, path), name, factors, own)
+        made_by = default.of_module(name)
+        found.factors[path] = _factors(module_at(model, path), name, factors, made_by)
     _leave_out_tables(model, slots, found, outputs, config.get("modules_to_save") or ())
     for name in map(_module, list(found.weights)):
         if missing := [n for n in slots if _module(n) == name and n not in found.weights]:
@@ -452,14 +452,13 @@ def _leave_out_tables(
                 f"{name} differs from the model's, under LoRA factors, which is not supported; "
                 "merge the adapter with peft's merge_and_unload, and load that"
             )
+    for name in own:
+        asked = any(f".{_module(name)}".endswith(f".{ending}") for ending in modules_to_save)
+        if not asked or (_is_tied(model) and not outputs):
+            del found.weights[name]
     if not _is_tied(model):
-        for name in own:
-            if not any(f".{_module(name)}".endswith(f".{ending}") for ending in modules_to_save):
-                del found.weights[name]
         return
     table = _table(slots)
-    for name in own:
-        del found.weights[name]
     new = found.weights.get(table, found.tables.get(table))
     for name, array in outputs.items():
         if not (_is(slots[table], array) if new is None else np.array_equal(array, new)):
