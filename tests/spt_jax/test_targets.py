@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def with_factors(model):
 
 def kinds(names):
     """Names without what holds a layer's modules."""
-    return {name.rpartition("layers.")[2].rpartition("layer.")[2] for name in names}
+    return {re.sub(r".*layers?\.\d+\.", "", name) for name in names}
 
 
 @nnx.jit
@@ -116,10 +117,7 @@ def assert_comes_back(name, model, directory):
 def test_names_are_those_of_transformers(name, target_modules, expected):
     model = load(name)
     found = plan_lora(model, LoRAConfig(target_modules=target_modules)).factors
-    assert {
-        kind.partition(".")[2] if kind[0].isdigit() else kind for kind in kinds(found)
-    } == expected
-    assert {module for module, _ in found.values()} <= {m for _, m in nnx.iter_modules(model)}
+    assert kinds(found) == expected
 
 
 def test_a_layer_can_be_named():
