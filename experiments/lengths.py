@@ -33,7 +33,7 @@ from spt_jax.models.config import read_config
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.hub import CONFIG_FILES, find_files
 from spt_jax.training import Objective, cross_entropy, next_token, supervised, write_text_atomic
-from spt_jax.training.loop import compiled_peak_bytes
+from spt_jax.training.memory import compiled_peak_bytes
 from spt_jax.training.step import partition, start
 
 Row = dict[str, Any]

@@ -13,18 +13,18 @@ from flax import nnx
 
 from spt_jax.adaptation import AdaptationReport
 from spt_jax.calibration import Path, inputs_of
-from spt_jax.config import LoRAConfig, SPTConfig
+from spt_jax.config import SPTConfig
 from spt_jax.fitting import Fit, Fitting, install
 from spt_jax.layers import (
     Attention,
     Embedding,
     FeedForward,
-    Linear,
     LoRA,
     RoutedFFN,
     SparseAttention,
 )
 from spt_jax.models.common import check_batch, token_array
+from spt_jax.targets import LoRAPlan, check_unstacked, plan_lora
 
 _log = logging.getLogger(__name__)
 
@@ -74,8 +74,9 @@ def adapt[Model: nnx.Module](
 
     Raises:
         ValueError: the model is adapted already, has no layer to adapt, or one that is stacked or
-            not called; the calibration batch is missing or too small, a size does not divide, or
-            the choices are of another model. The model is then unchanged.
+            not called; LoRA's configuration names a module that the model does not have, or that
+            takes no factors; the calibration batch is missing or too small, a size does not divide,
+            or the choices are of another model. The model is then unchanged.
 
     Example:
         >>> model = spt_jax.load_pretrained("bert-base-uncased")  # doctest: +SKIP
@@ -93,7 +94,7 @@ def adapt[Model: nnx.Module](
     begun = time.perf_counter()
     rngs = rngs or nnx.Rngs(0)
     modules = dict(nnx.iter_modules(model))
-    _check(modules, config, calibration_batch)
+    plan = _check(model, modules, config, calibration_batch)
     layers = {
         path: module
         for path, module in modules.items()
@@ -109,12 +110,11 @@ def adapt[Model: nnx.Module](
     if layers:
         assert calibration_batch is not None  # checked above
         inputs = inputs_of(calibration_batch)
-        fitting = Fitting(model, layers, config, inputs, keys, training_tokens)
+        fitting = Fitting(model, layers, config, inputs, keys, plan, training_tokens)
         fits, report = fitting.run(choices, use_cache=use_cache)
 
     # nothing was changed so far, and nothing fails from here on
-    if config.lora is not None:
-        _add_lora(modules, config.lora, rngs)
+    plan.install(rngs)
     install(model, fits)
     report = replace(report, seconds=time.perf_counter() - begun)
     setattr(model, "adaptation", report)  # noqa: B010  of any module
@@ -166,16 +166,27 @@ def _check_choices(
 
 
 def _check(
+    model: nnx.Module,
     modules: Mapping[Path, nnx.Module],
     config: SPTConfig,
     batch: Mapping[str, jax.Array | np.ndarray] | None,
-) -> None:
+) -> LoRAPlan:
+    """Raise a ValueError for what cannot be done; what LoRA is to be is returned."""
+    _check_layers(modules)
+    plan = LoRAPlan({}, {}) if config.lora is None else plan_lora(model, config.lora)
+    if not plan.factors and not any(
+        isinstance(m, Attention | FeedForward) for m in modules.values()
+    ):
+        raise ValueError(
+            f"{type(model).__name__} has neither Attention nor FeedForward layers to adapt"
+        )
+    _check_calibration(modules, config, batch)
+    return plan
+
+
+def _check_layers(modules: Mapping[Path, nnx.Module]) -> None:
     if any(isinstance(m, LoRA | SparseAttention | RoutedFFN) for m in modules.values()):
         raise ValueError("the model is adapted already; load it again to adapt it anew")
-    if not any(isinstance(m, Attention | FeedForward) for m in modules.values()):
-        raise ValueError(
-            f"{type(modules[()]).__name__} has neither Attention nor FeedForward layers to adapt"
-        )
     for path, module in modules.items():
         match module:
             case Attention():
@@ -186,11 +197,14 @@ def _check(
                 weight = module.embedding
             case _:
                 continue
-        if weight.ndim != 2:
-            raise ValueError(
-                f"{_dotted(path)} is several layers, stacked by nnx.vmap or nnx.scan (a weight is "
-                f"{list(weight.shape)}): keep them one by one in an nnx.List, and adapt that model"
-            )
+        check_unstacked(_dotted(path), weight)
+
+
+def _check_calibration(
+    modules: Mapping[Path, nnx.Module],
+    config: SPTConfig,
+    batch: Mapping[str, jax.Array | np.ndarray] | None,
+) -> None:
     if config.attention is None and config.ffn is None:
         return
     if batch is None:
@@ -216,19 +230,3 @@ def _check(
                     f"{module.up.out_features} hidden units do not split into "
                     f"num_blocks={config.ffn.num_blocks} blocks"
                 )
-
-
-def _add_lora(modules: Mapping[Path, nnx.Module], config: LoRAConfig, rngs: nnx.Rngs) -> None:
-    targets: list[Linear | Embedding] = []
-    for path, module in modules.items():
-        match module:
-            case Attention() if "attention" in config.targets:
-                targets += [module.q_proj, module.k_proj, module.v_proj, module.o_proj]
-            case FeedForward() if "ffn" in config.targets:
-                targets += [m for m in (module.up, module.gate, module.down) if m is not None]
-            # not OPT's positions, for which PEFT looks up rows without their offset
-            case Embedding() if "embeddings" in config.targets and path != ("position",):
-                targets.append(module)
-    for target in targets:
-        shape = target.kernel.shape if isinstance(target, Linear) else target.embedding.shape
-        target.lora = LoRA(*shape, config=config, rngs=rngs)

@@ -40,12 +40,11 @@ from spt_jax.calibration import (
 )
 from spt_jax.config import RoutedFFNConfig, SPTConfig
 from spt_jax.layers import (
+    ADAPTER,
     Attention,
     FeedForward,
     LoRA,
-    LoRAParam,
     RoutedFFN,
-    RouterParam,
     SparseAttention,
     dense_attention,
     probing,
@@ -53,6 +52,7 @@ from spt_jax.layers import (
 )
 from spt_jax.models import Decoder, Encoder
 from spt_jax.processes import exchange
+from spt_jax.targets import LoRAPlan, train_whole
 from spt_jax.training.losses import linear_cross_entropy
 
 #: Tokens on which costs are measured, at most, but for one sequence.
@@ -583,6 +583,7 @@ def timed(
     layers: Mapping[Path, Attention | FeedForward],
     shares: Mapping[Path, Sequence[float]],
     config: SPTConfig,
+    lora: LoRAPlan,
     shape: tuple[int, int],
     advance: Callable[[], None],
     *,
@@ -596,7 +597,8 @@ def timed(
     Args:
         layers: dense ones.
         shares: of each, those to time beside 1.
-        config: of the sparse parts and of LoRA.
+        config: of the sparse parts.
+        lora: what gets factors, or is trained whole.
         shape: rows and tokens of a row of the calibration batch.
         advance: called after each layer.
         use_cache: whether times of before are taken.
@@ -605,12 +607,12 @@ def timed(
     known: dict[str, dict[float, float]] = {}
     found = {}
     for path, layer in layers.items():
-        description = _description(layer, config, shape, sorted(shares[path]))
+        description = _description(layer, config, lora, shape, sorted(shares[path]))
         key = cache.key_of(description)
         if key not in known:
             entry = cache.read("times", key) if use_cache else None
             if entry is None:
-                seconds = _times(layer, shares[path], config, shape)
+                seconds = _times(layer, shares[path], config, lora, shape)
                 dense = seconds[1.0]  # no part saves more than it leaves out
                 seconds = {share: max(t, share * dense) for share, t in seconds.items()}
                 seconds = exchange(seconds)[0]
@@ -628,6 +630,7 @@ def timed(
 def _description(
     layer: Attention | FeedForward,
     config: SPTConfig,
+    lora: LoRAPlan,
     shape: tuple[int, int],
     shares: Sequence[float],
 ) -> dict[str, Any]:
@@ -644,9 +647,22 @@ def _description(
         "device": [device.platform, device.device_kind, platform.machine(), os.cpu_count()],
         "layer": [type(layer).__name__, *own, *sizes],
         "part": None if part is None else dataclasses.asdict(part),
-        "lora": None if config.lora is None else dataclasses.asdict(config.lora),
+        "lora": {} if isinstance(layer, Attention) else _trained(layer, lora),
         "shape": list(shape),
         "shares": list(shares),
+    }
+
+
+_FFN_MAPS = ("up", "gate", "down")
+
+
+def _trained(layer: FeedForward, lora: LoRAPlan) -> dict[str, Any]:
+    """What is trained of an FFN, as plain data."""
+    maps = {name: getattr(layer, name) for name in _FFN_MAPS if getattr(layer, name) is not None}
+    factors = {name: lora.factors_of(linear) for name, linear in maps.items()}
+    return {
+        "factors": {n: dataclasses.asdict(c) for n, c in factors.items() if c is not None},
+        "whole": [name for name, linear in maps.items() if lora.trains_whole(linear)],
     }
 
 
@@ -654,13 +670,14 @@ def _times(
     layer: Attention | FeedForward,
     shares: Sequence[float],
     config: SPTConfig,
+    lora: LoRAPlan,
     shape: tuple[int, int],
 ) -> dict[float, float]:
     key = jax.random.key(0)
     if isinstance(layer, Attention):
         steps = _attention_steps(layer, shares, config, shape, key)
     else:
-        steps = _ffn_steps(layer, shares, config, shape, key)
+        steps = _ffn_steps(layer, shares, config, lora, shape, key)
     for step in steps.values():
         jax.block_until_ready(step())  # compiles
     seconds = dict.fromkeys(steps, math.inf)
@@ -707,6 +724,7 @@ def _ffn_steps(
     layer: FeedForward,
     shares: Sequence[float],
     config: SPTConfig,
+    lora: LoRAPlan,
     shape: tuple[int, int],
     key: jax.Array,
 ) -> dict[float, Callable[[], Any]]:
@@ -714,16 +732,17 @@ def _ffn_steps(
     steps: dict[float, Callable[[], Any]] = {}
     for share in (1.0, *shares):
         ffn: Any = nnx.clone(layer)
-        if config.lora is not None and "ffn" in config.lora.targets:
-            for linear in (ffn.up, ffn.gate, ffn.down):
-                if linear is not None:
-                    sizes = linear.kernel.shape
-                    linear.lora = LoRA(*sizes, config=config.lora, rngs=nnx.Rngs(0))
+        for name in _FFN_MAPS:
+            own, dense = getattr(ffn, name), getattr(layer, name)
+            if dense is not None and (factors := lora.factors_of(dense)) is not None:
+                own.lora = LoRA(*own.kernel.shape, config=factors, rngs=nnx.Rngs(0))
+            elif dense is not None and lora.trains_whole(dense):
+                train_whole(own)
         if share < 1:
             assert config.ffn is not None
-            own = of_share(config.ffn, share)
-            ffn = RoutedFFN(ffn, **_drawn_routing(ffn, own, key)._asdict(), config=own)
-        parts: Any = nnx.split(ffn, nnx.Any(LoRAParam, RouterParam), ...)
+            routed = of_share(config.ffn, share)
+            ffn = RoutedFFN(ffn, **_drawn_routing(ffn, routed, key)._asdict(), config=routed)
+        parts: Any = nnx.split(ffn, ADAPTER, ...)
         graphdef, params, frozen = parts
 
         def apply(x: jax.Array, params: Any, frozen: Any, graphdef: Any = graphdef) -> jax.Array:

@@ -9,14 +9,18 @@ Example:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from numbers import Integral, Real
+from typing import Any, Literal
 
 from pallas_kernels import Implementation
+from spt_jax.names import explains_names
 
 __all__ = [
     "Form",
+    "FrozenDict",
     "LearningRateMultipliers",
     "LoRAConfig",
     "LoRATarget",
@@ -25,11 +29,13 @@ __all__ = [
     "SPTConfig",
     "Schedule",
     "SparseAttentionConfig",
+    "TargetModules",
     "TrainConfig",
     "Trainable",
 ]
 
 LoRATarget = Literal["attention", "ffn", "embeddings"]
+TargetModules = str | tuple[str, ...] | None
 Schedule = Literal["linear", "cosine", "constant"]
 Trainable = Literal["adapter", "all"]
 Form = Literal["sparse", "dense"]
@@ -57,9 +63,67 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+class FrozenDict[Value](dict[str, Value]):
+    """A dictionary that cannot change, so that a configuration that holds one has a hash."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("a configuration cannot change; make another by dataclasses.replace")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+
+def _checked_rank(name: str, rank: Any) -> None:
+    whole = isinstance(rank, Integral) and not isinstance(rank, bool)
+    _require(whole, f"{name} must be a whole number, got {rank!r}")
+    _require(rank >= 1, f"{name} must be at least 1, got {rank}")
+    _require(rank <= MOST_RANK, f"{name} must be at most {MOST_RANK}, got {rank}")
+
+
+def _checked_alpha(name: str, alpha: Any) -> None:
+    number = isinstance(alpha, Real) and not isinstance(alpha, bool)
+    _require(
+        number and math.isfinite(alpha) and alpha > 0,
+        f"{name} must be a number above 0, got {alpha!r}",
+    )
+
+
+def _check_regex(name: str, pattern: Any) -> None:
+    _require(isinstance(pattern, str), f"{name} takes patterns as text, got {pattern!r}")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{name} has the pattern {pattern!r}, which is no regular expression: {error}"
+        ) from None
+
+
+def _names(name: str, value: Any) -> tuple[str, ...]:
+    """Names of modules, from a sequence of them."""
+    _require(
+        isinstance(value, Sequence) and not isinstance(value, str),
+        f"{name} must be a tuple of names of modules, got {value!r}",
+    )
+    for one in value:
+        _require(
+            isinstance(one, str) and bool(one), f"{name} must hold names of modules, got {one!r}"
+        )
+    return tuple(value)
+
+
+@explains_names
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
     """Low-rank adaptation (Hu et al., arXiv 2106.09685).
+
+    Modules are named as in transformers, with its prefix: `model.layers.0.self_attn.q_proj`. Those
+    of a model of one's own have their dotted paths for names: `layers.0.attention.q_proj`.
 
     Attributes:
         rank: inner width r of the factors.
@@ -67,8 +131,21 @@ class LoRAConfig:
         use_rslora: scale by alpha / sqrt(r) (Kalajdzievski, arXiv 2312.03732), not alpha / r.
         dropout: probability with which an input feature of a factor is dropped. One mask a
             training step serves all tokens (Lin et al., arXiv 2404.09610), so that the factors can
-            still be merged into the weight.
-        targets: module types that get factors.
+            still be merged into the weight. Factors of a decoder's output matrix and of OPT's
+            projections beside its layers have none.
+        targets: module types that get factors; unused where `target_modules` is given.
+        target_modules: modules that get factors, as PEFT takes them. A tuple has names or their
+            last parts, as `("q_proj", "v_proj")`; a text is "all-linear", every linear map but
+            heads and the output matrix, or a regular expression that a whole name must match. On a
+            command line one word of letters, digits, "_" and "." is a name. A task's head is
+            trained whole, and gets no factors.
+        modules_to_save: names or last parts of modules, or of what holds them, that are trained
+            whole beside the factors and saved in the adapter: embeddings, norms, linear maps. Their
+            learning rate is that of heads. A task's head is trained and saved without being named.
+            An embedding that is tied to the output matrix stays tied.
+        rank_pattern: other ranks for some targets, `{pattern: rank}`. A pattern is a regular
+            expression that a name, or its last parts, must match; the first that does counts.
+        alpha_pattern: likewise other numerators.
     """
 
     rank: int = 16
@@ -76,21 +153,81 @@ class LoRAConfig:
     use_rslora: bool = False
     dropout: float = 0.0
     targets: tuple[LoRATarget, ...] = ("attention", "ffn")
+    target_modules: TargetModules = None
+    modules_to_save: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = FrozenDict()
+    alpha_pattern: Mapping[str, float] = FrozenDict()
 
     def __post_init__(self) -> None:
-        _require(self.rank >= 1, f"LoRA rank must be at least 1, got {self.rank}")
-        _require(self.rank <= MOST_RANK, f"LoRA rank must be at most {MOST_RANK}, got {self.rank}")
+        _checked_rank("LoRA rank", self.rank)
+        _checked_alpha("LoRA alpha", self.alpha)
         _require(0 <= self.dropout < 1, f"LoRA dropout must lie in [0, 1), got {self.dropout}")
         unknown = set(self.targets) - {"attention", "ffn", "embeddings"}
         _require(
             not unknown,
-            f"unknown LoRA targets {sorted(unknown)}; choose from attention, ffn, embeddings",
+            f"unknown LoRA targets {sorted(unknown)}; choose from attention, ffn, embeddings, or "
+            "name modules in target_modules",
         )
+        object.__setattr__(self, "target_modules", self._target_modules())
+        saved = _names("modules_to_save", self.modules_to_save)
+        object.__setattr__(self, "modules_to_save", saved)
+        _require(
+            not saved or bool(self.targets) or self.target_modules is not None,
+            "modules_to_save are trained beside LoRA factors; name targets or target_modules too",
+        )
+        for name, check in (("rank_pattern", _checked_rank), ("alpha_pattern", _checked_alpha)):
+            patterns = getattr(self, name)
+            _require(
+                isinstance(patterns, Mapping),
+                f"{name} must be a mapping from patterns to numbers, got {patterns!r}",
+            )
+            for pattern, value in patterns.items():
+                _check_regex(name, pattern)
+                check(f"{name} of {pattern!r}", value)
+            object.__setattr__(self, name, FrozenDict(patterns))
+
+    def _target_modules(self) -> TargetModules:
+        given = self.target_modules
+        if given is None:
+            return None
+        _require(
+            self.targets == type(self).targets,
+            f"targets={self.targets} and target_modules={given!r} both say what gets factors; "
+            "give one of them",
+        )
+        if isinstance(given, str):
+            _check_regex("target_modules", given)
+            return given
+        names = _names("target_modules", given)
+        _require(bool(names), "target_modules is empty; name modules, or set lora=None for no LoRA")
+        return names
 
     @property
     def scaling(self) -> float:
         """Factor on the product of the two factors."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    def of_module(self, name: str) -> LoRAConfig:
+        """What a module's factors are made by: its rank and alpha, and nothing of other modules.
+
+        Example:
+            >>> config = LoRAConfig(rank_pattern={"q_proj": 8})
+            >>> config.of_module("layers.0.self_attn.q_proj").rank
+            8
+        """
+        rank = first_match(self.rank_pattern, name)
+        alpha = first_match(self.alpha_pattern, name)
+        return LoRAConfig(
+            rank=self.rank if rank is None else self.rank_pattern[rank],
+            alpha=self.alpha if alpha is None else self.alpha_pattern[alpha],
+            use_rslora=self.use_rslora,
+            dropout=self.dropout,
+        )
+
+
+def first_match(patterns: Iterable[str], name: str) -> str | None:
+    """The first pattern that a module's name, or its last parts, match, as PEFT has it."""
+    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +398,7 @@ class RoutedFFNConfig:
         return self.active_blocks / self.num_blocks
 
 
+@explains_names
 @dataclass(frozen=True, kw_only=True)
 class SPTConfig:
     """The three parts of SPT, and how much their sparse form may cost.
@@ -316,7 +454,7 @@ class LearningRateMultipliers:
         lora: LoRA factors.
         router: FFN routers; low, since a small step of Adam reorders the blocks of many tokens.
         codebook: codewords of product quantizers with a codebook loss.
-        head: the task head.
+        head: the task head, and modules that are trained whole (`LoRAConfig.modules_to_save`).
         base: everything else; trained only with `trainable="all"`.
     """
 
@@ -361,13 +499,14 @@ class MeshConfig:
         )
 
 
+@explains_names
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Optimizer, length and bookkeeping of one training run.
 
     Attributes:
-        trainable: "adapter" trains LoRA factors, routers, head, and codebooks that have a loss;
-            "all" everything.
+        trainable: "adapter" trains LoRA factors, `LoRAConfig.modules_to_save`, routers, head, and
+            codebooks that have a loss; "all" everything.
         epochs: passes over the training examples; unused where `steps` is given.
         steps: optimizer steps.
         batch_size: examples an optimizer step.

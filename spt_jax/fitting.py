@@ -33,6 +33,7 @@ from spt_jax.calibration import (
 from spt_jax.config import RoutedFFNConfig, SPTConfig
 from spt_jax.layers import Attention, FeedForward, RoutedFFN, SparseAttention
 from spt_jax.processes import exchange, to_host
+from spt_jax.targets import LoRAPlan
 
 Fit = SparseAttention | tuple[Routing, RoutedFFNConfig]
 """What a layer's sparse part is made of."""
@@ -78,6 +79,7 @@ class Fitting:
         config: of the parts.
         inputs: arguments of the model: the calibration batch.
         keys: of layers whose fit draws at random.
+        lora: what gets factors, or is trained whole, which takes time too.
         training_tokens: that training will read; None where that does not count.
     """
 
@@ -86,6 +88,7 @@ class Fitting:
     config: SPTConfig
     inputs: Mapping[str, jax.Array]
     keys: Mapping[Path, jax.Array]
+    lora: LoRAPlan
     training_tokens: int | None = None
 
     @property
@@ -160,7 +163,9 @@ class Fitting:
         timed = dict(self.layers) if shares else {}
         shares = {path: shares.get(path, []) for path in timed}
         with _progress("adapting: timing", len(timed)) as advance:
-            seconds = budget.timed(timed, shares, self.config, shape, advance, use_cache=use_cache)
+            seconds = budget.timed(
+                timed, shares, self.config, self.lora, shape, advance, use_cache=use_cache
+            )
         saved = {
             path: {s: seconds[path][1.0] - seconds[path][s] for s in found}
             for path, found in shares.items()

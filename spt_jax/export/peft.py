@@ -229,9 +229,18 @@ def _tensors(model: Encoder | Decoder, adapted: Mapping[str, Linear | Embedding]
         if isinstance(slot.variable, TableParam)
     }
     for name, slot in (_saved_whole(model) | tables).items():
-        array = to_host(slot.variable[...])
-        tensors[_PREFIX + name] = array.T if slot.transpose else array
+        tensors[_PREFIX + name] = _whole(model, slot, units)
     return [Tensor.of(name, array) for name, array in tensors.items()]
+
+
+def _whole(model: Encoder | Decoder, slot: Slot, units: Mapping[int, Units]) -> np.ndarray:
+    """A tensor as transformers has it."""
+    order = units.get(id(module_at(model, _module(slot.path))), Units())
+    array = to_host(slot.variable[...]).reshape(slot.own_shape)
+    if array.ndim == 1:
+        return array[order.columns]
+    array = order.of(array)
+    return array.T if slot.transpose else array
 
 
 class _Factors(NamedTuple):
@@ -288,6 +297,8 @@ def read_peft(model: Encoder | Decoder, directory: Path) -> PEFTAdapter:
             alpha=config.get("lora_alpha", 8),
             use_rslora=bool(config.get("use_rslora")),
             dropout=config.get("lora_dropout") or 0.0,
+            rank_pattern=config.get("rank_pattern") or {},
+            alpha_pattern=config.get("alpha_pattern") or {},
         )
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
@@ -372,8 +383,8 @@ def _fit(
         path = paths[names[_plain(model, name)]]
         if path == "position":
             raise ValueError(f"LoRA factors of {name} are not supported")
-        module_config = _config_of(name, config, default)
-        found.factors[path] = _factors(module_at(model, path), name, factors, module_config)
+        made_by = default.of_module(name)
+        found.factors[path] = _factors(module_at(model, path), name, factors, made_by)
     _leave_out_tables(model, slots, found, outputs, config.get("modules_to_save") or ())
     for name in map(_module, list(found.weights)):
         if missing := [n for n in slots if _module(n) == name and n not in found.weights]:
@@ -388,30 +399,6 @@ def _fit(
 def _plain(model: Encoder | Decoder, name: str) -> str:
     """A module's name whatever head its model has."""
     return name.removeprefix(model.base_prefix)
-
-
-def _config_of(name: str, config: Mapping[str, Any], default: LoRAConfig) -> LoRAConfig:
-    """The configuration of a module: the first pattern that matches its name's end counts."""
-    values: dict[str, Any] = {"rank": default.rank, "alpha": default.alpha}
-    for field, patterns in (("rank", "rank_pattern"), ("alpha", "alpha_pattern")):
-        for pattern, value in (config.get(patterns) or {}).items():
-            try:
-                if re.match(rf"(.*\.)?({pattern})$", name):
-                    values[field] = value
-                    break
-            except re.error as error:
-                raise ValueError(f"{patterns} has the pattern {pattern!r}: {error}") from None
-    try:
-        return LoRAConfig(
-            rank=values["rank"],
-            alpha=values["alpha"],
-            use_rslora=default.use_rslora,
-            dropout=default.dropout,
-        )
-    except TypeError:
-        raise ValueError(
-            f"rank {values['rank']!r} or alpha {values['alpha']!r} of {name}"
-        ) from None
 
 
 def _factors(
@@ -465,14 +452,13 @@ def _leave_out_tables(
                 f"{name} differs from the model's, under LoRA factors, which is not supported; "
                 "merge the adapter with peft's merge_and_unload, and load that"
             )
+    for name in own:
+        asked = any(f".{_module(name)}".endswith(f".{ending}") for ending in modules_to_save)
+        if not asked or (_is_tied(model) and not outputs):
+            del found.weights[name]
     if not _is_tied(model):
-        for name in own:
-            if not any(f".{_module(name)}".endswith(f".{ending}") for ending in modules_to_save):
-                del found.weights[name]
         return
     table = _table(slots)
-    for name in own:
-        del found.weights[name]
     new = found.weights.get(table, found.tables.get(table))
     for name, array in outputs.items():
         if not (_is(slots[table], array) if new is None else np.array_equal(array, new)):

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from spt_jax import cli
+from spt_jax.config import FrozenDict, TargetModules
 from spt_jax.finetune.columns import find_columns
 from spt_jax.finetune.config import RECIPES, DataConfig, FinetuneConfig, Task
 from spt_jax.finetune.rows import read_rows
+from spt_jax.names import check_options
 from spt_jax.training import write_text_atomic
 
 MODULE = "spt_jax.finetune"
@@ -28,6 +32,50 @@ command line go before. A part that may be absent is left out by none, as --spt.
 
 
 _UNNAMED = Path(os.devnull)
+
+#: How tyro is to read the fields that it has no rule of its own for.
+_READERS = ConstructorRegistry()
+
+
+@_READERS.primitive_rule
+def _mapping_reader(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Patterns with numbers, one after the other: `q_proj 8 v_proj 4`."""
+    if get_origin(info.type) is not Mapping:
+        return None
+    _, number = get_args(info.type)
+
+    def read(words: list[str]) -> Mapping[str, Any]:
+        if len(words) % 2:
+            raise ValueError(f"every pattern needs a number after it, got {' '.join(words)}")
+        return FrozenDict(zip(words[::2], map(number, words[1::2]), strict=True))
+
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=f"[PATTERN {number.__name__.upper()} ...]",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, Mapping),
+        str_from_instance=lambda value: [str(x) for pair in value.items() for x in pair],
+    )
+
+
+@_READERS.primitive_rule
+def _target_modules_reader(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Names; one word that is no name is all-linear or a regular expression."""
+    if info.type != TargetModules:
+        return None
+
+    def read(words: list[str]) -> TargetModules:
+        if len(words) != 1 or re.fullmatch(r"[\w.]+", words[0]):
+            return None if [word.lower() for word in words] == ["none"] else tuple(words)
+        return words[0]
+
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME [NAME ...]|REGEX|all-linear|None",
+        instance_from_str=read,
+        is_instance=lambda value: value is None or isinstance(value, str | tuple),
+        str_from_instance=lambda value: list(value) if isinstance(value, tuple) else [str(value)],
+    )
 
 
 def parse_arguments(arguments: Sequence[str]) -> FinetuneConfig:
@@ -93,6 +141,7 @@ def parse_for(task: Task, given: Sequence[str], files: Sequence[Path] = ()) -> F
 
 def _on_top(config: FinetuneConfig, arguments: Sequence[str]) -> FinetuneConfig:
     """The configuration, changed by arguments."""
+    check_options(arguments)
     rest = list(arguments)
     for path, kind in optional_parts(FinetuneConfig):
         flag = f"--{path}"
@@ -102,14 +151,15 @@ def _on_top(config: FinetuneConfig, arguments: Sequence[str]) -> FinetuneConfig:
             config = _with(config, path, None)
         elif any(word.startswith(f"{flag}.") for word in rest) and _at(config, path) is None:
             config = _with(config, path, kind())
-    return cli.parse(
-        FinetuneConfig,
-        MODULE,
-        DESCRIPTION,
-        args=rest,
-        default=config,
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    with _READERS:
+        return cli.parse(
+            FinetuneConfig,
+            MODULE,
+            DESCRIPTION,
+            args=rest,
+            default=config,
+            config=(tyro.conf.AvoidSubcommands,),
+        )
 
 
 def optional_parts(kind: type, prefix: str = "") -> Iterator[tuple[str, type]]:
@@ -123,6 +173,18 @@ def optional_parts(kind: type, prefix: str = "") -> Iterator[tuple[str, type]]:
             if type(None) in choices:
                 yield path, inner
             yield from optional_parts(inner, f"{path}.")
+
+
+def mapping_options(kind: type, prefix: str = "") -> Iterator[str]:
+    """Options whose value is a mapping, as a command line names them."""
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        hint, path = hints[field.name], f"{prefix}{field.name}"
+        if get_origin(hint) is Mapping:
+            yield path.replace("_", "-")
+        for inner in get_args(hint) or (hint,):
+            if is_dataclass(inner) and isinstance(inner, type):
+                yield from mapping_options(inner, f"{path}.")
 
 
 def _at(config: Any, path: str) -> Any:
@@ -160,7 +222,9 @@ def flatten(options: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """
     for name, value in options.items():
         path = f"{prefix}{name}".replace("_", "-")
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and path in mapping_options(FinetuneConfig):
+            yield from (f"--{path}", *(str(x) for pair in value.items() for x in pair))
+        elif isinstance(value, Mapping):
             yield from flatten(value, "" if path == "data" else f"{path}.")
         elif isinstance(value, bool):
             head, _, last = path.rpartition(".")

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from spt_jax.config import SPTConfig, TrainConfig
+from spt_jax.names import explains_names
 
 Task = Literal["classification", "regression", "multi-label", "language"]
 Layout = Literal["text", "messages", "sharegpt", "alpaca", "prompt-completion"]
@@ -69,6 +70,7 @@ class DataConfig:
             )
 
 
+@explains_names
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
     """One run of `finetune`; what is None is taken from the task's recipe."""

@@ -18,7 +18,7 @@ def run(monkeypatch, *arguments: object) -> None:
 
 
 def test_more_budget_saves_more_and_costs_more(small_decoder, monkeypatch, tmp_path, capsys):
-    def timed(layers, shares, config, shape, advance, *, use_cache):
+    def timed(layers, shares, config, lora, shape, advance, *, use_cache):
         return {path: {1.0: 1.0} | {s: s for s in shares[path]} for path in layers}
 
     monkeypatch.setattr(budget, "timed", timed)

@@ -30,7 +30,7 @@ def text(tmp_path):
 def test_a_row_a_length_and_lora_where_nothing_is_sparse(tmp_path, monkeypatch, text):
     """Parts that save no time, or all of it, whatever this machine says."""
 
-    def timed(layers, shares, config, shape, advance, *, use_cache):
+    def timed(layers, shares, config, lora, shape, advance, *, use_cache):
         saves = shape[1] > 32
         return {p: {1.0: 1.0} | {s: s if saves else 1.0 for s in shares[p]} for p in layers}
 

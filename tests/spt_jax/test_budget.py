@@ -52,7 +52,7 @@ def own_cache(tmp_path, monkeypatch):
 def paying(monkeypatch):
     """Every part saves in time what it saves in operations, whatever this machine says."""
 
-    def timed(layers, shares, config, shape, advance, *, use_cache):
+    def timed(layers, shares, config, lora, shape, advance, *, use_cache):
         return {path: {1.0: 1.0} | {s: s for s in shares[path]} for path in layers}
 
     monkeypatch.setattr(budget, "timed", timed)
