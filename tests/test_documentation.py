@@ -105,7 +105,7 @@ def test_pages_with_python_are_executed():
 def test_python_of_the_readme(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     labels = {"A superb film.": "good", "A dull film.": "bad"}
-    rows = [{"text": text, "label": label} for text, label in labels.items()] * 20
+    rows = [{"text": text, "label": label} for text, label in labels.items()] * 100
     Path("reviews.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     names = run_python(ROOT / "README.md")
     assert names["result"].figures["accuracy"] > 0.5
