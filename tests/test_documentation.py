@@ -1,4 +1,4 @@
-"""What README and docstrings show works as shown."""
+"""What README, the pages of docs and docstrings show works as shown."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import ast
 import doctest
 import importlib
 import itertools
+import json
 import pkgutil
 import re
 import shlex
+import tomllib
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tyro
+from safetensors.numpy import load_file
 
 import experiments
 import pallas_kernels
@@ -85,12 +89,60 @@ def test_docstring_examples(name):
     assert doctest.testmod(module, extraglobs={"spt_jax": spt_jax}).failed == 0
 
 
-@pytest.mark.parametrize(("page", "shape"), [("README.md", (32, 2)), ("docs/index.md", (8, 2))])
-def test_python_of_a_page(page, shape):
-    names: dict[str, object] = {}
-    for block in code_blocks("python", PAGES[ROOT / page]):
+def run_python(page: Path) -> dict[str, Any]:
+    """Execute a page's blocks, one after the other; the names that they leave."""
+    names: dict[str, Any] = {}
+    for block in code_blocks("python", PAGES[page]):
         exec(block, names)
-    assert names["logits"].shape == shape
+    return names
+
+
+def test_pages_with_python_are_executed():
+    pages = {str(path.relative_to(ROOT)) for path, text in PAGES.items() if "```python\n" in text}
+    assert pages == {"README.md", "docs/gpus.md", "docs/python.md"}
+
+
+def test_python_of_the_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    labels = {"A superb film.": "good", "A dull film.": "bad"}
+    rows = [{"text": text, "label": label} for text, label in labels.items()] * 100
+    Path("reviews.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    names = run_python(ROOT / "README.md")
+    assert names["result"].figures["accuracy"] > 0.5
+    directory = tmp_path / "runs" / "films" / "adapter"
+    assert names["result"].directory.resolve() == directory
+    config = json.loads((directory / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["task_type"], config["r"]) == ("LORA", "SEQ_CLS", 16)
+    tensors = load_file(directory / "adapter_model.safetensors")
+    factors = {name for name in tensors if ".lora_A." in name}
+    assert len(factors) == 6 * 6  # of six layers, four of attention and two of the FFN
+    for name in factors:
+        assert name.startswith("base_model.model.bert.encoder.layer.")
+        assert tensors[name].shape[0] == tensors[name.replace("lora_A", "lora_B")].shape[1] == 16
+        assert name.removesuffix(".lora_A.weight").endswith(tuple(config["target_modules"]))
+    heads = {name for name in tensors if ".lora_" not in name}
+    assert heads
+    for name in heads:
+        module = name.removeprefix("base_model.model.").rpartition(".")[0]
+        assert module in config["modules_to_save"]
+
+
+def test_python_of_the_guide():
+    names = run_python(ROOT / "docs" / "python.md")
+    assert names["logits"].shape == (32, 2)
+    assert int(names["state"].step) == 3
+
+
+def test_python_of_the_kernels():
+    assert run_python(ROOT / "docs" / "gpus.md")["routed_ffn"] is pallas_kernels.routed_ffn
+
+
+def test_the_readme_is_a_front_page():
+    front, heading, links = PAGES[ROOT / "README.md"].partition("\n## Documentation\n")
+    assert heading
+    assert len(front.split()) <= 700
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert pages - {"index.md"} <= set(re.findall(r"\]\(docs/([\w-]+\.md)", links))
 
 
 @pytest.mark.parametrize("command", _commands())
@@ -98,6 +150,11 @@ def test_commands_exist(command):
     words = shlex.split(command, comments=True)
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    if words[:2] == ["pip", "install"]:
+        (extra,) = re.fullmatch(r"\.\[(\w+)\]", words[2]).groups()
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        assert extra in project["optional-dependencies"]
         return
     python, flag, module, *arguments = words
     assert (python.removeprefix(".venv/bin/"), flag) == ("python", "-m")
@@ -109,10 +166,18 @@ def test_commands_exist(command):
         options.check()
 
 
+def _anchor(heading: str) -> str:
+    return re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
+
+
 def test_links_lead_somewhere():
     for path, text in PAGES.items():
-        for link in re.findall(r"\]\(([^)#:]+)\)", text):
-            assert (path.parent / link).exists(), f"{path}: {link}"
+        for link, anchor in re.findall(r"\]\(([^)#:]*)(?:#([\w-]+))?\)", text):
+            target = path.parent / link if link else path
+            assert target.exists(), f"{path}: {link}"
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.M)
+                assert anchor in map(_anchor, headings), f"{path}: {link}#{anchor}"
 
 
 def _described_constants() -> set[str]:
