@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from spt_jax import cache
 from spt_jax.adaptation import Measure
@@ -164,17 +164,35 @@ def _predicted(inputs: Inputs) -> jax.Array:
     return found.astype(jnp.float32)
 
 
-def _states(model: Any, inputs: Inputs) -> jax.Array:
-    """Final hidden states, or the outputs of a model that is none of this library's."""
-    if isinstance(model, Decoder | Encoder):
-        return _hidden(*nnx.split(model), dict(inputs))
-    return _outputs(*nnx.split(model), dict(inputs))
+class _ByItself(nnx.Module):
+    """A layer that is a program of its own: layers that are alike are compiled once."""
+
+    def __init__(self, layer: nnx.Module) -> None:
+        self.layer = layer
+
+    def __call__(self, *arguments: Any) -> Any:
+        return _called(*nnx.split(self.layer), *arguments)
 
 
 @partial(jax.jit, static_argnames="graphdef")
-def _hidden(graphdef: Any, state: Any, inputs: dict[str, jax.Array]) -> jax.Array:
-    model: Any = nnx.merge(graphdef, state)
-    return model.hidden_states(**inputs)[0].astype(jnp.float32)
+def _called(graphdef: Any, state: Any, *arguments: Any) -> Any:
+    layer: Any = nnx.merge(graphdef, state)
+    return layer(*arguments)
+
+
+def _by_layer(model: Decoder | Encoder) -> Any:
+    """A model of the same arrays, to be called outside of `jit`: each layer is a program."""
+    own: Any = nnx.clone(model)
+    own.set_attributes(remat=False, raise_if_not_found=False)
+    own.layers = nnx.List([_ByItself(layer) for layer in own.layers])
+    return own
+
+
+def _states(model: Any, inputs: Inputs) -> jax.Array:
+    """Final hidden states, or the outputs of a model that is none of this library's."""
+    if isinstance(model, Decoder | Encoder):
+        return _by_layer(model).hidden_states(**inputs)[0].astype(jnp.float32)
+    return _outputs(*nnx.split(model), dict(inputs))
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -185,29 +203,26 @@ def _outputs(graphdef: Any, state: Any, inputs: dict[str, jax.Array]) -> jax.Arr
 
 def _loss(model: Any, inputs: Inputs) -> float:
     """Nats a token of a causal language model, a row at a time."""
-    graphdef, state = nnx.split(model)
-    rows = len(inputs["input_ids"])
-    sums = [
-        _row_loss(graphdef, state, {name: array[i : i + 1] for name, array in inputs.items()})
-        for i in range(rows)
-    ]
-    total, weight = np.sum([[float(x) for x in pair] for pair in sums], axis=0)
-    return float(total / max(weight, 1))
+    own, kernel = _by_layer(model), model.output_kernel()
+    total = weight = 0.0
+    for i in range(len(inputs["input_ids"])):
+        row = {name: array[i : i + 1] for name, array in inputs.items()}
+        predicted = _predicted(row)
+        found, counted = _row_loss(
+            own.hidden_states(**row)[0][:, :-1], kernel, row["input_ids"][:, 1:], predicted
+        )
+        total, weight = total + float(found), weight + float(counted)
+    return total / max(weight, 1)
 
 
-@partial(jax.jit, static_argnames="graphdef")
+@jax.jit
 def _row_loss(
-    graphdef: Any, state: Any, inputs: dict[str, jax.Array]
+    hidden: Float[Array, "1 S D"],
+    kernel: Float[Array, "D V"],
+    labels: Int[Array, "1 S"],
+    weight: Float[Array, "1 S"],
 ) -> tuple[jax.Array, jax.Array]:
-    model: Any = nnx.merge(graphdef, state)
-    hidden, _ = model.hidden_states(**inputs)
-    weight = _predicted(inputs)
-    return linear_cross_entropy(
-        hidden[:, :-1],
-        model.output_kernel().astype(hidden.dtype),
-        inputs["input_ids"][:, 1:],
-        weight,
-    )
+    return linear_cross_entropy(hidden, kernel.astype(hidden.dtype), labels, weight)
 
 
 class Observation(NamedTuple):
