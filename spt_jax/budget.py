@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Int
 
 from spt_jax import cache
 from spt_jax.adaptation import Measure
+from spt_jax.by_layer import by_layer
 from spt_jax.calibration import (
     Path,
     Routing,
@@ -164,34 +165,10 @@ def _predicted(inputs: Inputs) -> jax.Array:
     return found.astype(jnp.float32)
 
 
-class _ByItself(nnx.Module):
-    """A layer that is a program of its own: layers that are alike are compiled once."""
-
-    def __init__(self, layer: nnx.Module) -> None:
-        self.layer = layer
-
-    def __call__(self, *arguments: Any) -> Any:
-        return _called(*nnx.split(self.layer), *arguments)
-
-
-@partial(jax.jit, static_argnames="graphdef")
-def _called(graphdef: Any, state: Any, *arguments: Any) -> Any:
-    layer: Any = nnx.merge(graphdef, state)
-    return layer(*arguments)
-
-
-def _by_layer(model: Decoder | Encoder) -> Any:
-    """A model of the same arrays, to be called outside of `jit`: each layer is a program."""
-    own: Any = nnx.clone(model)
-    own.set_attributes(remat=False, raise_if_not_found=False)
-    own.layers = nnx.List([_ByItself(layer) for layer in own.layers])
-    return own
-
-
 def _states(model: Any, inputs: Inputs) -> jax.Array:
     """Final hidden states, or the outputs of a model that is none of this library's."""
     if isinstance(model, Decoder | Encoder):
-        return _by_layer(model).hidden_states(**inputs)[0].astype(jnp.float32)
+        return by_layer(model).hidden_states(**inputs)[0].astype(jnp.float32)
     return _outputs(*nnx.split(model), dict(inputs))
 
 
@@ -203,7 +180,7 @@ def _outputs(graphdef: Any, state: Any, inputs: dict[str, jax.Array]) -> jax.Arr
 
 def _loss(model: Any, inputs: Inputs) -> float:
     """Nats a token of a causal language model, a row at a time."""
-    own, kernel = _by_layer(model), model.output_kernel()
+    own, kernel = by_layer(model), model.output_kernel()
     total = weight = 0.0
     for i in range(len(inputs["input_ids"])):
         row = {name: array[i : i + 1] for name, array in inputs.items()}

@@ -13,9 +13,11 @@ import scipy.linalg
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from spt_jax import by_layer
 from spt_jax.config import RoutedFFNConfig, SparseAttentionConfig
 from spt_jax.layers import FeedForward, SparseAttention, recording
 from spt_jax.layers.quantizer import evenly_spaced, kmeans
+from spt_jax.models import Decoder, Encoder
 from spt_jax.processes import to_host
 
 Path = tuple[Any, ...]  # of a module in a model, as nnx.iter_modules gives it
@@ -97,8 +99,18 @@ def record_activations(
     graphdef, state = nnx.split(model)
     paths = [path for path, _ in nnx.iter_modules(model)]
     every = tuple(n for n, path in enumerate(paths) if layers is None or path in layers)
-    recorded = partial(_recorded, graphdef, state)
-    shapes = jax.eval_shape(partial(recorded, numbers=every), parts[0], padded[0])
+    whole = partial(_recorded, graphdef, state)
+    shapes = jax.eval_shape(partial(whole, numbers=every), parts[0], padded[0])
+
+    def recorded(
+        part: dict[str, jax.Array], own: np.ndarray, numbers: tuple[int, ...]
+    ) -> dict[int, list[dict[str, jax.Array]]]:
+        wanted = {paths[number]: number for number in numbers}
+        if isinstance(model, Decoder | Encoder) and all(p[0] == "layers" for p in wanted):
+            found = by_layer.recorded(model, part, jnp.asarray(own), wanted, FITTED)
+            return {wanted[path]: calls for path, calls in found.items()}
+        return whole(part, own, numbers=numbers)
+
     sizes = {
         number: len(parts) * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(calls))
         for number, calls in shapes.items()

@@ -14,6 +14,7 @@ from spt_jax.config import SPTConfig, TrainConfig
 from spt_jax.names import explains_names
 
 Task = Literal["classification", "regression", "multi-label", "language"]
+Tracker = Literal["trackio", "wandb"]
 Layout = Literal["text", "messages", "sharegpt", "alpaca", "prompt-completion"]
 
 #: Models where none is named, by whether the task is language.
@@ -95,6 +96,10 @@ class FinetuneConfig:
     """Compute dtype, and that of frozen weights."""
     merge: bool = False
     """Save the whole model as a Hugging Face directory, OUT/model, not an adapter, OUT/adapter."""
+    tracker: Tracker | None = None
+    """Show the run's figures there too, beside TensorBoard; the package must be installed."""
+    project: str = "spt-jax"
+    """The tracker's project; the run is called as --out."""
     push_to_hub: str | None = None
     """Put the result into this repository of the Hugging Face Hub, owner/name, which is made if it
     is not there."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -128,6 +128,7 @@ class Job:
         data: Examples,
         evaluation: Examples | Mapping[str, Examples] | None,
         metrics: Sequence[str],
+        record: Callable[[Mapping[str, float], int], None] | None = None,
     ) -> TrainResult:
         """Train the adapted model; see `spt_jax.training.train`."""
         return train(
@@ -141,4 +142,5 @@ class Job:
             identity={"spt": None if self.spt is None else asdict(self.spt)},
             resume=self.resume,
             overwrite=self.overwrite,
+            record=record,
         )

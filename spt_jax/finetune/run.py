@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +22,7 @@ from spt_jax.finetune.config import FinetuneConfig, ResolvedConfig, Task
 from spt_jax.finetune.hub import check_access, push
 from spt_jax.finetune.job import Job
 from spt_jax.finetune.prepare import Content, Data, encode, read_content
+from spt_jax.finetune.tracking import Record, check_tracker, tracked
 from spt_jax.finetune.trained import Trained
 from spt_jax.models import Decoder
 from spt_jax.models.config import read_config
@@ -94,6 +96,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         BadRow: a row cannot be used; the message gives file, place and reason.
         ValueError: an option, a file or the model is wrong, or they do not go together.
         ConnectionError: the Hub cannot be reached; nothing was computed, or the result is on disk.
+        ModuleNotFoundError: the tracker is not installed.
         CheckpointError: `config.out` holds another run.
         Interrupted: SIGTERM or SIGINT came; a checkpoint is saved.
         NonFiniteLoss: the loss or its gradient is not finite.
@@ -107,6 +110,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     content = read_content(config)
     run = content.resolved
     _check_out(run)
+    if run.config.tracker is not None:
+        check_tracker(run.config.tracker)
     if run.config.push_to_hub is not None:
         check_access(run.config.push_to_hub)
     model_config = read_config(find_files(run.model, files=CONFIG_FILES))
@@ -133,7 +138,8 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     tokens = run.train.total_steps(len(data.train)) * run.train.batch_size * data.train.length
     job.adapt(model, data.train, rngs=rngs, training_tokens=tokens)
     metrics = _METRICS[run.task] if data.evaluation else ()
-    result = job.fit(model, data.train, data.evaluation, metrics)
+    with _recorder(run) as record:
+        result = job.fit(model, data.train, data.evaluation, metrics, record)
     directory = _save(model, run, content, data, out)
     report = _report(model, run, content, data, before, result, directory)
     if is_first():
@@ -176,6 +182,17 @@ def _before(model: Encoder | Decoder, run: ResolvedConfig, data: Data) -> dict[s
     )
     _log.info("before fine-tuning: perplexity %.2f", values["perplexity"])
     return values
+
+
+@contextmanager
+def _recorder(run: ResolvedConfig) -> Iterator[Record | None]:
+    """What figures are recorded by beside TensorBoard."""
+    config = run.config
+    if config.tracker is None or not is_first():
+        yield None
+        return
+    with tracked(config.tracker, config.project, config.out.name, asdict(config)) as record:
+        yield record
 
 
 def _save(

@@ -46,6 +46,7 @@ def train(
     overwrite: bool = False,
     log: Callable[[str], None] | None = None,
     progress_bar: bool | None = None,
+    record: Callable[[Mapping[str, float], int], None] | None = None,
 ) -> TrainResult:
     """Train `model` in place.
 
@@ -72,6 +73,8 @@ def train(
         overwrite: delete the checkpoints in `out_dir`.
         log: takes messages; None prints them to standard error.
         progress_bar: None shows one on a terminal, and sparse log lines elsewhere.
+        record: takes what TensorBoard gets, figures by name such as `train/loss`, and the step;
+            what it raises is told, and it is called no more.
 
     Returns:
         What the run reached and cost. The model then holds the trained parameters, in float32.
@@ -115,7 +118,7 @@ def train(
         compiling = time.perf_counter()
         run.programs = _compiled(plan, run.state, step)
         compile_s = time.perf_counter() - compiling
-        with Reporter(out, config, run.step, plan.total, log, progress_bar) as report:
+        with Reporter(out, config, run.step, plan.total, log, progress_bar, record) as report:
             run.train(report)
         checkpoints.wait()
         params = run.chosen_state().params

@@ -75,7 +75,7 @@ class Progress:
 
 
 class Reporter:
-    """Progress bar or log lines, and TensorBoard events."""
+    """Progress bar or log lines, TensorBoard events, and what else records figures."""
 
     def __init__(
         self,
@@ -85,11 +85,12 @@ class Reporter:
         total: int,
         log: Callable[[str], None],
         progress_bar: bool | None,
+        record: Callable[[Mapping[str, float], int], None] | None = None,
     ) -> None:
         shown = is_first() and (sys.stderr.isatty() if progress_bar is None else progress_bar)
         self._bar = tqdm(total=total, initial=start, disable=not shown, unit="step")
         self._board = Board(out_dir / "tensorboard", start + 1, log)
-        self._log = log
+        self._log, self._record = log, record if is_first() else None
         self._every = 0 if shown else config.log_every or max(1, total // 10)
         self._total = total
 
@@ -106,7 +107,7 @@ class Reporter:
         speed = sum(progress.tokens[-20:]) / sum(progress.step_ms[-20:]) * 1e3
         self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {speed:.0f} tokens/s", refresh=False)
         self._bar.update()
-        self._board.add_scalars("train", {**values, "step_ms": ms, "tokens_per_s": speed}, step)
+        self._keep("train", {**values, "step_ms": ms, "tokens_per_s": speed}, step)
         if self._every and (step % self._every == 0 or step == self._total):
             left_s = round((self._total - step) * ms / 1e3)
             self._log(
@@ -116,13 +117,23 @@ class Reporter:
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """Show the metrics of an evaluation."""
-        self._board.add_scalars("evaluation", values, step)
+        self._keep("evaluation", values, step)
         shown = ", ".join(
             f"{name} {value:.4f}{_other_form(values, name)}"
             for name, value in values.items()
             if form_of(name) is None
         )
         self._log(f"evaluation at step {step}: {shown}")
+
+    def _keep(self, group: str, values: Mapping[str, float], step: int) -> None:
+        self._board.add_scalars(group, values, step)
+        if self._record is None:
+            return
+        try:
+            self._record({f"{group}/{name}": value for name, value in values.items()}, step)
+        except Exception as error:  # of a service that may be down; the run is worth more
+            self._record = None
+            self._log(f"figures are recorded no more, training goes on: {error!r}")
 
 
 def _other_form(values: Mapping[str, float], name: str) -> str:
