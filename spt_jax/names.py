@@ -170,7 +170,8 @@ theirs 8
         given = word.partition("=")[0]
         path, _, last = given.removeprefix("--").replace("-", "_").rpartition(".")
         last = last if last in NAMES else last.removeprefix("no_")
-        known = NAMES.get(last) if given.startswith("--") else None
+        ours = path and f"{path}." not in _PREFIXES.values()  # as --train.mesh.fsdp
+        known = NAMES.get(last) if given.startswith("--") and not ours else None
         option = f"--{path}{'.' if path else ''}{last}".replace("_", "-")
         if known is not None and option != known.option:
             raise ValueError(f"no option {given}{known.remedy(known.option)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -116,7 +117,9 @@ def _names(model: nnx.Module, modules: Mapping[Path, nnx.Module]) -> dict[str, n
     """
     found: dict[str, nnx.Module] = {}
     if isinstance(model, Encoder | Decoder):
-        found = {name: module_at(model, path) for name, path in model.module_paths().items()}
+        for name, path in model.module_paths().items():
+            with contextlib.suppress(IndexError):  # of layers that were taken away
+                found[name] = module_at(model, path)
     known = {id(module) for module in found.values()}
     return found | {
         ".".join(map(str, path)): module

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = ("tools", "experiments", "spt_jax", "pallas_kernels")
 MOST_LINES = 600
 #: Files of the library that are longer, still to be cut.
-LONG = {"spt_jax/budget.py", "spt_jax/calibration.py"}
+LONG = {"spt_jax/budget.py", "spt_jax/calibration.py", "spt_jax/config.py"}
 
 
 @pytest.fixture

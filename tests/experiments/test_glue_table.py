@@ -17,7 +17,7 @@ from experiments.glue_table import Cell, Options, Score, summarize
 from experiments.glue_tasks import TASKS
 from experiments.methods import DESCRIPTIONS
 from spt_jax import cli
-from spt_jax.training import TrainResult, evaluation_metrics, loop
+from spt_jax.training import TrainResult, evaluation, evaluation_metrics
 from tests.experiments.tfds_directory import random_rows, write_task
 from tests.spt_jax.models.builders import write_readable_checkpoint
 
@@ -197,7 +197,7 @@ def test_a_stopped_table_goes_on(inputs, monkeypatch, capsys, tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
         return evaluation_metrics(*arguments)
 
-    monkeypatch.setattr(loop, "evaluation_metrics", evaluate)
+    monkeypatch.setattr(evaluation, "evaluation_metrics", evaluate)
     with pytest.raises(SystemExit) as stop:
         run(*arguments)
     assert stop.value.code == 128 + signal.SIGTERM

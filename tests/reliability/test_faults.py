@@ -21,7 +21,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import glue
+from spt_jax.finetune import job
+from spt_jax.training import cross_entropy, supervised
 from tests.reliability import runs
 from tests.reliability.runs import EVERY, STEPS, Process, Run, message
 from tests.spt_jax.training.test_checkpoint import raw, reopen, state_of, write
@@ -386,7 +387,7 @@ def nan_at(step: int) -> Callable[..., Any]:
         return (gradient * jax.pure_callback(lambda: np.float32(next(factors, 1.0)), kind),)
 
     poisoned.defvjp(lambda x: (x, None), backward)
-    whole = glue.cross_entropy
+    whole = cross_entropy
     return lambda outputs, labels, weights: whole(poisoned(outputs), labels, weights)
 
 
@@ -397,7 +398,8 @@ def test_nan_gradients(straight, full, seed, tmp_path, monkeypatch, record):
     for step in steps:
         run = expected.elsewhere(tmp_path / str(step))
         with monkeypatch.context() as patch:
-            patch.setattr(glue, "cross_entropy", nan_at(step))
+            objective = supervised(nan_at(step))
+            patch.setattr(job, "OBJECTIVES", {**job.OBJECTIVES, "classification": objective})
             code, errors = run.finish()
         assert code == 1, errors
         said = message(errors)
