@@ -14,6 +14,7 @@ from flax import nnx
 import spt_jax
 from spt_jax import (
     AdaptationReport,
+    LoRAConfig,
     RoutedFFNConfig,
     SparseAttentionConfig,
     SPTConfig,
@@ -25,6 +26,7 @@ from spt_jax.budget import Judge, Option, choose, within
 from spt_jax.layers import Attention, FeedForward, RoutedFFN, SparseAttention
 from spt_jax.models import Decoder
 from spt_jax.models.config import parse_config
+from spt_jax.targets import plan_lora
 from tests.spt_jax.toy import ToyModel, toy_batch
 
 ATTENTION = SparseAttentionConfig(granularity="tile", min_keys=8, block_q=8, key_group=8)
@@ -291,16 +293,41 @@ def test_what_saves_no_time_stays_dense():
     """So small layers are slower sparse, on any machine."""
     model, batch = llama(), llama_batch()
     spt_jax.adapt(model, config(100.0), calibration_batch=batch)
+    dense = llama()
     times = budget.timed(
-        {("layers", 0, "ffn"): llama().layers[0].ffn},
+        {("layers", 0, "ffn"): dense.layers[0].ffn},
         {("layers", 0, "ffn"): [0.5]},
         config(100.0),
+        plan_lora(dense, config(100.0).lora),
         (8, 64),
         lambda: None,
     )["layers", 0, "ffn"]
     assert times.keys() == {0.5, 1.0}
     for line in model.adaptation.layers:
         assert line.active == 1 or line.saved >= budget.LEAST_SAVED
+
+
+def test_an_ffn_is_timed_with_what_trains_in_it():
+    model = llama()
+    lora = LoRAConfig(
+        target_modules=("q_proj", "up_proj"),
+        rank_pattern={"up_proj": 2},
+        modules_to_save=("layers.1.mlp.down_proj",),
+    )
+    plan = plan_lora(model, lora)
+    first, second = (budget._trained(layer.ffn, plan) for layer in model.layers[:2])
+    assert {name: factors["rank"] for name, factors in first["factors"].items()} == {"up": 2}
+    assert (first["whole"], second["whole"]) == ([], ["down"])
+    steps = budget._ffn_steps(
+        model.layers[1].ffn, [0.5], config(100.0), plan, (2, 8), jax.random.key(0)
+    )
+    for step in steps.values():
+        trained = [path for path, _ in nnx.to_flat_state(step()[1])]
+        assert [path for path in trained if path[-1] in ("a", "b")] == [
+            ("up", "lora", "a"),
+            ("up", "lora", "b"),
+        ]
+        assert ("down", "kernel") in trained
 
 
 @pytest.mark.usefixtures("paying")
