@@ -63,7 +63,7 @@ class Progress:
             "best_step": self.best_step,
         }
 
-    def averages(self) -> dict[str, float]:
+    def averages(self) -> dict[str, Any]:
         """Loss and speed over the last steps, by their names in `TrainResult`."""
         seconds = sum(self.step_ms) / 1e3
         return {
