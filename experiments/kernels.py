@@ -6,8 +6,8 @@
 Each comparison alternates the baselines and the candidates, and a speedup is the median over the
 rounds of the ratio of their times, forward and backward together, over the fastest baseline. On two
 CPU cores it takes about ten minutes; the routed FFN comes out at 1.8 times dense with half of its
-blocks active and 3.3 with a quarter, sparse attention at 8.4 times dense in a twentieth of its
-memory, and SPT on four LLaMA layers of 2048 tokens at 3.7 times LoRA in a fifth of its memory.
+blocks active and 3.3 with a quarter, sparse attention at 8.4 times dense, and SPT on four LLaMA
+layers of 2048 tokens at 3.7 times LoRA.
 
 On a GPU everything is bfloat16: the routed FFN at LLaMA's sizes against cuBLAS, a training step of
 an OPT block, and causal attention of 256 to 65,536 tokens against cuDNN (and tokamax where it is
