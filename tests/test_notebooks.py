@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import re
+import sys
+import tomllib
 from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 
 from tools.run_notebooks import NOTEBOOKS, clean, execute
 
@@ -29,6 +34,40 @@ def _code(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
+def _python(cell: nbformat.NotebookNode) -> str:
+    """A cell's code, magic commands as the calls that they stand for."""
+    return TransformerManager().transform_cell(cell.source)
+
+
+class _Shell:
+    """Stands for IPython's: keeps commands in place of running them."""
+
+    def __init__(self, names: dict[str, object]) -> None:
+        self.names, self.commands = names, []
+
+    def system(self, command: str) -> None:
+        self.commands.append(command.format(**self.names))
+
+    def run_line_magic(self, name: str, line: str) -> None:
+        self.commands.append(f"{name} {line.format(**self.names)}")
+
+
+def _install(path: Path, monkeypatch: pytest.MonkeyPatch, source: str, works: bool) -> list[str]:
+    """The commands of the first cell where the package is not there, with another REPOSITORY."""
+    names: dict[str, object] = {}
+    shell = _Shell(names)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: found(name) if works and shell.commands else None,
+    )
+    names["get_ipython"] = lambda: shell
+    given = f"https://github.com/{REPOSITORY}"
+    exec(_python(_code(_read(path))[0]).replace(given, source), names)
+    return shell.commands
+
+
 def _texts(cell: nbformat.NotebookNode) -> list[str]:
     """All that a cell's outputs say in words."""
     texts = []
@@ -39,7 +78,7 @@ def _texts(cell: nbformat.NotebookNode) -> list[str]:
 
 
 def test_there_are_notebooks():
-    assert [path.name for path in NOTEBOOKS] == ["finetune_glue.ipynb", "inside_spt.ipynb"]
+    assert [path.stem for path in NOTEBOOKS] == ["finetune_chat", "finetune_glue", "inside_spt"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -55,10 +94,55 @@ class TestNotebook:
         assert f"{badge}notebooks/{path.name})" in _read(path).cells[0].source
         assert f"{badge}notebooks/{path.name})" in (ROOT / "README.md").read_text(encoding="utf-8")
 
-    def test_installs_from_the_repository(self, path):
-        install = _code(_read(path))[0].source
-        assert f'REPOSITORY = "https://github.com/{REPOSITORY}"' in install
-        assert 'find_spec("spt_jax") is None' in install
+    def test_imports_what_users_have(self, path):
+        trees = [ast.parse(_python(cell)) for cell in _code(_read(path))]
+        nodes = [node for tree in trees for node in ast.walk(tree)]
+        names = [alias.name for x in nodes if isinstance(x, ast.Import) for alias in x.names]
+        names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+        packages = {name.partition(".")[0] for name in names}
+        assert packages & {"experiments", "tests", "tools"} == set()
+        assert "spt_jax" in packages
+
+    def test_asks_for_the_repository(self, path, monkeypatch):
+        with pytest.raises(RuntimeError, match=r"placeholder.*git repository.*wheel"):
+            _install(path, monkeypatch, f"https://github.com/{REPOSITORY}", works=True)
+
+    def test_installs_from_the_repository(self, path, monkeypatch, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        address = "https://example.org/somebody/spt-jax"
+        (tmp_path / "spt-jax").mkdir()  # what an earlier try left
+        (tmp_path / "spt-jax" / "constraints.txt").touch()
+        (install,) = _install(path, monkeypatch, address, works=True)
+        clone = tmp_path / "spt-jax"
+        pins = f'-c "{clone / "constraints.txt"}"'
+        assert install == f'pip install --quiet {pins} "{clone}[cuda12,datasets]"'
+        (clone / "constraints.txt").unlink()
+        clone.rmdir()
+        clone, install = _install(path, monkeypatch, address, works=True)
+        assert clone == f'git clone --quiet --depth 1 "{address}" spt-jax'
+        assert install.startswith("pip install")
+
+    def test_installs_a_wheel(self, path, monkeypatch, tmp_path):
+        wheel = tmp_path / "spt_jax-0.1.0-py3-none-any.whl"
+        (install,) = _install(path, monkeypatch, str(wheel), works=True)
+        assert install == f'pip install --quiet  "{wheel}[cuda12,datasets]"'
+        (tmp_path / "constraints.txt").touch()
+        (install,) = _install(path, monkeypatch, str(wheel), works=True)
+        assert f'-c "{tmp_path / "constraints.txt"}"' in install
+
+    def test_says_that_an_installation_failed(self, path, monkeypatch, tmp_path):
+        with pytest.raises(RuntimeError, match=r"failed; its messages"):
+            _install(path, monkeypatch, str(tmp_path / "spt_jax.whl"), works=False)
+
+    def test_names_the_restart(self, path, monkeypatch, tmp_path):
+        monkeypatch.setattr(sys.modules["jax"], "__version__", "0.1")
+        with pytest.raises(RuntimeError, match="Restart session"):
+            _install(path, monkeypatch, str(tmp_path / "spt_jax.whl"), works=True)
+
+    def test_extras_exist(self, path):
+        extras = re.search(r'^EXTRAS = "(.+)"$', _code(_read(path))[0].source, re.MULTILINE)[1]
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        assert set(extras.split(",")) <= project["optional-dependencies"].keys()
 
     def test_was_run_from_top_to_bottom(self, path):
         cells = _code(_read(path))
