@@ -31,7 +31,7 @@ def execute(path: Path) -> nbformat.NotebookNode:
     environment = {
         **os.environ,
         "SPT_JAX_NOTEBOOK": "offline",
-        "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA tells on standard error that a busy machine compiles slowly
+        "TF_CPP_MIN_LOG_LEVEL": "3",  # else XLA tells that a busy machine is slow
         "PYTHONPATH": os.pathsep.join(filter(None, [packages, os.environ.get("PYTHONPATH")])),
     }
     with tempfile.TemporaryDirectory() as folder:
